@@ -1,0 +1,84 @@
+"""Which tokens of a batch are real, where sequences start, and where each token stands."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceLayout:
+    """The geometry of one call, worked out once from masks, packing and the tokens seen before."""
+
+    mask: Bool[Tensor, "B T"] | None
+    """Real tokens; None means all."""
+    reset: Bool[Tensor, "B T"] | None
+    """First tokens of packed sequences; None means that nothing starts anew."""
+    cu_seqlens: Int[Tensor, "n1"] | None
+    """Boundaries of the packed sequences, as the caller gave them."""
+    positions: Int[Tensor, "*BT"]
+    """Position of each token among the real tokens of its sequence: ``T``, or ``B T`` where rows differ."""
+
+    def advance(self, position: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
+        """Real tokens seen once this call is over, given those seen before it."""
+        return position + (self.positions.shape[-1] if self.mask is None else self.mask.sum(-1))
+
+
+def sequence_layout(
+    x: Float[Tensor, "B T D"],
+    attention_mask: Shaped[Tensor, "..."] | None = None,
+    cu_seqlens: Shaped[Tensor, "..."] | None = None,
+    position: Int[Tensor, "B"] | None = None,
+) -> SequenceLayout:
+    """Validate the masks of a call and place its tokens.
+
+    Args:
+        attention_mask: bool or integer ``B T``, non-zero where a token is real. Any pattern.
+        cu_seqlens: integer ``n+1``, from 0 to T, increasing; then ``B = 1``.
+        position: real tokens each row has seen before this call; None at the start of a sequence.
+
+    Raises: ValueError naming the argument for a wrong dtype, shape, order or combination.
+    """
+    batch, time = x.shape[:2]
+    if cu_seqlens is not None:
+        if attention_mask is not None:
+            raise ValueError("cu_seqlens and attention_mask exclude each other: a packed row has no pads")
+        starts = _starts(cu_seqlens, batch, time)
+        reset = torch.zeros(1, time, dtype=torch.bool, device=x.device)
+        reset[0, starts] = True
+        index = torch.arange(time, device=x.device)
+        positions = index - torch.where(reset[0], index, 0).cummax(0).values
+        return SequenceLayout(None, reset, cu_seqlens, positions)
+    if attention_mask is not None:
+        mask = _real(attention_mask, batch, time)
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        return SequenceLayout(
+            mask, None, None, positions if position is None else positions + position[:, None]
+        )
+    positions = torch.arange(time, device=x.device)
+    return SequenceLayout(None, None, None, positions if position is None else positions + position[:, None])
+
+
+def _real(mask: Tensor, batch: int, time: int) -> Bool[Tensor, "B T"]:
+    if mask.is_floating_point() or mask.is_complex():
+        raise ValueError(f"attention_mask: wanted bool or integer (non-zero = real token), got {mask.dtype}")
+    if tuple(mask.shape) != (batch, time):
+        raise ValueError(
+            f"attention_mask: wanted shape {(batch, time)} as the input's, got {tuple(mask.shape)}"
+        )
+    return mask != 0
+
+
+def _starts(cu_seqlens: Tensor, batch: int, time: int) -> Int[Tensor, "n"]:
+    if batch != 1:
+        raise ValueError(f"cu_seqlens: packed sequences lie end to end in one row, got a batch of {batch}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
+        raise ValueError(
+            f"cu_seqlens: wanted a 1-D integer tensor, got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        )
+    bounds = cu_seqlens.tolist()
+    increasing = all(a < b for a, b in zip(bounds, bounds[1:], strict=False))
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != time or not increasing:
+        raise ValueError(f"cu_seqlens: wanted increasing bounds from 0 to {time}, got {bounds}")
+    return cu_seqlens[:-1].long()

@@ -1,0 +1,134 @@
+"""The free-energy read: a log-partition function of the values under a prior, per channel."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from helmholtz.ops._precision import wide_dtype
+from helmholtz.ops.attention import softmax_attention
+
+
+def tilt_values(
+    v: Float[Tensor, "B G T V"], beta: Float[Tensor, "G V"], *, cap: float
+) -> Float[Tensor, "B G T 2 V"]:
+    r"""The two signals that a prior averages for a free-energy read: :math:`v` and :math:`e^{\beta v}`.
+
+    The exponent is clipped to ``[-cap, cap]`` nats, in the exponential signal alone: the mean stays linear in ``v``.
+    Computed in at least float32.
+    """
+    wide = wide_dtype(v.dtype)
+    v, beta = v.to(wide), beta.to(wide).unsqueeze(1)
+    return torch.stack([v, (beta * v).clamp(-cap, cap).exp()], dim=-2)
+
+
+def free_energy_from_mixed(
+    mixed: Float[Tensor, "B H T 2 V"], beta: Float[Tensor, "G V"]
+) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H T V"]]:
+    """``(mean, free)`` from the averages of ``tilt_values``, in their dtype.
+
+    A row that saw nothing (both averages 0) gives ``(0, 0)`` with gradient 0: its logarithm is never taken.
+    ``beta`` has one row per value head; heads of a group share it.
+    """
+    mean, partition = mixed.unbind(-2)
+    beta = beta.to(mixed.dtype).repeat_interleave(mixed.shape[1] // beta.shape[0], dim=0)
+    seen = torch.where(partition > 0, partition, 1.0)
+    return mean, seen.log() / beta.unsqueeze(1)
+
+
+def free_energy_read(
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B G T K"],
+    v: Float[Tensor, "B G T V"],
+    beta: Float[Tensor, "G V"],
+    *,
+    cap: float = 40.0,
+) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H T V"]]:
+    r"""Mean and free energy of the values under a causal softmax prior, in one attention pass.
+
+    .. math:: \mu_t = \sum_{i \le t} p_t(i)\, v_i, \qquad
+              F_t = \beta^{-1} \log \sum_{i \le t} p_t(i)\, e^{\mathrm{clip}(\beta v_i,\, \pm c)}
+
+    Args:
+        q, k: queries and keys. Scores are scaled by :math:`K^{-1/2}`.
+        v: values, in the units of the output.
+        beta: inverse temperature per value head and channel, in 1/units of ``v``; positive.
+        cap: :math:`c`, the largest :math:`|\beta v|` in nats that enters the exponential.
+
+    Returns:
+        ``(mean, free)``, ``mean <= free <= max v`` up to rounding where no value was clipped.
+
+    Accuracy:
+        Computed in at least float32, one rounding to the dtype of ``v``. The prior is normalised, so the sum lies in
+        ``[exp(-cap), exp(cap)]``: it neither overflows nor vanishes for ``cap <= 80``. The absolute error of ``free``
+        is below ``(8 + max|clip(beta v)|) eps / beta``: unlike the mean's, it grows as ``beta`` shrinks.
+
+    Source: Lu & Yang, "Free Energy Mixer", ICLR 2026: free-energy read. Reference: ``helmholtz.reference.free_energy_read``.
+    """
+    wide = wide_dtype(v.dtype)
+    signals = tilt_values(v, beta, cap=cap)
+    with torch.autocast(v.device.type, enabled=False):
+        mixed = softmax_attention(q.to(wide), k.to(wide), signals.flatten(-2))
+    mean, free = free_energy_from_mixed(mixed.unflatten(-1, (2, -1)), beta)
+    return mean.to(v.dtype), free.to(v.dtype)
+
+
+def posterior(
+    prior: Float[Tensor, "*batch S"], v: Float[Tensor, "*batch S"], beta: Float[Tensor, "*batch"]
+) -> Float[Tensor, "*batch S"]:
+    r"""Value-aware weights :math:`q(i) \propto p(i) e^{\beta v_i}`; tokens of prior weight 0 keep weight 0.
+
+    Source: Lu & Yang 2026, posterior selector.
+    """
+    return (prior.log() + beta.unsqueeze(-1) * v).softmax(-1)
+
+
+class HiddenTemperature(NamedTuple):
+    """What linearised temperature learning reads implicitly."""
+
+    beta: Float[Tensor, "*batch"]
+    """The unique ``beta*`` in ``[0, beta_max]`` with ``F(beta*) = (1 - lam) mean + lam F(beta_max)``; NaN where the
+    values do not vary under the prior (then ``F`` is the mean at every temperature)."""
+    value: Float[Tensor, "*batch"]
+    """``F(beta*)``."""
+    kl: Float[Tensor, "*batch"]
+    """``KL(p || q_beta*)`` in nats: ``value = mean + kl / beta*``."""
+
+
+@torch.no_grad()
+def hidden_temperature(
+    lam: Float[Tensor, "*batch"],
+    prior: Float[Tensor, "*batch S"],
+    v: Float[Tensor, "*batch S"],
+    beta_max: Float[Tensor, "*batch"],
+    *,
+    num_steps: int = 60,
+) -> HiddenTemperature:
+    """Invert the linearised temperature: the one ``beta`` whose free energy equals the gated read. In float64.
+
+    ``F`` increases with ``beta`` wherever the values vary under the prior, so bisection finds it: the error halves in
+    each of ``num_steps`` steps.
+
+    Source: Lu & Yang 2026, linearised temperature learning (LTL). The equality is one of value, not of gradient.
+    """
+    lam, prior, v, beta_max = (x.double() for x in (lam, prior, v, beta_max))
+    mean = (prior * v).sum(-1)
+    target = torch.lerp(mean, _free_energy(prior, v, beta_max), lam)
+    low, high = torch.zeros_like(beta_max), beta_max.clone()
+    for _ in range(num_steps):
+        middle = (low + high) / 2
+        below = _free_energy(prior, v, middle) < target
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    spread = (prior * (v - mean.unsqueeze(-1)).square()).sum(-1)
+    scale = torch.finfo(torch.float64).eps * v.abs().amax(-1).clamp(min=1e-30)
+    beta = torch.where(spread > scale.square(), (low + high) / 2, torch.nan)
+    return HiddenTemperature(beta, target, torch.nan_to_num(beta) * (target - mean))
+
+
+def _free_energy(prior: Tensor, v: Tensor, beta: Tensor) -> Tensor:
+    """F(beta), shifted by the largest value so that it holds down to beta = 0 (the mean)."""
+    top = torch.where(prior > 0, v, -torch.inf).amax(-1)
+    tilt = torch.where(prior > 0, torch.expm1(beta.unsqueeze(-1) * (v - top.unsqueeze(-1))), 0)
+    tiny = torch.finfo(torch.float64).tiny
+    return top + torch.log1p((prior * tilt).sum(-1)) / beta.clamp(min=tiny)

@@ -1,0 +1,71 @@
+"""Rotary position embedding as a true rotation."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from helmholtz.ops._precision import wide_dtype
+
+
+def rope_table(
+    positions: Int[Tensor, "*BT"], width: int, *, theta: float = 10000.0
+) -> tuple[Float[Tensor, "*BT half"], Float[Tensor, "*BT half"]]:
+    """``(cos, sin)`` of the angles ``position * theta^(-2i/width)``, in float32 whatever the model's dtype.
+
+    Accuracy: float32 angles; bfloat16 would merge positions from 256 on.
+    Raises: ValueError if ``width`` is odd or ``theta`` is not positive.
+    Source: Su et al., "RoFormer", 2021, eq. 15.
+    """
+    if width < 2 or width % 2:
+        raise ValueError(f"width: a rotary head width must be even and at least 2, got {width}")
+    if not theta > 0:
+        raise ValueError(f"theta: wanted a positive base, got {theta}")
+    exponent = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
+    angles = positions.unsqueeze(-1).to(torch.float32) * theta**-exponent
+    return angles.cos(), angles.sin()
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotation of the pairs (i, i + K/2); its transpose is the rotation by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(cos, sin)
+        wide = x.to(cos.dtype)
+        a, b = wide.chunk(2, dim=-1)
+        out = torch.empty_like(wide)
+        out_a, out_b = out.chunk(2, dim=-1)
+        torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=out_b).addcmul_(a, sin)
+        return out.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return _Rotate.apply(grad, cos, -sin), None, None
+
+
+def rotate(
+    x: Float[Tensor, "B H T K"], cos: Float[Tensor, "*BT half"], sin: Float[Tensor, "*BT half"]
+) -> Float[Tensor, "B H T K"]:
+    """Rotate the pairs ``(x_i, x_{i+K/2})`` by the angles of a ``rope_table`` (``T half`` or ``B T half``)."""
+    if 2 * cos.shape[-1] != x.shape[-1]:
+        raise ValueError(f"cos: a table for width {2 * cos.shape[-1]} cannot rotate x of width {x.shape[-1]}")
+    if cos.ndim == 3:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    wide = wide_dtype(x.dtype)
+    return _Rotate.apply(x, cos.to(wide), sin.to(wide))
+
+
+def rope(
+    x: Float[Tensor, "B H T K"], positions: Int[Tensor, "*BT"], *, theta: float = 10000.0
+) -> Float[Tensor, "B H T K"]:
+    """Rotary embedding: logits of rotated queries and keys depend on the difference of positions only.
+
+    Args:
+        positions: ``T`` (shared by the batch) or ``B T``; any offset, so that a stream continues where it stopped.
+
+    Accuracy: angles and products in at least float32, one rounding to the dtype of ``x``. Norms are preserved.
+    Source: Su et al., 2021, section 3.4.2. Reference: ``helmholtz.reference.rope``.
+    """
+    return rotate(x, *rope_table(positions, x.shape[-1], theta=theta))

@@ -1,0 +1,100 @@
+"""Attention, rotation and the free-energy read in float64, one query at a time, from the equations."""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def rope(x: Float[Tensor, "B H T K"], positions: Int[Tensor, "B T"], *, theta: float = 10000.0) -> Tensor:
+    """Pairs (i, i + K/2) as complex numbers, multiplied by exp(1j position theta^(-2i/K))."""
+    half = x.shape[-1] // 2
+    frequency = torch.tensor([theta ** (-2 * i / x.shape[-1]) for i in range(half)], dtype=torch.float64)
+    angle = positions.double()[:, None, :, None] * frequency
+    turned = torch.complex(x[..., :half].double(), x[..., half:].double()) * torch.polar(
+        torch.ones_like(angle), angle
+    )
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+def softmax_weights(
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B G S K"],
+    *,
+    causal: bool = True,
+    key_mask: Bool[Tensor, "B S"] | None = None,
+) -> Float[Tensor, "B H T S"]:
+    """p_t(i) of scaled dot products over the visible keys; all zeros where none is visible."""
+    q, k = q.double(), k.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    weights = torch.zeros(*q.shape[:3], k.shape[2], dtype=torch.float64)
+    for b in range(q.shape[0]):
+        for t in range(q.shape[2]):
+            seen = [
+                i
+                for i in range(k.shape[2])
+                if (not causal or i <= t + k.shape[2] - q.shape[2])
+                and (key_mask is None or bool(key_mask[b, i]))
+            ]
+            if seen:
+                scores = torch.einsum("hk,hik->hi", q[b, :, t], k[b][:, seen]) / math.sqrt(q.shape[-1])
+                row = torch.zeros(q.shape[1], k.shape[2], dtype=torch.float64)
+                weights[b, :, t] = row.index_copy(1, torch.tensor(seen), scores.softmax(-1))
+    return weights
+
+
+def softmax_attention(
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B G S K"],
+    v: Float[Tensor, "B G S V"],
+    *,
+    causal: bool = True,
+    key_mask: Bool[Tensor, "B S"] | None = None,
+) -> Float[Tensor, "B H T V"]:
+    """sum_i p_t(i) v_i."""
+    weights = softmax_weights(q, k, causal=causal, key_mask=key_mask)
+    return torch.einsum(
+        "bhti,bhiv->bhtv", weights, v.double().repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    )
+
+
+def free_energy_from_weights(
+    weights: Float[Tensor, "... S"],
+    v: Float[Tensor, "... S"],
+    beta: Float[Tensor, "..."],
+    *,
+    cap: float = math.inf,
+) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+    """``(mean, free)`` of values along the last dimension under any prior."""
+    weights, v, beta = weights.double(), v.double(), beta.double()
+    tilt = (beta.unsqueeze(-1) * v).clamp(-cap, cap)
+    log_weights = torch.where(weights > 0, weights, 1).log().masked_fill(weights == 0, -torch.inf)
+    return (weights * v).sum(-1), (log_weights + tilt).logsumexp(-1) / beta
+
+
+def free_energy_read(
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B G T K"],
+    v: Float[Tensor, "B G T V"],
+    beta: Float[Tensor, "G V"],
+    *,
+    cap: float = 40.0,
+) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H T V"]]:
+    """Mean and free energy under the causal softmax prior (Lu & Yang 2026)."""
+    share = q.shape[1] // k.shape[1]
+    weights = softmax_weights(q, k).unsqueeze(3)
+    values = v.double().repeat_interleave(share, dim=1).permute(0, 1, 3, 2).unsqueeze(2)
+    temperature = (
+        beta.double().repeat_interleave(share, dim=0)[:, None, :].expand(*values.shape[:2], q.shape[2], -1)
+    )
+    return free_energy_from_weights(
+        weights.expand(*temperature.shape, -1), values.expand(*temperature.shape, -1), temperature, cap=cap
+    )
+
+
+def free_energy_posterior(
+    weights: Float[Tensor, "... S"], v: Float[Tensor, "... S"], beta: Float[Tensor, "..."]
+) -> Float[Tensor, "... S"]:
+    """p(i) e^{beta v_i} / sum_r p(r) e^{beta v_r}."""
+    tilted = weights.double() * (beta.double().unsqueeze(-1) * v.double()).exp()
+    return tilted / tilted.sum(-1, keepdim=True)
