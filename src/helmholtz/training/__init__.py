@@ -1,0 +1,1 @@
+"""Training: one native loop, its settings, its checkpoints and its hooks."""

@@ -1,0 +1,98 @@
+"""The settings of a run."""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from helmholtz._checks import (
+    check,
+    check_choice,
+    check_fraction,
+    check_integer,
+    check_non_negative,
+    check_positive,
+)
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+OPERATIONAL = frozenset({"output_dir", "resume", "threads", "log_every", "save_every", "tensorboard"})
+"""Settings that may change between an interruption and its resumption: they do not touch the numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained.
+
+    Args:
+        output_dir: folder of the run: checkpoints, metrics, summary
+        steps: optimizer steps; with ``batch_size``, ``seq_len`` and ``accumulation`` it fixes the tokens seen
+        batch_size: sequences per forward pass
+        seq_len: tokens per sequence
+        accumulation: forward passes whose mean gradient makes one optimizer step
+        lr: highest learning rate, reached at the end of the warm-up
+        min_lr_ratio: last learning rate over the highest one
+        warmup_steps: steps of linear warm-up; a half cosine follows
+        weight_decay: AdamW's decay of matrices; vectors (norms, biases, temperatures) are not decayed
+        betas: AdamW's averaging constants
+        clip_norm: largest gradient norm (2-norm over all parameters)
+        precision: fp32, or autocast to bf16, or to fp16 with a gradient scaler
+        device: where to train; auto takes CUDA if there is one
+        threads: CPU threads of torch; 0 keeps torch's own choice
+        seed: seed of the initial weights, of the order of the data and of dropout
+        eval_every: steps between evaluations on validation text; the last step is always evaluated
+        eval_tokens: validation tokens per evaluation, always the same first ones
+        save_every: steps between checkpoints; the last step is always saved
+        log_every: steps between records of the training metrics
+        tensorboard: also write the metrics for TensorBoard (extra ``train``)
+        resume: never refuses a folder that holds a run; auto continues it, or starts if there is none
+    """
+
+    output_dir: str = "runs/default"
+    steps: int = 1000
+    batch_size: int = 16
+    seq_len: int = 256
+    accumulation: int = 1
+    lr: float = 3e-3
+    min_lr_ratio: float = 0.1
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: float = 1.0
+    precision: Precision = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 0
+    seed: int = 0
+    eval_every: int = 250
+    eval_tokens: int = 32768
+    save_every: int = 250
+    log_every: int = 1
+    tensorboard: bool = False
+    resume: Literal["never", "auto"] = "never"
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "batch_size", "seq_len", "accumulation")
+        for name in (*counts, "eval_every", "eval_tokens", "save_every", "log_every"):
+            check_integer(f"train.{name}", getattr(self, name))
+        for name in ("warmup_steps", "threads", "seed"):
+            check_integer(f"train.{name}", getattr(self, name), minimum=0)
+        check(self.seed < 2**31, "train.seed", self.seed, "below 2**31")
+        check_positive("train.lr", self.lr)
+        check_positive("train.clip_norm", self.clip_norm)
+        check_non_negative("train.weight_decay", self.weight_decay)
+        check_fraction("train.min_lr_ratio", self.min_lr_ratio, below_one=False)
+        check(self.warmup_steps < self.steps, "train.warmup_steps", self.warmup_steps, f"below {self.steps} steps")
+        check(len(self.betas) == 2, "train.betas", self.betas, "two numbers")
+        for beta in self.betas:
+            check_fraction("train.betas", beta)
+        check_choice("train.precision", self.precision, get_args(Precision))
+        check_choice("train.device", self.device, ("auto", "cpu", "cuda"))
+        check_choice("train.resume", self.resume, ("never", "auto"))
+        check(bool(self.output_dir), "train.output_dir", self.output_dir, "the name of a folder")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.accumulation * self.batch_size * self.seq_len
+
+    def numerics(self) -> dict[str, Any]:
+        """The settings that an interrupted run must keep to be resumed exactly, as JSON values."""
+        kept = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in OPERATIONAL}
+        return kept | {"betas": list(self.betas)}
