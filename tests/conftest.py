@@ -1,11 +1,11 @@
 """Shape checks, a seed and poisoned memory for every test; global state is put back afterwards."""
 
 import os
-import pkgutil
 import random
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -21,9 +21,11 @@ SHAPE_CHECKS = os.environ.get("SHAPE_CHECKS", "1") != "0"
 def _hooked_modules() -> list[str]:
     """Everything but ``interop``, whose classes are read by other libraries."""
     spec = find_spec("helmholtz")
-    assert spec is not None and spec.submodule_search_locations is not None
-    names = {module.name for module in pkgutil.iter_modules(spec.submodule_search_locations)}
-    return [f"helmholtz.{name}" for name in sorted(names - {"interop"})]
+    assert spec is not None and spec.origin is not None
+    names = {
+        path.stem for path in Path(spec.origin).parent.iterdir() if path.suffix == ".py" or path.is_dir()
+    }
+    return [f"helmholtz.{name}" for name in sorted(names - {"__init__", "__pycache__", "interop"})]
 
 
 if SHAPE_CHECKS:

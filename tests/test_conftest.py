@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from helmholtz import ops
+from helmholtz.ops.rope import rope
 
 
 def test_uninitialised_memory_is_nan():
@@ -19,7 +19,7 @@ def test_uninitialised_memory_is_nan():
 @pytest.mark.skipif(os.environ.get("SHAPE_CHECKS") == "0", reason="the shape checks are off")
 def test_shapes_are_checked():
     with pytest.raises(TypeError, match="rope"):
-        ops.rope(torch.zeros(2, 3), torch.arange(3))
+        rope(torch.zeros(2, 3, 4), torch.arange(3))
 
 
 @pytest.mark.parametrize("attempt", [1, 2])
