@@ -1,0 +1,59 @@
+"""One layer of a decoder: a mixer and a feed-forward, each behind a norm and around a residual."""
+
+from typing import Generic, TypeVar
+
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from helmholtz.layers.base import AbstractMixer
+from helmholtz.layers.mlp import SwiGLU
+
+StateT = TypeVar("StateT")
+
+
+class Block(nn.Module, Generic[StateT]):
+    """Pre-norm residual block: ``h = x + mixer(norm(x))``, ``y = h + mlp(norm(h))``.
+
+    Dropout acts on what the two branches write, never inside a mixer: a prior with dropped weights is no
+    distribution. A pad that comes in as 0 goes out as 0.
+
+    Source: Touvron et al., "LLaMA", 2023, section 2.2; Zhang & Sennrich, "RMSNorm", 2019.
+    """
+
+    def __init__(
+        self,
+        mixer: AbstractMixer[StateT],
+        mlp: SwiGLU,
+        d_model: int,
+        *,
+        norm_eps: float = 1e-6,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.mixer = mixer
+        self.mlp_norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.mlp = mlp
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        *,
+        attention_mask: Shaped[Tensor, "..."] | None = None,
+        cu_seqlens: Shaped[Tensor, "..."] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        mixed = self.mixer(self.mixer_norm(x), attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+        return self._feed_forward(x + self.dropout(mixed))
+
+    def init_state(self, batch_size: int) -> StateT:
+        return self.mixer.init_state(batch_size)
+
+    def step(
+        self, x: Float[Tensor, "B T D"], state: StateT, *, attention_mask: Shaped[Tensor, "..."] | None = None
+    ) -> tuple[Float[Tensor, "B T D"], StateT]:
+        mixed, state = self.mixer.step(self.mixer_norm(x), state, attention_mask=attention_mask)
+        return self._feed_forward(x + self.dropout(mixed)), state
+
+    def _feed_forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))

@@ -1,0 +1,6 @@
+"""Language models, by the name that a checkpoint gives its architecture."""
+
+from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.transformer import Transformer
+
+MODELS: dict[str, type[AbstractDecoder]] = {"transformer": Transformer}

@@ -1,0 +1,262 @@
+"""What all decoders share: the config, the way from tokens to logits, the stream, the checks of tokens."""
+
+import abc
+import contextlib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+from helmholtz._checks import (
+    check,
+    check_divides,
+    check_fraction,
+    check_integer,
+    check_keys,
+    check_positive,
+)
+from helmholtz.layers.base import AbstractMixer
+from helmholtz.layers.block import Block
+from helmholtz.layers.init import init_normal, scale_residual
+from helmholtz.layers.mlp import SwiGLU
+from helmholtz.layers.sequence import SequenceLayout, sequence_layout
+
+ConfigT = TypeVar("ConfigT", bound="ModelConfig")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Sizes of a decoder. Fields left None are filled in, so a saved config is complete."""
+
+    vocab_size: int
+    """Number of token ids."""
+    d_model: int = 256
+    """Width of the residual stream."""
+    n_layers: int = 4
+    n_heads: int = 4
+    """Query heads; a divisor of d_model."""
+    n_kv_heads: int | None = None
+    """Key/value heads, a divisor of n_heads; None means n_heads."""
+    d_ff: int | None = None
+    """Width of the feed-forward; None means 8/3 d_model rounded up to a multiple of 8."""
+    max_seq_len: int = 1024
+    """Longest sequence, in real tokens."""
+    rope_theta: float = 10000.0
+    """Base of the rotary wavelengths."""
+    tie_embeddings: bool = True
+    """Whether the output matrix is the embedding."""
+    norm_eps: float = 1e-6
+    """Added to the mean square in every RMS norm."""
+    dropout: float = 0.0
+    """Probability to drop what a block writes into the residual stream."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "n_layers", "max_seq_len"):
+            check_integer(name, getattr(self, name))
+        self._fill("n_kv_heads", self.n_heads)
+        self._fill("d_ff", -(-8 * self.d_model // 24) * 8)
+        check_integer("d_ff", self.d_ff)
+        check_divides("n_heads", self.n_heads, "d_model", self.d_model)
+        check_divides("n_kv_heads", self.n_kv_heads or 0, "n_heads", self.n_heads)
+        check_positive("rope_theta", self.rope_theta)
+        check_positive("norm_eps", self.norm_eps)
+        check_fraction("dropout", self.dropout)
+        check(isinstance(self.tie_embeddings, bool), "tie_embeddings", self.tie_embeddings, "true or false")
+
+    def _fill(self, name: str, value: object) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values, ready for JSON; ``from_dict`` gives an equal config back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+        """The config with these values. Raises: ValueError for an unknown key, naming the nearest valid one."""
+        return _from_dict(cls, values, cls.__name__)
+
+
+def _from_dict(cls: type, values: Any, name: str) -> Any:
+    check(isinstance(values, Mapping), name, values, "a mapping of names to values")
+    known = [f.name for f in fields(cls)]
+    check_keys(name, values, known)
+    hints = typing.get_type_hints(cls)
+    built = {key: _value(hints[key], value, f"{name}.{key}") for key, value in values.items()}
+    try:
+        return cls(**built)
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+    """JSON knows neither nested configs nor tuples: restore them where the field's type names them."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for option in options:
+        if is_dataclass(option) and isinstance(value, Mapping):
+            return _from_dict(typing.cast(type, option), value, name)
+        if typing.get_origin(option) is tuple and isinstance(value, list):
+            return tuple(value)
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class LMState:
+    """What a decoder remembers of a stream: a state per block, and the real tokens each row has seen."""
+
+    blocks: tuple[Any, ...]
+    position: Int[Tensor, "B"]
+
+
+@dataclass(frozen=True, slots=True)
+class LMOutput:
+    """Next-token logits, 0 at pads, and the state of the stream if there is one."""
+
+    logits: Float[Tensor, "B T vocab"]
+    state: LMState | None = None
+
+
+class AbstractDecoder(nn.Module, abc.ABC):
+    """Embedding, pre-norm blocks, norm, output matrix. Subclasses choose the config and build the mixers.
+
+    Pads enter the residual stream as 0 and stay 0 through every block: neither their ids nor their number
+    matter.
+    """
+
+    config_class: ClassVar[type[ModelConfig]]
+    blocks: Sequence[Block[Any]]
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        blocks = [self._block(config, layer) for layer in range(config.n_layers)]
+        self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.unembed = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        init_normal(self.embed)
+        init_normal(self.unembed)
+        scale_residual([b.mixer.o_proj for b in blocks] + [b.mlp.down_proj for b in blocks])
+        self.tie_weights()
+
+    @abc.abstractmethod
+    def build_mixer(self, layer: int) -> AbstractMixer[Any]:
+        """The mixer of block ``layer``, initialised; called once per block by the constructor."""
+
+    def _block(self, config: ModelConfig, layer: int) -> Block[Any]:
+        assert config.d_ff is not None
+        mlp = SwiGLU(config.d_model, config.d_ff)
+        mixer = self.build_mixer(layer)
+        return Block(mixer, mlp, config.d_model, norm_eps=config.norm_eps, dropout=config.dropout)
+
+    def tie_weights(self) -> None:
+        """Make the output matrix the embedding, if the config says so."""
+        if self.config.tie_embeddings:
+            self.unembed.weight = self.embed.weight
+
+    def forward(
+        self,
+        tokens: Shaped[Tensor, "..."],
+        *,
+        attention_mask: Shaped[Tensor, "..."] | None = None,
+        cu_seqlens: Shaped[Tensor, "..."] | None = None,
+    ) -> LMOutput:
+        """Logits of the token after each position of ``tokens`` (integer ``B T``).
+
+        Args:
+            attention_mask: bool or integer ``B T``, non-zero where a token is real; any pattern.
+            cu_seqlens: integer ``n+1``, bounds of sequences packed end to end in one row; excludes the mask.
+
+        Raises: ValueError for ids outside the vocabulary, a sequence beyond ``max_seq_len``, or bad shapes.
+        """
+        x, layout = self._embed(tokens, attention_mask, cu_seqlens, None)
+        for block in self.blocks:
+            x = block(x, attention_mask=layout.mask, cu_seqlens=layout.cu_seqlens)
+        return LMOutput(self.unembed(self.norm(x)))
+
+    def init_state(self, batch_size: int) -> LMState:
+        """The state before the first token."""
+        check_integer("batch_size", batch_size)
+        position = torch.zeros(batch_size, dtype=torch.long, device=self.embed.weight.device)
+        return LMState(tuple(block.init_state(batch_size) for block in self.blocks), position)
+
+    def step(
+        self,
+        tokens: Shaped[Tensor, "..."],
+        state: LMState,
+        *,
+        attention_mask: Shaped[Tensor, "..."] | None = None,
+    ) -> LMOutput:
+        """Logits after the next one or many tokens of a stream, and the new state; ``state`` is unchanged.
+
+        Raises: as ``forward``; the length counts the tokens that the state has seen.
+        """
+        x, layout = self._embed(tokens, attention_mask, None, state.position)
+        states = []
+        for block, block_state in zip(self.blocks, state.blocks, strict=True):
+            x, block_state = block.step(x, block_state, attention_mask=layout.mask)
+            states.append(block_state)
+        return LMOutput(self.unembed(self.norm(x)), LMState(tuple(states), layout.advance(state.position)))
+
+    def _embed(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        position: Tensor | None,
+    ) -> tuple[Float[Tensor, "B T D"], SequenceLayout]:
+        _check_tokens(tokens)
+        if position is not None and len(position) != len(tokens):
+            raise ValueError(f"tokens: {len(tokens)} rows came, the state is of a batch of {len(position)}")
+        weight = self.embed.weight
+        layout = sequence_layout(weight[0].expand(*tokens.shape, -1), attention_mask, cu_seqlens, position)
+        self._check_length(layout, position)
+        if layout.mask is not None:
+            tokens = tokens.masked_fill(~layout.mask, 0)
+        self._check_vocabulary(tokens)
+        x = self.embed(tokens)
+        return x if layout.mask is None else x.masked_fill(~layout.mask.unsqueeze(-1), 0), layout
+
+    def _check_length(self, layout: SequenceLayout, position: Tensor | None) -> None:
+        if layout.cu_seqlens is not None:
+            longest = int(layout.cu_seqlens.diff().max())
+        elif layout.mask is None and position is None:
+            longest = layout.positions.shape[-1]
+        else:
+            seen = position if position is not None else layout.positions.new_zeros(len(layout.positions))
+            longest = int(layout.advance(seen).max())
+        if longest > self.config.max_seq_len:
+            raise ValueError(
+                f"tokens: a sequence of {longest} tokens is longer than max_seq_len={self.config.max_seq_len}"
+            )
+
+    def _check_vocabulary(self, tokens: Tensor) -> None:
+        low, high = (int(x) for x in tokens.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            outside, size = (low if low < 0 else high), self.config.vocab_size
+            raise ValueError(f"tokens: id {outside} is not in the vocabulary of {size} ids (0 to {size - 1})")
+
+
+def _check_tokens(tokens: Tensor) -> None:
+    if tokens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"tokens: wanted int32 or int64 ids, got {tokens.dtype}")
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(f"tokens: wanted a non-empty batch of shape (B, T), got shape {tuple(tokens.shape)}")
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off and no gradients inside the block; afterwards each module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,49 @@
+"""The baseline: a Llama-style decoder.
+
+Pre-norm blocks with RMSNorm, rotary grouped-query softmax attention and a SwiGLU feed-forward; no biases. With
+the weights of a Llama checkpoint it computes the same logits.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from helmholtz.layers.attention import Attention, check_heads
+from helmholtz.models.base import AbstractDecoder, ModelConfig
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransformerConfig(ModelConfig):
+    """Sizes of the baseline decoder."""
+
+    def __post_init__(self) -> None:
+        ModelConfig.__post_init__(self)
+        assert self.n_kv_heads is not None
+        check_heads(self.d_model, self.n_heads, self.n_kv_heads)
+
+
+@final
+class Transformer(AbstractDecoder):
+    """Decoder of softmax attention blocks (Touvron et al., "LLaMA", 2023, with grouped-query heads)."""
+
+    config_class: ClassVar[type[ModelConfig]] = TransformerConfig
+    config: TransformerConfig
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+
+    def build_mixer(self, layer: int) -> Attention:
+        c = self.config
+        return Attention(c.d_model, c.n_heads, n_kv_heads=c.n_kv_heads, rope_theta=c.rope_theta)
+
+
+def small(vocab_size: int) -> TransformerConfig:
+    """About 0.8 M parameters beside the embedding: learns characters on a CPU in minutes."""
+    return TransformerConfig(vocab_size=vocab_size, d_model=128, n_layers=4, n_heads=4, max_seq_len=256)
+
+
+def medium(vocab_size: int) -> TransformerConfig:
+    """About 25 M parameters beside the embedding."""
+    return TransformerConfig(
+        vocab_size=vocab_size, d_model=512, n_layers=8, n_heads=8, n_kv_heads=4, max_seq_len=1024
+    )
