@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from helmholtz.training.config import TrainConfig
 from helmholtz.training.optim import learning_rate, make_optimizer, parameter_groups
-from torch import nn
 
 
 class Tied(nn.Module):

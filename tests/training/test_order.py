@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from helmholtz.training.order import window_starts
 
 SETTINGS = {"n_tokens": 107, "seq_len": 10, "seed": 3}
@@ -28,6 +29,8 @@ def test_the_order_leaves_the_global_generator_alone():
 
 
 def test_a_text_too_short_for_a_window_is_refused():
-    with pytest.raises(ValueError, match="the training text has 19 tokens; train.seq_len = 10 needs at least 20"):
+    with pytest.raises(
+        ValueError, match="the training text has 19 tokens; train.seq_len = 10 needs at least 20"
+    ):
         window_starts(0, 1, n_tokens=19, seq_len=10, seed=0)
     assert window_starts(5, 1, n_tokens=20, seq_len=10, seed=0).item() <= 9

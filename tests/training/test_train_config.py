@@ -1,6 +1,7 @@
 import re
 
 import pytest
+
 from helmholtz.training.config import TrainConfig
 
 
@@ -27,4 +28,6 @@ def test_settings_that_may_change_on_resumption_are_not_part_of_the_numerics():
     two = TrainConfig(output_dir="b", threads=2, save_every=7, resume="auto")
     assert one.numerics() == two.numerics()
     assert one.numerics() != TrainConfig(output_dir="a", lr=1e-3).numerics()
-    assert one.numerics() != TrainConfig(output_dir="a", eval_every=3).numerics()  # it decides which state is best
+    assert (
+        one.numerics() != TrainConfig(output_dir="a", eval_every=3).numerics()
+    )  # it decides which state is best

@@ -20,53 +20,50 @@ OPERATIONAL = frozenset({"output_dir", "resume", "threads", "log_every", "save_e
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """How a model is trained.
-
-    Args:
-        output_dir: folder of the run: checkpoints, metrics, summary
-        steps: optimizer steps; with ``batch_size``, ``seq_len`` and ``accumulation`` it fixes the tokens seen
-        batch_size: sequences per forward pass
-        seq_len: tokens per sequence
-        accumulation: forward passes whose mean gradient makes one optimizer step
-        lr: highest learning rate, reached at the end of the warm-up
-        min_lr_ratio: last learning rate over the highest one
-        warmup_steps: steps of linear warm-up; a half cosine follows
-        weight_decay: AdamW's decay of matrices; vectors (norms, biases, temperatures) are not decayed
-        betas: AdamW's averaging constants
-        clip_norm: largest gradient norm (2-norm over all parameters)
-        precision: fp32, or autocast to bf16, or to fp16 with a gradient scaler
-        device: where to train; auto takes CUDA if there is one
-        threads: CPU threads of torch; 0 keeps torch's own choice
-        seed: seed of the initial weights, of the order of the data and of dropout
-        eval_every: steps between evaluations on validation text; the last step is always evaluated
-        eval_tokens: validation tokens per evaluation, always the same first ones
-        save_every: steps between checkpoints; the last step is always saved
-        log_every: steps between records of the training metrics
-        tensorboard: also write the metrics for TensorBoard (extra ``train``)
-        resume: never refuses a folder that holds a run; auto continues it, or starts if there is none
-    """
+    """How a model is trained."""
 
     output_dir: str = "runs/default"
+    """Folder of the run: checkpoints, metrics, summary."""
     steps: int = 1000
+    """Optimizer steps; with ``batch_size``, ``seq_len`` and ``accumulation`` it fixes the tokens seen."""
     batch_size: int = 16
+    """Sequences per forward pass."""
     seq_len: int = 256
+    """Tokens per sequence."""
     accumulation: int = 1
+    """Forward passes whose mean gradient makes one optimizer step."""
     lr: float = 3e-3
+    """Highest learning rate, reached at the end of the warm-up."""
     min_lr_ratio: float = 0.1
+    """Last learning rate over the highest one."""
     warmup_steps: int = 100
+    """Steps of linear warm-up; a half cosine follows."""
     weight_decay: float = 0.1
+    """AdamW's decay of matrices; vectors (norms, biases, temperatures) are not decayed."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's averaging constants."""
     clip_norm: float = 1.0
+    """Largest gradient norm (2-norm over all parameters)."""
     precision: Precision = "fp32"
+    """Fp32, or autocast to bf16, or to fp16 with a gradient scaler."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes CUDA if there is one."""
     threads: int = 0
+    """CPU threads of torch; 0 keeps torch's own choice."""
     seed: int = 0
+    """Seed of the initial weights, of the order of the data and of dropout."""
     eval_every: int = 250
+    """Steps between evaluations on validation text; the last step is always evaluated."""
     eval_tokens: int = 32768
+    """Validation tokens per evaluation, always the same first ones."""
     save_every: int = 250
+    """Steps between checkpoints; the last step is always saved."""
     log_every: int = 1
+    """Steps between records of the training metrics."""
     tensorboard: bool = False
+    """Also write the metrics for TensorBoard (extra ``train``)."""
     resume: Literal["never", "auto"] = "never"
+    """Never refuses a folder that holds a run; auto continues it, or starts if there is none."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "seq_len", "accumulation")
@@ -79,7 +76,12 @@ class TrainConfig:
         check_positive("train.clip_norm", self.clip_norm)
         check_non_negative("train.weight_decay", self.weight_decay)
         check_fraction("train.min_lr_ratio", self.min_lr_ratio, below_one=False)
-        check(self.warmup_steps < self.steps, "train.warmup_steps", self.warmup_steps, f"below {self.steps} steps")
+        check(
+            self.warmup_steps < self.steps,
+            "train.warmup_steps",
+            self.warmup_steps,
+            f"below {self.steps} steps",
+        )
         check(len(self.betas) == 2, "train.betas", self.betas, "two numbers")
         for beta in self.betas:
             check_fraction("train.betas", beta)
@@ -94,5 +96,7 @@ class TrainConfig:
 
     def numerics(self) -> dict[str, Any]:
         """The settings that an interrupted run must keep to be resumed exactly, as JSON values."""
-        kept = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in OPERATIONAL}
+        kept = {
+            field.name: getattr(self, field.name) for field in fields(self) if field.name not in OPERATIONAL
+        }
         return kept | {"betas": list(self.betas)}

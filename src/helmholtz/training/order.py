@@ -15,9 +15,7 @@ def _epoch(n_windows: int, slack: int, seed: int, epoch: int) -> tuple[int, Int[
     return offset, torch.randperm(n_windows, generator=generator)
 
 
-def window_starts(
-    first: int, count: int, *, n_tokens: int, seq_len: int, seed: int
-) -> Int[Tensor, " count"]:
+def window_starts(first: int, count: int, *, n_tokens: int, seq_len: int, seed: int) -> Int[Tensor, " count"]:
     """Starts of windows ``first .. first + count - 1`` of the endless training stream.
 
     Each epoch cuts the text into windows of ``seq_len`` (plus the token to predict after the last one) from a

@@ -1,0 +1,1 @@
+"""The command line: ``helmholtz data | train | evaluate | generate | compare | inspect``."""

@@ -1,0 +1,48 @@
+"""``helmholtz <command> ...``: one line per error, exit code 2 for what the user can mend and 1 for what went wrong."""
+
+import importlib
+import sys
+
+from rich.console import Console
+
+COMMANDS = {
+    "data": "turn text into tokens on disk",
+    "train": "train a model, or go on training it",
+    "evaluate": "bits per byte, perplexity and speed of a trained model",
+    "generate": "continue a prompt",
+    "compare": "one table, one result file and pictures for several runs",
+    "inspect": "what a model is made of, what it has learned, and how it reads a text",
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<10}{summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(
+        ["usage: helmholtz <command> [options]", "", *lines, "", "helmholtz <command> --help tells more"]
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return the exit code."""
+    from helmholtz._checks import check_choice
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    console = Console(highlight=False, soft_wrap=True)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        console.print(usage(), markup=False)
+        return 0 if arguments else 2
+    command, *rest = arguments
+    try:
+        check_choice("command", command, COMMANDS)
+        return importlib.import_module(f"helmholtz.cli.{command}").run(rest, console)
+    except (ValueError, OSError, ImportError) as error:
+        errors.print(f"helmholtz {command}: error: {error}", markup=False)
+        return 2
+    except RuntimeError as error:
+        errors.print(f"helmholtz {command}: {error}", markup=False)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

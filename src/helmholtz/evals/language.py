@@ -1,0 +1,107 @@
+"""How well and how fast a language model predicts text."""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor
+
+from helmholtz._checks import check, check_integer
+from helmholtz.data.tokens import TokenDataset
+from helmholtz.models.base import AbstractDecoder
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageResult:
+    """Quality of a model on a whole split."""
+
+    nats_per_token: float
+    bits_per_byte: float
+    perplexity: float
+    """Per token, so comparable only between models of one tokenizer; bits per byte compares all."""
+    n_tokens: int
+    n_bytes: int
+
+
+@torch.no_grad()
+def evaluate_language(
+    model: AbstractDecoder,
+    data: TokenDataset,
+    *,
+    seq_len: int,
+    overlap: int | None = None,
+    batch_size: int = 16,
+) -> LanguageResult:
+    r"""Predict every token of a split once: :math:`\mathrm{bpb} = \sum_i -\log_2 p(x_i | \text{context}) / \text{bytes}`.
+
+    Convention: the text is one stream, each document followed by the end token, and the stream itself is preceded by
+    one. So a document's first token is predicted from the end of the document before it, the end tokens are
+    predicted and paid for too, and the bytes are those of the text alone. The stream is read in windows of
+    ``seq_len``; the first ``overlap`` tokens of a window (default: half) are context only, for the window before it
+    has predicted them. Every token but those of the first window has at least ``overlap`` tokens of context.
+
+    Raises: ValueError for an overlap that leaves nothing to predict, or a window the model cannot take.
+    """
+    check_integer("seq_len", seq_len)
+    check(
+        seq_len <= model.config.max_seq_len,
+        "seq_len",
+        seq_len,
+        f"at most the model's {model.config.max_seq_len}",
+    )
+    overlap = seq_len // 2 if overlap is None else overlap
+    check(0 <= overlap < seq_len, "overlap", overlap, f"in [0, seq_len = {seq_len})")
+    stream = torch.cat([torch.tensor([data.eos_id]), data.read(torch.tensor([0]), len(data))[0]])
+    device, training = model.embed.weight.device, model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    for tokens, targets in _windows(stream, seq_len, overlap, batch_size):
+        logits = model(tokens.to(device)).logits.float()
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten(), reduction="none")
+        total += losses.double().sum().cpu()  # ignored targets have loss 0
+    model.train(training)
+    nats = total.item()
+    return LanguageResult(
+        nats_per_token=nats / len(data),
+        bits_per_byte=nats / math.log(2) / data.n_bytes,
+        perplexity=math.exp(min(nats / len(data), 700.0)),
+        n_tokens=len(data),
+        n_bytes=data.n_bytes,
+    )
+
+
+def _windows(
+    stream: Int[Tensor, " n"], seq_len: int, overlap: int, batch_size: int
+) -> list[tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]]:
+    """Inputs and targets; a target is -100 where an earlier window has predicted it or the text is over."""
+    stride, n_targets = seq_len - overlap, len(stream) - 1
+    starts = torch.arange(0, max(1, n_targets - overlap), stride)
+    padded = F.pad(stream, (0, seq_len + stride), value=int(stream[0]))
+    rows = padded[starts[:, None] + torch.arange(seq_len + 1)]
+    position = starts[:, None] + torch.arange(seq_len)
+    repeated = (torch.arange(seq_len) < overlap) & (starts[:, None] > 0)
+    targets = rows[:, 1:].masked_fill(repeated | (position >= n_targets), -100)
+    return list(zip(rows[:, :-1].split(batch_size), targets.split(batch_size), strict=True))
+
+
+@torch.no_grad()
+def decode_tokens_per_second(model: AbstractDecoder, *, n_tokens: int = 128, batch_size: int = 1) -> float:
+    """Tokens generated per second by greedy decoding, one at a time, after a short prompt; all rows counted."""
+    check_integer("n_tokens", n_tokens)
+    training = model.training
+    model.eval()
+    token = torch.zeros(batch_size, 1, dtype=torch.long, device=model.embed.weight.device)
+    state: Any = model.init_state(batch_size)
+    for _ in range(4):  # the first calls pay for caches
+        state = model.step(token, state).state
+    begin = time.perf_counter()
+    for _ in range(n_tokens):
+        output = model.step(token, state)
+        token, state = output.logits.argmax(-1), output.state
+    seconds = time.perf_counter() - begin
+    model.train(training)
+    return n_tokens * batch_size / seconds

@@ -1,0 +1,171 @@
+"""Hooks into a run, and the ones every run has: metrics on disk, TensorBoard, a progress bar."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One optimizer step. ``loss`` (nats per token) is the value before the update."""
+
+    step: int
+    """Steps applied, this one included."""
+    tokens: int
+    """Training tokens consumed so far."""
+    loss: float
+    bits_per_byte: float
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+    tokens_per_second: float
+    skipped: bool = False
+    """The gradient overflowed in fp16: no update was made and ``step`` did not advance."""
+    terms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EvalRecord:
+    """One evaluation on validation text. ``statistics`` holds what the model has learned (beta, lambda)."""
+
+    step: int
+    tokens: int
+    validation_loss: float
+    validation_bits_per_byte: float
+    best: bool
+    """Lowest validation loss so far."""
+    statistics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """How a run ended: ``finished``, ``interrupted`` (a signal; saved, can be resumed) or ``failed``."""
+
+    status: str
+    step: int
+    tokens: int
+    best_validation_loss: float
+    folder: Path
+
+
+class Callback:
+    """A user's hooks; override the ones of interest. They run in the order given, after the built-in ones.
+
+    Order within a step: ``on_step``, then ``on_eval`` if one is due, then ``on_checkpoint`` if one is due.
+    ``on_end`` runs once, also after an error.
+    """
+
+    def on_step(self, record: StepRecord) -> None:
+        """After each optimizer step (each one, whatever ``log_every`` says)."""
+
+    def on_eval(self, record: EvalRecord) -> None:
+        """After each evaluation."""
+
+    def on_checkpoint(self, folder: Path, step: int) -> None:
+        """After ``folder`` (``last`` or ``best`` of the run) has been replaced."""
+
+    def on_end(self, result: RunResult) -> None:
+        """When the run has ended, however it did."""
+
+
+class JSONLMetrics(Callback):
+    """One JSON object per line in ``metrics.jsonl``; ``kind`` is ``step`` or ``eval``.
+
+    A resumed run drops the records after its checkpoint, so that the file reads as if nothing had happened.
+    """
+
+    def __init__(self, path: Path, *, start: int, log_every: int) -> None:
+        self.log_every = log_every
+        kept = []
+        if start > 0 and path.exists():
+            kept = [line for line in path.read_text().splitlines() if self._until(line, start)]
+        rewritten = path.with_name(path.name + ".tmp")
+        rewritten.write_text("".join(line + "\n" for line in kept))
+        rewritten.replace(path)
+        self.file = path.open("a")
+
+    @staticmethod
+    def _until(line: str, step: int) -> bool:
+        try:
+            return json.loads(line)["step"] <= step
+        except json.JSONDecodeError:  # the line that was being written when the process was killed
+            return False
+
+    def _write(self, kind: str, values: dict[str, Any]) -> None:
+        self.file.write(json.dumps({"kind": kind} | values) + "\n")
+        self.file.flush()
+
+    def on_step(self, record: StepRecord) -> None:
+        if record.step % self.log_every == 0 or record.skipped:
+            values = asdict(record)
+            finite = values["grad_norm"] if math.isfinite(record.grad_norm) else None
+            self._write("step", values | {"grad_norm": finite})
+
+    def on_eval(self, record: EvalRecord) -> None:
+        self._write("eval", asdict(record))
+
+    def on_end(self, result: RunResult) -> None:
+        self.file.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All records of a run's ``metrics.jsonl``, oldest first."""
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
+class TensorBoard(Callback):
+    """The same metrics as event files. Needs the extra ``train``."""
+
+    def __init__(self, folder: Path, *, start: int, log_every: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError("train.tensorboard needs TensorBoard: install helmholtz-nn[train]") from error
+        self.log_every = log_every
+        self.writer = SummaryWriter(str(folder), purge_step=start + 1)
+
+    def on_step(self, record: StepRecord) -> None:
+        if record.step % self.log_every == 0:
+            for name in ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_second"):
+                self.writer.add_scalar(f"train/{name}", getattr(record, name), record.step)
+
+    def on_eval(self, record: EvalRecord) -> None:
+        self.writer.add_scalar("validation/loss", record.validation_loss, record.step)
+        self.writer.add_scalar("validation/bits_per_byte", record.validation_bits_per_byte, record.step)
+        for name, value in record.statistics.items():
+            self.writer.add_scalar(f"learned/{name}", value, record.step)
+
+    def on_end(self, result: RunResult) -> None:
+        self.writer.close()
+
+
+class ProgressBar(Callback):
+    """A live bar on a terminal; one line per evaluation elsewhere."""
+
+    def __init__(self, console: Console, *, start: int, total: int) -> None:
+        self.console, self.total = console, total
+        columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.progress.add_task("", total=total, completed=start)
+        self.progress.start()
+
+    def on_step(self, record: StepRecord) -> None:
+        text = f"{record.bits_per_byte:.3f} bits/byte, {record.tokens_per_second:,.0f} tokens/s"
+        self.progress.update(self.task, completed=record.step, description=text)
+
+    def on_eval(self, record: EvalRecord) -> None:
+        mark = " (best)" if record.best else ""
+        self.progress.console.print(
+            f"step {record.step}/{self.total}: validation {record.validation_bits_per_byte:.4f} bits/byte{mark}",
+            highlight=False,
+        )
+
+    def on_end(self, result: RunResult) -> None:
+        self.progress.stop()
