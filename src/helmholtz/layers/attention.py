@@ -16,9 +16,9 @@ from helmholtz.ops.rope import rope
 
 @final
 class Attention(AbstractMixer[KVCache]):
-    r"""Multi-head attention: each head reads :math:`\sum_i \mathrm{softmax}_i(q_t \cdot k_i / \sqrt{K})\, v_i`.
+    r"""Multi-head attention: a head reads :math:`\sum_i \mathrm{softmax}_i(q_t \cdot k_i / \sqrt{K})\, v_i`.
 
-    Heads share keys and values in ``n_kv_heads`` groups. Rotary positions count real tokens: pads shift nothing.
+    Heads share keys and values in ``n_kv_heads`` groups. Rotary positions count real tokens only.
 
     Args:
         n_kv_heads: key/value heads, a divisor of ``n_heads``; None means one per query head.

@@ -12,8 +12,8 @@ StateT = TypeVar("StateT")
 class AbstractMixer(nn.Module, abc.ABC, Generic[StateT]):
     """Mixes tokens along time. Pads influence nothing and come out as exactly 0.
 
-    ``step(prompt, init_state(B))`` followed by further steps gives what ``forward`` gives on the whole. Subclasses
-    are final and project their result through ``o_proj``, which writes into the residual stream.
+    ``step(prompt, init_state(B))`` and further steps give what ``forward`` gives on the whole. Subclasses are
+    final and project their result through ``o_proj``, which writes into the residual stream.
     """
 
     o_proj: nn.Linear

@@ -58,7 +58,7 @@ def _all_real(k: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def map_state(fn: Callable[[Tensor], Tensor], state: StateT) -> StateT:
-    """Apply ``fn`` to every tensor of a state; ``map_state(lambda x: x[rows], state)`` selects or reorders rows.
+    """Apply ``fn`` to every tensor of a state: ``map_state(lambda x: x[rows], state)`` reorders rows.
 
     Walks dataclasses, tuples, lists and None; anything else is a TypeError.
     """

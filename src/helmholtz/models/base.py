@@ -78,7 +78,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-        """The config with these values. Raises: ValueError for an unknown key, naming the nearest valid one."""
+        """The config with these values. Raises: ValueError for an unknown key, naming the nearest one."""
         return _from_dict(cls, values, cls.__name__)
 
 

@@ -1,7 +1,7 @@
 """The baseline: a Llama-style decoder.
 
-Pre-norm blocks with RMSNorm, rotary grouped-query softmax attention and a SwiGLU feed-forward; no biases. With
-the weights of a Llama checkpoint it computes the same logits.
+Pre-norm blocks with RMSNorm, rotary grouped-query softmax attention and a SwiGLU feed-forward, no biases: from
+a Llama's weights it computes the same logits.
 """
 
 from dataclasses import dataclass
