@@ -82,3 +82,8 @@ def _starts(cu_seqlens: Tensor, batch: int, time: int) -> Int[Tensor, "n"]:
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != time or not increasing:
         raise ValueError(f"cu_seqlens: wanted increasing bounds from 0 to {time}, got {bounds}")
     return cu_seqlens[:-1].long()
+
+
+def reversed_reset(reset: Bool[Tensor, "B T"] | None) -> Bool[Tensor, "B T"] | None:
+    """The resets of the same sequences read from the last token to the first."""
+    return None if reset is None else reset.roll(-1, dims=1).flip(1)

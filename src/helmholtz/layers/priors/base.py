@@ -1,0 +1,57 @@
+"""The seam of the Free Energy Mixer: a prior is a causal average."""
+
+import abc
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from helmholtz.layers.sequence import SequenceLayout
+
+Features = Mapping[str, Float[Tensor, "B T W"]]
+"""What the mixer projected for its prior, by the names that the prior asked for."""
+
+Tilt = Callable[[Tensor], Tensor]
+"""Values ``B G T V`` to the signals ``B G T S V`` that are averaged."""
+
+
+class AbstractPrior(nn.Module, abc.ABC):
+    """For each query ``t`` and channel, weights over the visible tokens: non-negative, summing to one.
+
+    Only averages are exposed, never ``T x T`` weights, so a prior of O(T) stays O(T). All signals of a channel are
+    averaged with the same weights; the free-energy read sends a value and its exponential through one call.
+    """
+
+    query_widths: dict[str, int]
+    """Features projected from the queries' side, by name and total width."""
+    key_widths: dict[str, int]
+    """Features projected from the side that is read, by name and total width."""
+
+    @abc.abstractmethod
+    def mix(
+        self,
+        features: Features,
+        values: Float[Tensor, "B G S V"],
+        tilt: Tilt,
+        layout: SequenceLayout,
+        key_layout: SequenceLayout,
+        state: Any,
+    ) -> tuple[Float[Tensor, "B H T N V"], Any]:
+        """``(averages of tilt(values), new state)``, in at least float32.
+
+        ``state=None`` is a whole sequence. A query that sees no token gets 0 with gradient 0.
+        ``layout`` places the queries, ``key_layout`` the tokens that are read; they differ in cross-attention only.
+        """
+
+    @abc.abstractmethod
+    def init_state(self, batch_size: int, like: Tensor) -> Any:
+        """State before the first token, on the device (and, for cached keys, in the dtype) of ``like``."""
+
+    def output_gate(self, features: Features, layout: SequenceLayout) -> Float[Tensor, "B T C"] | None:
+        """A factor on the read, after the logarithm; None where the prior has none."""
+        return None
+
+
+def split_heads(x: Float[Tensor, "B T W"], heads: int) -> Float[Tensor, "B H T K"]:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)

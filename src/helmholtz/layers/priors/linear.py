@@ -1,0 +1,101 @@
+"""Linear attention as a prior, with or without decay (GLA): constant-size state, linear time."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, split_heads
+from helmholtz.layers.sequence import SequenceLayout, reversed_reset
+from helmholtz.ops._precision import wide_dtype
+from helmholtz.ops.linear_attention import linear_attention
+from helmholtz.ops.rope import rope
+
+DECAY_TEMPERATURE = 16.0
+"""Gated linear attention divides its log-sigmoid decay by this (Yang et al. 2024, section 4.4)."""
+
+
+class LinearPrior(AbstractPrior):
+    r"""``p_t(i)`` proportional to :math:`\phi(q_t) \cdot (e^{c_t - c_i} \phi(k_i))`, :math:`\phi = \mathrm{relu} + \epsilon`.
+
+    Args:
+        decay: None (linear attention), "head" (one decay per head: simple GLA) or "channel" (one per key channel: GLA);
+            :math:`c` is the running sum of ``logsigmoid(W x) / 16``.
+
+    Without causality the same recurrence also runs from the end; the token itself counts once.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_heads: int,
+        d_head: int,
+        rope_theta: float,
+        causal: bool,
+        backend: str,
+        eps: float,
+        decay: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.n_heads, self.d_head, self.rope_theta = n_heads, d_head, rope_theta
+        self.causal, self.backend, self.eps, self.decay = causal, backend, eps, decay
+        self.query_widths = {"q": n_heads * d_head}
+        self.key_widths = {"k": n_heads * d_head}
+        if decay is not None:
+            self.key_widths["decay"] = n_heads if decay == "head" else n_heads * d_head
+
+    def mix(
+        self,
+        features: Features,
+        values: Float[Tensor, "B G S V"],
+        tilt: Tilt,
+        layout: SequenceLayout,
+        key_layout: SequenceLayout,
+        state: Float[Tensor, "B H K C"] | None,
+    ) -> tuple[Float[Tensor, "B H T N V"], Float[Tensor, "B H K C"]]:
+        q, k = (self._feature_map(features[name], layout) for name in ("q", "k"))
+        decay = self._log_decay(features)
+        if layout.mask is not None:
+            real = layout.mask[:, None, :]
+            k = k * real.unsqueeze(-1)
+            decay = None if decay is None else decay * (real if decay.ndim == 3 else real.unsqueeze(-1))
+        signals = tilt(values)
+        v = F.pad(signals.flatten(-2).to(q.dtype), (0, 1), value=1.0)
+        with torch.autocast(q.device.type, enabled=False):
+            sums, state = self._sums(q, k, v, decay, layout, state)
+        mass = sums[..., -1:]
+        averages = sums[..., :-1] / torch.where(mass > 0, mass, 1.0)
+        return averages.unflatten(-1, signals.shape[-2:]), state
+
+    def _sums(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor | None,
+        layout: SequenceLayout,
+        state: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        ahead, last = linear_attention(q, k, v, decay, state=state, reset=layout.reset, backend=self.backend)
+        if self.causal:
+            return ahead, last
+        turned = [None if x is None else x.flip(2) for x in (q, k, v, decay)]
+        back, _ = linear_attention(*turned, reset=reversed_reset(layout.reset), backend=self.backend)
+        itself = (q * k).sum(-1, keepdim=True) * v
+        return ahead + back.flip(2) - itself, last
+
+    def _feature_map(self, x: Tensor, layout: SequenceLayout) -> Tensor:
+        heads = split_heads(x, self.n_heads)
+        if self.rope_theta:
+            heads = rope(heads, layout.positions, theta=self.rope_theta)
+        return F.relu(heads.to(wide_dtype(x.dtype))) + self.eps
+
+    def _log_decay(self, features: Features) -> Tensor | None:
+        if self.decay is None:
+            return None
+        raw = features["decay"].to(wide_dtype(features["decay"].dtype))
+        log_decay = F.logsigmoid(raw) / DECAY_TEMPERATURE
+        return log_decay.transpose(1, 2) if self.decay == "head" else split_heads(log_decay, self.n_heads)
+
+    def init_state(self, batch_size: int, like: Tensor) -> Float[Tensor, "B H K C"] | None:
+        return None

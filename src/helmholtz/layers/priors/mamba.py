@@ -1,0 +1,71 @@
+"""A selective state-space model with positive weights as a prior."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt
+from helmholtz.layers.sequence import SequenceLayout, reversed_reset
+from helmholtz.ops._precision import wide_dtype
+from helmholtz.ops.selective_scan import selective_scan
+
+
+class MambaPrior(AbstractPrior):
+    r"""Weights of the scan :math:`h_t = e^{\Delta_t A} h_{t-1} + \Delta_t B_t u_t,\ y_t = C_t \cdot h_t + D u_t`.
+
+    :math:`A < 0`, :math:`\Delta, B, C, D > 0`, so every weight is positive, and dividing by the same scan on ones
+    (skip term included) makes them a distribution: a logarithm of a scan with signed weights would have no meaning.
+
+    Args:
+        normalize: divide by the scan on ones. Without it there is no distribution, hence no free energy.
+
+    Source: Gu & Dao, "Mamba", 2023; made positive after Lu & Yang 2026. ``Delta = exp(-softplus(W x))`` lies in (0, 1).
+    """
+
+    def __init__(
+        self, *, width: int, n_heads: int, d_state: int, causal: bool, normalize: bool, eps: float
+    ) -> None:
+        super().__init__()
+        self.n_heads, self.d_state = n_heads, d_state
+        self.causal, self.normalize, self.eps = causal, normalize, eps
+        self.query_widths = {}
+        self.key_widths = {"delta": width, "b": d_state, "c": d_state}
+        self.A_raw = nn.Parameter(torch.full((width, d_state), -1.0))
+        self.D_raw = nn.Parameter(torch.ones(width))
+
+    def mix(
+        self,
+        features: Features,
+        values: Float[Tensor, "B G S V"],
+        tilt: Tilt,
+        layout: SequenceLayout,
+        key_layout: SequenceLayout,
+        state: Float[Tensor, "B N C R"] | None,
+    ) -> tuple[Float[Tensor, "B H T N V"], Float[Tensor, "B N C R"]]:
+        wide = wide_dtype(values.dtype)
+        signals = tilt(values).to(wide).permute(0, 2, 3, 1, 4).flatten(-2)
+        u = torch.cat([signals, torch.ones_like(signals[:, :, :1])], dim=2) if self.normalize else signals
+        delta = torch.sigmoid(-features["delta"].to(wide))
+        if layout.mask is not None:
+            delta = delta * layout.mask.unsqueeze(-1)
+        b, c = (F.softplus(features[name].to(wide)) + self.eps for name in ("b", "c"))
+        with torch.autocast(values.device.type, enabled=False):
+            y, state = self._scan(u, delta, b, c, layout, state)
+        averages = y[:, :, :-1] / y[:, :, -1:] if self.normalize else y
+        return averages.unflatten(-1, (self.n_heads, -1)).permute(0, 3, 1, 2, 4), state
+
+    def _scan(
+        self, u: Tensor, delta: Tensor, b: Tensor, c: Tensor, layout: SequenceLayout, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        rate, skip = -F.softplus(self.A_raw.to(u.dtype)), F.softplus(self.D_raw.to(u.dtype))
+        ahead, last = selective_scan(u, delta, rate, b, c, skip, state=state, reset=layout.reset)
+        if self.causal:
+            return ahead, last
+        turned = (x.flip(1) for x in (u, delta))
+        back, _ = selective_scan(*turned, rate, b.flip(1), c.flip(1), reset=reversed_reset(layout.reset))
+        itself = (delta * (b * c).sum(-1, keepdim=True)).unsqueeze(2) * u
+        return ahead + back.flip(1) - itself, last
+
+    def init_state(self, batch_size: int, like: Tensor) -> None:
+        return None

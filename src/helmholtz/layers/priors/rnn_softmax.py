@@ -1,0 +1,79 @@
+"""Attention-free softmax over time (AFT, a normalised linear RNN) as a prior: one weight per channel and token."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, split_heads
+from helmholtz.layers.sequence import SequenceLayout
+from helmholtz.ops._precision import wide_dtype
+from helmholtz.ops.rnn_softmax import RNNSoftmaxState, rnn_softmax
+from helmholtz.ops.rope import rope
+
+
+class RNNSoftmaxPrior(AbstractPrior):
+    r"""``p_t(i)`` proportional to :math:`e^{k_i}` per value channel; the query gates the read after the logarithm.
+
+    Gating inside the average would add ``log(gate) / beta`` to the free energy. Without causality every token of a
+    sequence reads the same softmax over all of its tokens.
+
+    Source: Zhai et al., "An Attention Free Transformer", 2021; Lu & Yang 2026.
+    """
+
+    def __init__(self, *, n_heads: int, d_head: int, rope_theta: float, causal: bool, eps: float) -> None:
+        super().__init__()
+        self.n_heads, self.d_head, self.rope_theta = n_heads, d_head, rope_theta
+        self.causal, self.eps = causal, eps
+        self.query_widths = {"q": n_heads * d_head}
+        self.key_widths = {"k": n_heads * d_head}
+
+    def mix(
+        self,
+        features: Features,
+        values: Float[Tensor, "B G S V"],
+        tilt: Tilt,
+        layout: SequenceLayout,
+        key_layout: SequenceLayout,
+        state: RNNSoftmaxState | None,
+    ) -> tuple[Float[Tensor, "B H T N V"], RNNSoftmaxState | None]:
+        k = self._rotated(features["k"], layout).to(wide_dtype(values.dtype))
+        if layout.mask is not None:
+            k = k.masked_fill(~layout.mask.unsqueeze(-1), -torch.inf)
+        signals = tilt(values).to(k.dtype).permute(0, 2, 3, 1, 4)
+        with torch.autocast(k.device.type, enabled=False):
+            if self.causal:
+                averaged, state = rnn_softmax(k, signals.flatten(-2), state=state, reset=layout.reset)
+            else:
+                averaged = self._whole(k, signals.flatten(-2), layout)
+        return averaged.unflatten(-1, (self.n_heads, -1)).permute(0, 3, 1, 2, 4), state
+
+    def _whole(self, k: Tensor, signals: Tensor, layout: SequenceLayout) -> Tensor:
+        if layout.cu_seqlens is not None:
+            lengths = layout.cu_seqlens.diff().tolist()
+            parts = zip(k.split(lengths, dim=1), signals.split(lengths, dim=1), strict=True)
+            return torch.cat([_global_average(*part) for part in parts], dim=1)
+        return _global_average(k, signals)
+
+    def output_gate(self, features: Features, layout: SequenceLayout) -> Float[Tensor, "B T C"]:
+        gate = F.softplus(self._rotated(features["q"], layout)) + self.eps
+        return F.rms_norm(gate.unflatten(-1, (self.n_heads, -1)), (self.d_head,)).flatten(-2)
+
+    def _rotated(self, x: Tensor, layout: SequenceLayout) -> Tensor:
+        if not self.rope_theta:
+            return x
+        return (
+            rope(split_heads(x, self.n_heads), layout.positions, theta=self.rope_theta)
+            .transpose(1, 2)
+            .flatten(-2)
+        )
+
+    def init_state(self, batch_size: int, like: Tensor) -> None:
+        return None
+
+
+def _global_average(k: Float[Tensor, "B T C"], signals: Float[Tensor, "B T N C"]) -> Float[Tensor, "B T N C"]:
+    """Softmax of ``k`` over time, the same for every query; a row without a real token averages to 0."""
+    empty = torch.isneginf(k).all(1, keepdim=True)
+    weights = k.masked_fill(empty, 0.0).softmax(1).masked_fill(empty, 0.0)
+    return torch.einsum("btc,btnc->bnc", weights, signals).unsqueeze(1).expand_as(signals)

@@ -1,0 +1,71 @@
+"""Softmax attention as a prior: the exact, quadratic one, with grouped key/value heads."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, split_heads
+from helmholtz.layers.sequence import SequenceLayout
+from helmholtz.layers.state import KVCache
+from helmholtz.ops._precision import wide_dtype
+from helmholtz.ops.attention import softmax_attention
+from helmholtz.ops.rope import rope
+
+
+class SoftmaxPrior(AbstractPrior):
+    """``p_t(i) = softmax_i(q_t . k_i / sqrt(K))``, rotary positions unless ``rope_theta`` is 0.
+
+    The decode state holds keys and values; signals are computed from the values anew in each step, so a token costs
+    ``G (K + V)`` numbers.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_heads: int,
+        n_kv_heads: int,
+        d_head: int,
+        d_head_v: int,
+        rope_theta: float,
+        causal: bool,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.d_head, self.d_head_v = n_heads, n_kv_heads, d_head, d_head_v
+        self.rope_theta, self.causal, self.backend = rope_theta, causal, backend
+        self.query_widths = {"q": n_heads * d_head}
+        self.key_widths = {"k": n_kv_heads * d_head}
+
+    def mix(
+        self,
+        features: Features,
+        values: Float[Tensor, "B G S V"],
+        tilt: Tilt,
+        layout: SequenceLayout,
+        key_layout: SequenceLayout,
+        state: KVCache | None,
+    ) -> tuple[Float[Tensor, "B H T N V"], KVCache | None]:
+        q, k = split_heads(features["q"], self.n_heads), split_heads(features["k"], self.n_kv_heads)
+        if self.rope_theta:
+            q = rope(q, layout.positions, theta=self.rope_theta)
+            k = rope(k, key_layout.positions, theta=self.rope_theta)
+        mask = key_layout.mask
+        if state is not None:
+            state = state.append(k, values, mask)
+            k, values, mask = state.k, state.v, state.mask
+        signals = tilt(values)
+        wide = wide_dtype(q.dtype) if signals.shape[-2] > 1 else q.dtype
+        with torch.autocast(q.device.type, enabled=False):
+            mixed = softmax_attention(
+                q.to(wide),
+                k.to(wide),
+                signals.flatten(-2).to(wide),
+                causal=self.causal,
+                key_mask=mask,
+                cu_seqlens=layout.cu_seqlens,
+                backend=self.backend,
+            )
+        return mixed.unflatten(-1, signals.shape[-2:]).to(wide_dtype(q.dtype)), state
+
+    def init_state(self, batch_size: int, like: Tensor) -> KVCache:
+        return KVCache.empty(batch_size, self.n_kv_heads, self.d_head, self.d_head_v, like)
