@@ -28,9 +28,8 @@ def assert_matches(name: str, actual: Tensor, expected: Tensor, *, budget: float
     expected = expected.detach().double()
     error = (actual.detach().double() - expected).square().mean().sqrt().item()
     scale = expected.square().mean().sqrt().item()
-    assert error <= allowed * scale, (
-        f"{name}: relative RMS error {error / max(scale, 1e-300):.3g}, allowed {allowed:.3g}"
-    )
+    relative = error / max(scale, 1e-300)
+    assert error <= allowed * scale, f"{name}: relative RMS error {relative:.3g}, allowed {allowed:.3g}"
 
 
 def grads(

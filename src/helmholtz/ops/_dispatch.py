@@ -17,7 +17,7 @@ class Backend:
 
 
 def choose(backends: tuple[Backend, ...], requested: str, *tensors: Tensor | None) -> Backend:
-    """First backend that accepts, for ``"auto"``; otherwise the named one, or a ``ValueError`` saying why not."""
+    """First backend that accepts for ``"auto"``, else the named one or a ``ValueError`` with its reason."""
     reasons = []
     for backend in backends:
         if requested not in ("auto", backend.name):

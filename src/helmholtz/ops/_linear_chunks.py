@@ -1,17 +1,18 @@
 """Chunked linear attention with an analytic backward: matrix products inside chunks, a state between them."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from helmholtz.ops._compute import full_precision
 
-# Shapes here: N = B H rows, L steps of one chunk (a power of two where there is a decay), E = 1 or K decays per step.
-# `since_i` is the product of the decays from the chunk's start up to i, `until_j` of those after j up to its end.
-# Decays are only multiplied. A block of a chunk lies right of its midpoint in the queries and left of it in the keys,
-# so e^{c_i - c_j} = since_i until_j around the midpoint, both at most 1, and halving again covers every pair i > j.
+# Shapes: N = B H rows, L steps of a chunk (a power of two where there is a decay), E = 1 or K decays a step.
+# `since_i` multiplies the decays from a span's start up to i, `until_j` those after j up to its end. Decays are
+# only multiplied: for i right and j left of a midpoint e^{c_i - c_j} = since_i until_j, both at most 1, and
+# halving again and again covers every pair i > j.
 
 
 def _levels(since: Tensor, until: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -148,11 +149,11 @@ def _spans(num_steps: int, length: int) -> list[slice]:
 
 
 class Chunked(torch.autograd.Function):
-    """``(out, last state)`` for rows ``N T K``; keeps the state before each chunk and recomputes the scores."""
+    """``(out, last state)`` of rows ``N T K``; keeps the state before each chunk, recomputes the scores."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -175,7 +176,7 @@ class Chunked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dout: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, keep, *starts = ctx.saved_tensors
         decay = _decays(log_decay, keep)
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
@@ -185,7 +186,7 @@ class Chunked(torch.autograd.Function):
                 a = None if decay is None else decay[:, t]
                 grads = _chunk_backward(q[:, t], k[:, t], v[:, t], a, start, dout[:, t], dstate)
                 dq[:, t], dk[:, t], dv[:, t], da, dstate = grads
-                if dlog is not None:
+                if dlog is not None and da is not None:
                     dlog[:, t] = da
         return dq, dk, dv, dlog, None, dstate, None
 

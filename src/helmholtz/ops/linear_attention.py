@@ -6,7 +6,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from helmholtz._checks import check
+from helmholtz.ops import _linear_fla
 from helmholtz.ops._compute import compute_dtype
+from helmholtz.ops._dispatch import Backend, choose
 from helmholtz.ops._linear_chunks import Chunked
 
 
@@ -19,7 +21,7 @@ def recurrent_linear_attention(
     state: Float[Tensor, "B H K V"] | None = None,
     reset: Bool[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H K V"]]:
-    """`linear_attention` one token after another: the same arguments, results and gradients, for short spans."""
+    """`linear_attention` one token after another: the same results and gradients, for short spans."""
     compute = compute_dtype(q, k, v, log_decay, state)
     if state is None:
         state = v.new_zeros((*k.shape[:2], k.shape[3], v.shape[3]), dtype=compute)
@@ -44,15 +46,17 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _chunked_linear_attention(
+def _chunked(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
     state: Tensor | None,
     reset: Tensor | None,
+    *,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
+    """All rows side by side; the last chunk is filled to a power of two with steps that change nothing."""
     compute = compute_dtype(q, k, v, log_decay, state)
     batch, heads, num_steps, width = q.shape
     if state is None:
@@ -62,13 +66,20 @@ def _chunked_linear_attention(
     if log_decay is not None and log_decay.ndim == 3:
         log_decay = log_decay.unsqueeze(-1)
     keep = None if reset is None else (~reset[:, None, :, None]).expand(-1, heads, -1, -1)
-    pad = _power_of_two(num_steps % chunk_size or chunk_size) - (num_steps % chunk_size or chunk_size)
+    rest = num_steps % chunk_size
+    pad = _power_of_two(rest) - rest if rest else 0
     rows = [None if x is None else x.to(compute).flatten(0, 1) for x in (q, k, v, log_decay, keep)]
     if pad:
         rows = [x if x is None else F.pad(x, (0, 0, 0, pad), value=float(x is rows[4])) for x in rows]
     out, last = Chunked.apply(*rows, state.to(compute).flatten(0, 1), chunk_size)
     out = out[:, :num_steps].unflatten(0, (batch, heads)).to(v.dtype)
     return out, last.unflatten(0, (batch, heads))
+
+
+_BACKENDS = (
+    Backend("fla", _linear_fla.run, _linear_fla.refuses),
+    Backend("torch", _chunked, lambda *_: None),
+)
 
 
 def linear_attention(
@@ -82,10 +93,40 @@ def linear_attention(
     chunk_size: int = 64,
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H K V"]]:
-    check(
-        chunk_size >= 1 and chunk_size == _power_of_two(chunk_size),
-        "chunk_size",
-        chunk_size,
-        "a power of two",
-    )
-    return _chunked_linear_attention(q, k, v, log_decay, state, reset, chunk_size)
+    r"""Causal sums of the values with weights that are products of queries and keys, not normalised.
+
+    .. math:: S_t = \mathrm{diag}(e^{g_t})\, S_{t-1} + k_t v_t^\top, \qquad o_t = S_t^\top q_t
+
+    To normalise, append a channel of ones to ``v`` and divide by what comes out of it.
+
+    Args:
+        log_decay: :math:`g_t \le 0` in nats, down to ``-inf``: None, one per head (simple GLA, SSD) or one per
+            key channel (GLA).
+        state: :math:`S_{-1}`; zeros by default.
+        reset: where True, :math:`S_{t-1}` counts as 0.
+        chunk_size: steps per matrix product of the torch path, a power of two; a matter of speed and memory.
+        backend: "auto", "torch" or "fla"; a named backend runs or raises with its reason. "fla" takes CUDA
+            tensors, float32 only where TF32 products are permitted.
+
+    Returns:
+        ``(out, last)``; ``last`` is :math:`S` after the last step in the compute dtype.
+
+    Accuracy:
+        Computed in at least float32. Decays are only ever multiplied: no exponent is above 0, nothing is
+        clamped, and the gradient of a decay sums just the pairs that its step separates.
+
+    Cost:
+        Time ``O(B H T (C (K + V) + K V))`` with C the chunk size; per-channel decays add ``log2 C`` passes over
+        ``k``. Memory ``O(B H T (K + V))`` plus one state per chunk; scores are recomputed in backward.
+
+    Raises:
+        ValueError: if ``chunk_size`` is no power of two, or ``backend`` cannot run this call.
+
+    Source: Katharopoulos et al., "Transformers are RNNs", 2020, section 3.3; Yang et al., "Gated Linear
+    Attention Transformers with Hardware-Efficient Training", 2024, section 4.
+    """
+    whole = chunk_size >= 1 and chunk_size == _power_of_two(chunk_size)
+    check(whole, "chunk_size", chunk_size, "a power of two")
+    call = (q, k, v, log_decay, state, reset)
+    chosen = choose(_BACKENDS, backend, *call)
+    return chosen.run(*call, chunk_size=chunk_size) if chosen.name == "torch" else chosen.run(*call)

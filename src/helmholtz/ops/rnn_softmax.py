@@ -1,11 +1,12 @@
 """Softmax over time as a recurrence: one key per channel, no query."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from helmholtz.ops._compute import compute_dtype
 from helmholtz.ops.scan import scan_in_place
@@ -15,8 +16,8 @@ from helmholtz.ops.scan import scan_in_place
 class RNNSoftmaxState:
     r"""Sums over the past, in units of :math:`e^{m}` with :math:`m` the largest key so far.
 
-    Two states of neighbouring spans merge as :math:`(\max(m, m'),\ S e^{m - \max} + S' e^{m' - \max})`. Only
-    :math:`S e^m` has a meaning, so ``max`` carries no gradient and ``sums`` is differentiated at fixed ``max``.
+    States of neighbouring spans merge as :math:`(\max(m, m'),\ S e^{m - \max} + S' e^{m' - \max})`. Only
+    :math:`S e^m` has a meaning: ``max`` carries no gradient, ``sums`` is differentiated at fixed ``max``.
     """
 
     max: Float[Tensor, "B C"]
@@ -43,7 +44,7 @@ class _RNNSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, k: Tensor, signals: Tensor, start: Tensor, top: Tensor, decay: Tensor
+        ctx: Any, k: Tensor, signals: Tensor, start: Tensor, top: Tensor, decay: Tensor
     ) -> tuple[Tensor, Tensor]:
         weight = (k - top).exp_().unsqueeze(2)
         sums = torch.cat([weight * signals, weight], dim=2)
@@ -56,7 +57,7 @@ class _RNNSoftmax(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, daveraged: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, daveraged: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         weight, signals, decay, inverse, averaged = ctx.saved_tensors
         dsums = torch.empty_like(dlast).unsqueeze(1).repeat(1, averaged.shape[1], 1, 1)
         torch.mul(daveraged, inverse, out=dsums[:, :, :-1])
@@ -80,9 +81,10 @@ def rnn_softmax(
 
     .. math:: y_{t,s} = \frac{\sum_{i \le t} e^{k_i}\, x_{i,s}}{\sum_{i \le t} e^{k_i}}
 
-    With the running maximum :math:`m_t = \max_{i \le t} k_i`, numerator and denominator are both a first-order
-    recurrence with decay :math:`e^{m_{t-1} - m_t} \le 1` and input :math:`e^{k_t - m_t} x_t`. The result does not
-    depend on :math:`m`, so :math:`m` is a constant to the gradient: its parts through decay and input cancel.
+    With the running maximum :math:`m_t = \max_{i \le t} k_i`, numerator and denominator are both a
+    first-order recurrence with decay :math:`e^{m_{t-1} - m_t} \le 1` and input :math:`e^{k_t - m_t} x_t`.
+    Both carry the factor :math:`e^{-m_t}`, which cancels in the quotient whatever :math:`m` is: the derivative
+    through :math:`m` is 0, so :math:`m` is a constant to the gradient.
 
     Args:
         k: keys in nats; ``-inf`` is weight 0 (a pad). Must not be ``+inf``.
@@ -93,7 +95,7 @@ def rnn_softmax(
         ``(averaged, state)``. Where every weight so far is 0 the average is 0 and so is its gradient.
 
     Accuracy:
-        Computed in at least float32. The sum of weights is at least 1 wherever it is not 0, whatever the keys;
+        Computed in at least float32. The sum of weights is at least 1 wherever it is not 0, for any keys;
         no future key enters, so the past is the same bit for bit.
 
     Cost:

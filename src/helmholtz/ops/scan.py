@@ -2,11 +2,12 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from helmholtz.ops._compute import compute_dtype
 
@@ -43,7 +44,7 @@ def _chunks(decay: Tensor, x: Tensor, carry: Tensor, length: int, *, reverse: bo
 def scan_in_place(decay: Tensor, x: Tensor, carry: Tensor, *, reverse: bool = False) -> Tensor:
     """``x_t += decay_t x_{t-1}`` along dimension 1, starting from ``carry``; returns the last row.
 
-    ``decay`` broadcasts against ``x`` in the dimensions after time. ``reverse`` runs from the last step to the first.
+    ``decay`` broadcasts against ``x`` after the time dimension; ``reverse`` starts at the last step.
     """
     num_steps, width = x.shape[1], math.prod(x.shape[2:]) * x.shape[0]
     length = math.isqrt(num_steps // 2)  # balances 2 launches per step in a chunk with 1 per chunk
@@ -58,7 +59,7 @@ def scan_in_place(decay: Tensor, x: Tensor, carry: Tensor, *, reverse: bool = Fa
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, decay: Tensor, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, decay: Tensor, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         h = x.clone(memory_format=torch.contiguous_format)
         last = scan_in_place(decay, h, state).clone()
         ctx.save_for_backward(decay, h, state)
@@ -66,7 +67,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dh: Tensor, dlast: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, dh: Tensor, dlast: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         decay, h, state = ctx.saved_tensors
         dx = dh.clone(memory_format=torch.contiguous_format)
         dx[:, -1] += dlast
@@ -103,9 +104,7 @@ def first_order_scan(
     """
     compute = compute_dtype(decay, x, state)
     if state is None:
-        state = x.new_zeros(
-            x[:, :1].squeeze(1).shape if x.shape[1] else (x.shape[0], x.shape[2]), dtype=compute
-        )
+        state = x.new_zeros((x.shape[0], x.shape[2]), dtype=compute)
     if x.shape[1] == 0:
         return x, state.to(compute)
     if reset is not None:

@@ -1,13 +1,15 @@
 """The selective state-space recurrence: decay per channel and state, chosen by the input."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from helmholtz.ops._compute import compute_dtype, full_precision
 
-# Inside: time first, then B N S C (states before channels), so that every step is one pass over contiguous rows
+# Inside: time first, then B N S C (states before channels): every step is one pass over contiguous rows,
 # and both contractions over N are matrix products.
 
 
@@ -38,7 +40,7 @@ class _SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         u: Tensor,
         delta: Tensor,
         A: Tensor,
@@ -64,7 +66,7 @@ class _SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         u, delta, A, B, C, keep, *starts = ctx.saved_tensors
         du, ddelta, dB, dC = (torch.empty_like(x) for x in (u, delta, B, C))
         dA = torch.zeros_like(A)
@@ -102,7 +104,7 @@ def _chunk_backward(
     dB: Tensor,
     dC: Tensor,
 ) -> Tensor:
-    """Write the gradients of one chunk into ``du`` ... ``dC`` (add to ``dA``); returns that of its first state."""
+    """Write one chunk's gradients into ``du`` ... ``dC`` (``dA`` adds up); returns that of its first state."""
     decay = _decays(delta, A, keep)
     scaled = u * delta.unsqueeze(2)
     h = _states(decay, scaled, B, start)
@@ -137,7 +139,7 @@ def selective_scan(
     state: Float[Tensor, "B S C N"] | None = None,
     reset: Bool[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T S C"], Float[Tensor, "B S C N"]]:
-    r"""Scan every signal through a diagonal state space whose step, input and output weights follow the input.
+    r"""Scan every signal through a diagonal state space whose step, input and output follow the input.
 
     .. math:: h_t = e^{\Delta_t A}\, h_{t-1} + \Delta_t B_t u_t, \qquad y_t = C_t \cdot h_t + D u_t
 
@@ -155,7 +157,7 @@ def selective_scan(
         Computed in at least float32, one step after another; no exponent is above 0.
 
     Cost:
-        Time ``O(B T S C N)``. Memory ``O(B T S C)``: states are kept every 32 steps and recomputed in backward.
+        Time ``O(B T S C N)``. Memory ``O(B T S C)``: states are kept every 32 steps and recomputed.
 
     Source: Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, section 3.2.
     """
