@@ -1,0 +1,236 @@
+"""Text in, a folder of tokens out: once, completely, or not at all."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import Progress, TaskID
+
+from helmholtz._checks import check, check_choice, check_fraction, check_integer
+from helmholtz._files import atomic_folder, complete_folder
+from helmholtz.data.corpus import Document, SourceFile, documents, find_files, shakespeare_files
+from helmholtz.data.split import SPLITS, Split, SplitRule
+from helmholtz.data.tokenizer import BYTES, AbstractTokenizer, BPETokenizer, ByteTokenizer, load_tokenizer
+from helmholtz.data.tokens import (
+    FORMAT,
+    METADATA,
+    TOKENIZER,
+    Metadata,
+    SplitWriter,
+    TokenDataset,
+    token_dtype,
+)
+
+WHOLE_DOCUMENTS = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """What text to prepare, and how."""
+
+    folder: str = "data/shakespeare"
+    """Where the tokens go."""
+    sources: tuple[str, ...] = ()
+    """Text files (.txt .text .md .rst), JSON Lines (.jsonl .ndjson) or folders of them; none: Shakespeare's works."""
+    text_field: str = "text"
+    """Field of a JSON line that holds its text."""
+    tokenizer: Literal["bytes", "bpe"] = "bpe"
+    """Raw bytes, or a byte-level BPE trained on the training split."""
+    vocab_size: int | None = None
+    """Tokens of the BPE with the end-of-document token, at most; default 2048. Bytes always have 257."""
+    validation_fraction: float = 0.05
+    """Part of the text kept for validation, in (0, 1)."""
+    split_by: Literal["auto", "document", "tail"] = "auto"
+    """Validate on whole documents, or on the tail of each; auto: documents if about 50 or more would be chosen."""
+    seed: int = 0
+    """Chooses the validation documents when whole documents are split."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.folder), "folder", self.folder, "the path of a folder")
+        check(not isinstance(self.sources, str), "sources", self.sources, "a list of paths")
+        check_choice("tokenizer", self.tokenizer, ("bytes", "bpe"))
+        check_choice("split_by", self.split_by, ("auto", "document", "tail"))
+        check_fraction("validation_fraction", self.validation_fraction)
+        check(self.validation_fraction > 0, "validation_fraction", self.validation_fraction, "in (0, 1)")
+        check_integer("seed", self.seed, minimum=0)
+        if self.vocab_size is None:
+            object.__setattr__(self, "vocab_size", BYTES + 1 if self.tokenizer == "bytes" else 2048)
+        elif self.tokenizer == "bytes":
+            check(self.vocab_size == BYTES + 1, "vocab_size", self.vocab_size, "257 for tokenizer=bytes")
+        else:
+            check_integer("vocab_size", self.vocab_size, minimum=BYTES + 2)
+
+    def settings(self) -> dict[str, Any]:
+        """What the tokens depend on, besides the contents of the sources: everything but where files are."""
+        return {name: value for name, value in asdict(self).items() if name not in ("folder", "sources")}
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedData:
+    """A complete folder of tokens."""
+
+    folder: Path
+    metadata: Metadata
+    reused: bool
+    """The folder was there already, made from the same text with the same settings."""
+
+    @property
+    def train(self) -> TokenDataset:
+        return TokenDataset(self.folder, "train")
+
+    @property
+    def validation(self) -> TokenDataset:
+        return TokenDataset(self.folder, "validation")
+
+    @property
+    def tokenizer(self) -> AbstractTokenizer:
+        return load_tokenizer(self.folder / TOKENIZER)
+
+
+def prepare(config: DataConfig, *, overwrite: bool = False, console: Console | None = None) -> PreparedData:
+    """Tokenise the sources into ``config.folder``; done before with the same text and settings, nothing is done.
+
+    The folder appears complete or not at all. The sources are read three times (hash, check, encode; once more for
+    a BPE), a megabyte or one JSON line at a time.
+
+    Args:
+        overwrite: replace a folder prepared from other text or with other settings.
+        console: where a progress bar is shown; None shows nothing.
+
+    Raises:
+        ValueError: no text, text that cannot be read, or a folder that holds something else. The folder is then
+            as it was before.
+        ImportError: a missing package, with the command that installs it.
+    """
+    files = find_files(config.sources) if config.sources else shakespeare_files()
+    folder, fingerprint = complete_folder(config.folder), _fingerprint(files)
+    found = _existing(folder, config, fingerprint, overwrite=overwrite)
+    if found is not None:
+        return PreparedData(folder, found, reused=True)
+    progress = Progress(console=console, disable=console is None)
+    with progress, atomic_folder(config.folder) as partial:
+        metadata = _write(partial, config, _open_corpus(config, files, progress), fingerprint)
+    return PreparedData(Path(config.folder), metadata, reused=False)
+
+
+def _existing(folder: Path, config: DataConfig, fingerprint: str, *, overwrite: bool) -> Metadata | None:
+    """The metadata of a folder that can be reused; None if there is none or it may be replaced."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    if not (folder / METADATA).is_file():
+        raise ValueError(
+            f"folder: {str(folder)!r} holds something that is not prepared text; name another one"
+        )
+    try:
+        metadata = Metadata.load(folder)
+        for split in SPLITS:
+            TokenDataset(folder, split)
+        changed = _differences(metadata, config, fingerprint)
+        if changed:
+            raise ValueError(f"folder: {str(folder)!r} was prepared differently: {', '.join(changed)}")
+    except ValueError as error:
+        if overwrite:
+            return None
+        raise ValueError(f"{error}. Name another folder, or allow overwriting") from error
+    return metadata
+
+
+def _differences(metadata: Metadata, config: DataConfig, fingerprint: str) -> list[str]:
+    found = ["other text"] if metadata.fingerprint != fingerprint else []
+    for name, value in config.settings().items():
+        if metadata.settings.get(name) != value:
+            found.append(f"{name} is {metadata.settings.get(name)!r} there, {value!r} is wanted")
+    return found
+
+
+def _fingerprint(files: Sequence[SourceFile]) -> str:
+    total = hashlib.blake2b(digest_size=16)
+    for file in files:
+        with file.path.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        total.update(f"{file.name}\0{digest}\n".encode())
+    return total.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Corpus:
+    """The documents with the split of each of their pieces, read anew each time it is asked for."""
+
+    files: Sequence[SourceFile]
+    text_field: str
+    rule: SplitRule
+    n_bytes: int
+    progress: Progress
+
+    def documents(self, task: str) -> Iterator[Iterator[tuple[Split, str]]]:
+        bar = self.progress.add_task(task, total=self.n_bytes)
+        for document in documents(self.files, text_field=self.text_field):
+            yield self._pieces(document, bar)
+
+    def _pieces(self, document: Document, bar: TaskID) -> Iterator[tuple[Split, str]]:
+        for split, piece in self.rule.assign(document):
+            yield split, piece
+            self.progress.advance(bar, len(piece.encode()))
+
+
+def _open_corpus(config: DataConfig, files: Sequence[SourceFile], progress: Progress) -> _Corpus:
+    """Reads everything once, so that bad text is found before work is done on it."""
+    n_documents = n_bytes = 0
+    for document in documents(files, text_field=config.text_field):
+        n_documents += 1
+        n_bytes += sum(len(piece.encode()) for piece in document.pieces())
+    if not n_bytes:
+        raise ValueError(f"sources: no text in {', '.join(str(file.path) for file in files)}")
+    by = config.split_by
+    if by == "auto":
+        enough = n_documents * config.validation_fraction >= WHOLE_DOCUMENTS
+        by = "document" if enough else "tail"
+    rule = SplitRule(by, config.validation_fraction, config.seed)
+    return _Corpus(files, config.text_field, rule, n_bytes, progress)
+
+
+def _train_tokenizer(config: DataConfig, corpus: _Corpus) -> AbstractTokenizer:
+    if config.tokenizer == "bytes":
+        return ByteTokenizer()
+    assert config.vocab_size is not None
+    pieces = (piece for document in corpus.documents("training the tokenizer") for piece in document)
+    return BPETokenizer.train((text for split, text in pieces if split == "train"), config.vocab_size)
+
+
+def _write(folder: Path, config: DataConfig, corpus: _Corpus, fingerprint: str) -> Metadata:
+    tokenizer = _train_tokenizer(config, corpus)
+    with ExitStack() as stack:
+        writers: dict[Split, SplitWriter] = {
+            split: stack.enter_context(SplitWriter(folder, split, vocab_size=tokenizer.vocab_size))
+            for split in SPLITS
+        }
+        for document in corpus.documents("encoding"):
+            for split, piece in document:
+                writers[split].write(piece, tokenizer.encode(piece))
+            for writer in writers.values():
+                writer.end_document()
+    counts = {split: writer.counts() for split, writer in writers.items()}
+    for split, count in counts.items():
+        if not count.n_documents:
+            raise ValueError(
+                f"sources: no text came to the {split} split; add text, or change validation_fraction "
+                f"({config.validation_fraction}) or split_by ({corpus.rule.by})"
+            )
+    metadata = Metadata(
+        format=FORMAT,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        dtype=token_dtype(tokenizer.vocab_size),
+        split_by=corpus.rule.by,
+        fingerprint=fingerprint,
+        settings=config.settings(),
+        train=counts["train"],
+        validation=counts["validation"],
+    )
+    tokenizer.save(folder / TOKENIZER)
+    metadata.save(folder)
+    return metadata

@@ -1,0 +1,142 @@
+"""Text to token ids and back: raw bytes, or a byte-level BPE. Either way any UTF-8 text survives exactly."""
+
+import abc
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from helmholtz._checks import check_choice, check_integer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+BYTES = 256
+INSTALL = "pip install 'helmholtz-nn[data]'"
+
+
+class AbstractTokenizer(abc.ABC):
+    """A map from text to ids ``0 .. eos_id - 1``; ``eos_id``, the last id, ends a document and is never text."""
+
+    vocab_size: int
+
+    @property
+    def eos_id(self) -> int:
+        """The token after a document's last; no text encodes to it, whatever it spells."""
+        return self.vocab_size - 1
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``, without an end-of-document token."""
+
+    @abc.abstractmethod
+    def _decode(self, ids: list[int]) -> str:
+        """Text of ids that are known to be text."""
+
+    @abc.abstractmethod
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write what ``load_tokenizer`` reads."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ``ids``, end-of-document tokens left out; bytes that are not UTF-8 become U+FFFD.
+
+        Raises: ValueError for an id outside the vocabulary.
+        """
+        ids = list(ids)
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"ids must be in [0, {self.vocab_size}), the vocabulary, got {i}")
+        return self._decode([i for i in ids if i != self.eos_id])
+
+
+class ByteTokenizer(AbstractTokenizer):
+    """The 256 bytes of UTF-8 and an end-of-document token."""
+
+    vocab_size = BYTES + 1
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def _decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        _save_kind(folder, "bytes")
+
+
+class BPETokenizer(AbstractTokenizer):
+    """Byte-level byte-pair encoding: frequent byte sequences are one token, all others fall apart into bytes.
+
+    Source: Sennrich et al., "Neural machine translation of rare words with subword units", 2016; on bytes: Radford
+    et al., "Language models are unsupervised multitask learners", 2019, section 2.2.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer") -> None:
+        self._tokenizer = tokenizer
+        self.vocab_size = tokenizer.get_vocab_size() + 1
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
+        """Learn at most ``vocab_size - 257`` merges from ``texts``; fewer if the text has no pair left to merge."""
+        check_integer("vocab_size", vocab_size, minimum=BYTES + 2)
+        library = _library()
+        byte_level = library.pre_tokenizers.ByteLevel
+        tokenizer = library.Tokenizer(library.models.BPE())
+        tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
+        tokenizer.decoder = library.decoders.ByteLevel()
+        trainer = library.trainers.BpeTrainer(
+            vocab_size=vocab_size - 1, initial_alphabet=byte_level.alphabet(), show_progress=False
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids)
+        return text
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        _save_kind(folder, "bpe")
+        self._tokenizer.save(str(Path(folder) / "tokenizer.json"))
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> AbstractTokenizer:
+    """The tokenizer that ``save`` wrote into ``folder``.
+
+    Raises: ValueError if the folder holds none, or a damaged one.
+    """
+    path = Path(folder) / "kind.json"
+    try:
+        kind = json.loads(path.read_text())["kind"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: wanted the kind of a saved tokenizer, got {error!r}") from error
+    check_choice(f"kind in {path}", kind, ("bytes", "bpe"))
+    if kind == "bytes":
+        return ByteTokenizer()
+    return BPETokenizer(_load_bpe(Path(folder) / "tokenizer.json"))
+
+
+def _load_bpe(path: Path) -> "Tokenizer":
+    library = _library()
+    try:
+        return library.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path}: not a readable tokenizer ({error})") from error
+
+
+def _save_kind(folder: str | os.PathLike[str], kind: str) -> None:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "kind.json").write_text(json.dumps({"kind": kind}) + "\n")
+
+
+def _library() -> ModuleType:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError(f"a BPE needs the package tokenizers: {INSTALL}") from error
+    return tokenizers

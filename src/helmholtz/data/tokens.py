@@ -1,0 +1,264 @@
+"""Token files: written as a stream, read through memory maps, checked against their metadata."""
+
+import json
+import math
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Int, Int32
+from torch import Tensor
+
+from helmholtz._checks import check_choice, check_integer
+from helmholtz._files import complete_folder
+from helmholtz.data.split import SPLITS, Split
+
+METADATA = "metadata.json"
+TOKENIZER = "tokenizer"
+FORMAT = 1
+WriterT = TypeVar("WriterT", bound="SplitWriter")
+
+
+@dataclass(frozen=True, slots=True)
+class SplitCounts:
+    """Size of one split. ``n_tokens`` counts the end-of-document tokens, ``n_bytes`` the text alone."""
+
+    n_tokens: int
+    n_bytes: int
+    n_documents: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metadata:
+    """What ``metadata.json`` holds: how to read the token files and what they were made from."""
+
+    format: int
+    vocab_size: int
+    eos_id: int
+    dtype: str
+    """``uint16`` if the vocabulary fits, else ``uint32``; little-endian."""
+    split_by: str
+    fingerprint: str
+    """Hash of the names and contents of the source files."""
+    settings: dict[str, Any]
+    """The settings the folder was prepared with."""
+    train: SplitCounts
+    validation: SplitCounts
+
+    def save(self, folder: Path) -> None:
+        (folder / METADATA).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "Metadata":
+        """Raises: ValueError if the folder is not one of prepared text, or its metadata is damaged."""
+        path = Path(folder) / METADATA
+        if not path.is_file():
+            raise ValueError(
+                f"{os.fspath(folder)!r} holds no prepared text ({METADATA} is missing): run helmholtz data"
+            )
+        try:
+            values = json.loads(path.read_text())
+            if values["format"] != FORMAT:
+                raise ValueError(
+                    f"format {values['format']}, this version reads {FORMAT}: prepare the text again"
+                )
+            return cls(**values | {split: SplitCounts(**values[split]) for split in SPLITS})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: damaged metadata ({error!r})") from error
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The narrowest of uint16 and uint32 that holds every id."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+class SplitWriter:
+    """Appends documents to the token file of one split; a context manager."""
+
+    def __init__(self, folder: Path, split: Split, *, vocab_size: int) -> None:
+        self._file = _tokens_path(folder, split).open("wb")
+        self._starts_path = _starts_path(folder, split)
+        self._dtype = np.dtype(token_dtype(vocab_size)).newbyteorder("<")
+        self._eos = [vocab_size - 1]
+        self._starts = array("q")
+        self._n_tokens = self._n_bytes = 0
+        self._open = False
+
+    def write(self, text: str, ids: Sequence[int]) -> None:
+        """Append ``ids``, the tokens of ``text``, to the current document, or start one."""
+        if not self._open:
+            self._starts.append(self._n_tokens)
+            self._open = True
+        self._append(ids)
+        self._n_bytes += len(text.encode())
+
+    def end_document(self) -> None:
+        """Append the end token, unless nothing of the document came to this split."""
+        if self._open:
+            self._append(self._eos)
+            self._open = False
+
+    def counts(self) -> SplitCounts:
+        return SplitCounts(self._n_tokens, self._n_bytes, len(self._starts))
+
+    def _append(self, ids: Sequence[int]) -> None:
+        np.asarray(ids, dtype=self._dtype).tofile(self._file)
+        self._n_tokens += len(ids)
+
+    def __enter__(self: WriterT) -> WriterT:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if error is None:
+            np.save(self._starts_path, np.asarray(self._starts, dtype="<i8"))
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRow:
+    """One row of text whose documents do not see each other."""
+
+    inputs: Int[Tensor, "1 T"]
+    targets: Int[Tensor, "1 T"]
+    """The next token, and -100 (ignored by ``cross_entropy``) where that is another document's first."""
+    cu_seqlens: Int32[Tensor, " n1"]
+    """``0 = c_0 < ... < c_n = T``: where documents, or the parts of them that are in the row, begin and end."""
+
+
+class TokenDataset:
+    """One split of prepared text as a stream of tokens, each document followed by ``eos_id``.
+
+    The tokens stay on disk; a read touches the pages it needs. Every read checks that its ids are in the vocabulary.
+
+    Raises: ValueError if the folder is not prepared text, or a file does not have the size its metadata says.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], split: Split) -> None:
+        check_choice("split", split, SPLITS)
+        self.folder, self.split = complete_folder(folder), split
+        self.metadata = Metadata.load(self.folder)
+        self.counts: SplitCounts = getattr(self.metadata, split)
+        self._path = _tokens_path(self.folder, split)
+        dtype = np.dtype(self.metadata.dtype).newbyteorder("<")
+        _check_size(self._path, self.counts.n_tokens * dtype.itemsize)
+        self._tokens = np.memmap(self._path, dtype=dtype, mode="r")
+        self.document_starts = self._read_starts()
+
+    def _read_starts(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Positions of the documents' first tokens, increasing from 0; memory-mapped."""
+        path = _starts_path(self.folder, self.split)
+        try:
+            starts = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{path}: damaged document index ({error})") from error
+        if starts.shape != (self.counts.n_documents,):
+            raise ValueError(
+                f"{path}: {starts.shape} starts, the metadata say {self.counts.n_documents} documents"
+            )
+        return starts
+
+    def __len__(self) -> int:
+        return self.counts.n_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        return self.metadata.vocab_size
+
+    @property
+    def eos_id(self) -> int:
+        return self.metadata.eos_id
+
+    @property
+    def n_bytes(self) -> int:
+        """UTF-8 bytes of the split's text."""
+        return self.counts.n_bytes
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """For ``load_tokenizer``."""
+        return self.folder / TOKENIZER
+
+    def bits_per_byte(self, nats_per_token: float) -> float:
+        """``nats / ln 2 * tokens / bytes``: comparable between tokenizers."""
+        return nats_per_token / math.log(2) * len(self) / self.n_bytes
+
+    def read(self, starts: Int[Tensor, " n"], length: int) -> Int[Tensor, "n length"]:
+        """The windows of ``length`` tokens that begin at ``starts``, as int64.
+
+        Raises: ValueError for a window that is not within the split, or a token outside the vocabulary.
+        """
+        check_integer("length", length)
+        if length > len(self):
+            raise ValueError(f"the {self.split} split has {len(self)} tokens, a window of {length} is wanted")
+        positions = starts.tolist()
+        for start in positions:
+            if not 0 <= start <= len(self) - length:
+                raise ValueError(
+                    f"starts must be in [0, {len(self) - length}] for windows of {length} of the {len(self)} tokens "
+                    f"of the {self.split} split, got {start}"
+                )
+        rows = np.empty((len(positions), length), dtype=np.int64)
+        for row, start in zip(rows, positions, strict=True):
+            row[:] = self._tokens[start : start + length]
+        self._check_ids(rows, positions)
+        return torch.from_numpy(rows)
+
+    def _check_ids(self, rows: np.ndarray[Any, Any], starts: list[int]) -> None:
+        if rows.size and rows.max() >= self.vocab_size:
+            row, column = np.argwhere(rows >= self.vocab_size)[0].tolist()
+            raise ValueError(
+                f"{self._path}: token {rows[row, column]} at position {starts[row] + column} is outside the vocabulary "
+                f"of {self.vocab_size}; prepare the text again"
+            )
+
+    def evaluation_windows(self, seq_len: int, *, batch_size: int = 1) -> Iterator[Int[Tensor, "rows T1"]]:
+        """Windows in order, of ``seq_len`` inputs and one more token: every token but the split's first is a target once.
+
+        The last window is shorter if ``seq_len`` does not divide the number of targets, and then a batch of its own.
+
+        Raises: ValueError if the split has no target.
+        """
+        check_integer("seq_len", seq_len)
+        check_integer("batch_size", batch_size)
+        if len(self) < 2:
+            raise ValueError(f"the {self.split} split has {len(self)} tokens, at least 2 are wanted")
+        n_whole, rest = divmod(len(self) - 1, seq_len)
+        for starts in (seq_len * torch.arange(n_whole)).split(batch_size):
+            if len(starts):
+                yield self.read(starts, seq_len + 1)
+        if rest:
+            yield self.read(torch.tensor([n_whole * seq_len]), rest + 1)
+
+    def packed_rows(self, starts: Int[Tensor, " n"], seq_len: int) -> Iterator[PackedRow]:
+        """The windows at ``starts`` with the boundaries of their documents, for training documents in isolation."""
+        for start in starts.tolist():
+            tokens = self.read(torch.tensor([start]), seq_len + 1)
+            first, last = np.searchsorted(self.document_starts, [start + 1, start + seq_len + 1])
+            inner = torch.from_numpy(self.document_starts[first:last] - start)  # in 1 .. seq_len
+            targets = tokens[:, 1:].clone()
+            targets[:, inner - 1] = -100
+            cuts = torch.cat([torch.tensor([0]), inner[inner < seq_len], torch.tensor([seq_len])])
+            yield PackedRow(tokens[:, :-1], targets, cuts.int())
+
+
+def _tokens_path(folder: Path, split: Split) -> Path:
+    return folder / f"{split}.bin"
+
+
+def _starts_path(folder: Path, split: Split) -> Path:
+    return folder / f"{split}.documents.npy"
+
+
+def _check_size(path: Path, wanted: int) -> None:
+    size = path.stat().st_size if path.is_file() else None
+    if size != wanted:
+        got = "is missing" if size is None else f"has {size} bytes"
+        raise ValueError(f"{path} {got}, the metadata say {wanted}: it is damaged, prepare the text again")
