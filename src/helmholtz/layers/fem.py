@@ -107,8 +107,8 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
         """Mix a whole sequence.
 
         Args:
-            context: what is read, in place of ``x`` (cross-attention): softmax prior, ``causal=False``. The conditioning
-                runs over ``x`` for queries and gates and over ``context`` for keys and values.
+            context: what is read, in place of ``x`` (cross-attention): softmax prior, ``causal=False``.
+                The conditioning runs over ``x`` for queries and gates, over ``context`` for keys and values.
             attention_mask: bool or integer, non-zero where a token is real; any pattern.
             context_mask: the same for ``context``.
             cu_seqlens: bounds of sequences packed end to end in one row.

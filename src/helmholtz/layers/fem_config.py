@@ -56,13 +56,13 @@ class FreeEnergyMixerConfig:
     n_kv_heads: int | None = None
     """Key/value heads G of the softmax prior (grouped queries); default H."""
     d_head: int | None = None
-    """Key width K per head; default from the first published sizing: H K = D. Equals V for rnn_softmax; none for mamba."""
+    """Key width K per head; default H K = D (V for rnn_softmax); mamba has none."""
     d_head_v: int | None = None
-    """Value width V per head; default from the first published sizing: H V = D / 2."""
+    """Value width V per head; default H V = D / 2."""
     prior: Prior = "softmax"
     """Which causal average the read starts from."""
     read: Read = "temperature"
-    """"mean": the prior's average; "free_energy": log-sum-exp at beta = 1; "temperature": learned beta_max with the inner gate."""
+    """"mean": the prior's average; "free_energy": log-sum-exp at beta = 1; "temperature": learned beta_max, inner gate."""
     outer_gate: bool = True
     """Multiply the read by a positive, per-head normalised gate."""
     tdc_width: int | None = None

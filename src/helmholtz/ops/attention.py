@@ -91,7 +91,8 @@ def _flash_refuses(
     if not q.is_cuda:
         return f"it needs CUDA tensors, these are on {q.device.type}"
     if q.dtype not in (torch.float16, torch.bfloat16) or k.dtype != q.dtype or v.dtype != q.dtype:
-        return f"it takes float16 or bfloat16; these are {q.dtype}, {k.dtype}, {v.dtype} (a free-energy read needs float32)"
+        got = f"{q.dtype}, {k.dtype}, {v.dtype}"
+        return f"it takes float16 or bfloat16, these are {got} (a free-energy read needs float32)"
     if k.shape[-1] != v.shape[-1]:
         return f"it needs equal key and value widths, these are {k.shape[-1]} and {v.shape[-1]}"
     if key_mask is not None:

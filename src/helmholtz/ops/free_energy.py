@@ -64,7 +64,8 @@ def free_energy_read(
         ``[exp(-cap), exp(cap)]``: it neither overflows nor vanishes for ``cap <= 80``. The absolute error of ``free``
         is below ``(8 + max|clip(beta v)|) eps / beta``: unlike the mean's, it grows as ``beta`` shrinks.
 
-    Source: Lu & Yang, "Free Energy Mixer", ICLR 2026: free-energy read. Reference: ``helmholtz.reference.free_energy_read``.
+    Source: Lu & Yang, "Free Energy Mixer", ICLR 2026: free-energy read.
+    Reference: ``helmholtz.reference.free_energy_read``.
     """
     wide = wide_dtype(v.dtype)
     signals = tilt_values(v, beta, cap=cap)

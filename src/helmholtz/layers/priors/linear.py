@@ -16,7 +16,7 @@ DECAY_TEMPERATURE = 16.0
 
 
 class LinearPrior(AbstractPrior):
-    r"""``p_t(i)`` proportional to :math:`\phi(q_t) \cdot (e^{c_t - c_i} \phi(k_i))`, :math:`\phi = \mathrm{relu} + \epsilon`.
+    r"""Weights :math:`\phi(q_t) \cdot (e^{c_t - c_i} \phi(k_i))` over their sum, :math:`\phi = \mathrm{relu} + \epsilon`.
 
     Args:
         decay: None (linear attention), "head" (one decay per head: simple GLA) or "channel" (one per key channel: GLA);
@@ -79,8 +79,9 @@ class LinearPrior(AbstractPrior):
         ahead, last = linear_attention(q, k, v, decay, state=state, reset=layout.reset, backend=self.backend)
         if self.causal:
             return ahead, last
-        turned = [None if x is None else x.flip(2) for x in (q, k, v, decay)]
-        back, _ = linear_attention(*turned, reset=reversed_reset(layout.reset), backend=self.backend)
+        turned = None if decay is None else decay.flip(2)
+        reset = reversed_reset(layout.reset)
+        back, _ = linear_attention(q.flip(2), k.flip(2), v.flip(2), turned, reset=reset, backend=self.backend)
         itself = (q * k).sum(-1, keepdim=True) * v
         return ahead + back.flip(2) - itself, last
 

@@ -62,8 +62,8 @@ class MambaPrior(AbstractPrior):
         ahead, last = selective_scan(u, delta, rate, b, c, skip, state=state, reset=layout.reset)
         if self.causal:
             return ahead, last
-        turned = (x.flip(1) for x in (u, delta))
-        back, _ = selective_scan(*turned, rate, b.flip(1), c.flip(1), reset=reversed_reset(layout.reset))
+        reset = reversed_reset(layout.reset)
+        back, _ = selective_scan(u.flip(1), delta.flip(1), rate, b.flip(1), c.flip(1), reset=reset)
         itself = (delta * (b * c).sum(-1, keepdim=True)).unsqueeze(2) * u
         return ahead + back.flip(1) - itself, last
 
