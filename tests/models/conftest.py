@@ -1,0 +1,46 @@
+"""Small decoders of every kind, with weights large enough that every part matters."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.transformer import Transformer, TransformerConfig
+
+SIZES = {"vocab_size": 37, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}
+
+
+def _transformer(**fields: object) -> Callable[[], AbstractDecoder]:
+    return lambda: Transformer(TransformerConfig(**SIZES, **fields))
+
+
+DECODERS: dict[str, Callable[[], AbstractDecoder]] = {
+    "transformer": _transformer(),
+    "transformer-gqa-untied": _transformer(n_kv_heads=2, tie_embeddings=False),
+}
+
+
+@torch.no_grad()
+def liven(model: AbstractDecoder) -> AbstractDecoder:
+    """Redraw all matrices at the scale that keeps variance, those included that start at 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.normal_(std=module.in_features**-0.5)
+        elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
+            module.weight.uniform_(0.5, 1.5)
+    model.embed.weight.normal_(std=0.5)
+    return model.eval()
+
+
+@pytest.fixture(params=DECODERS)
+def model(request: pytest.FixtureRequest) -> AbstractDecoder:
+    torch.manual_seed(1)
+    return liven(DECODERS[request.param]())
+
+
+@pytest.fixture
+def transformer() -> AbstractDecoder:
+    torch.manual_seed(1)
+    return liven(DECODERS["transformer"]())

@@ -1,0 +1,229 @@
+"""What holds for every decoder: padding, packing, streaming, causality, gradients, narrow dtypes, bad input."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, strategies
+from torch import Tensor
+
+from helmholtz.layers.state import map_state
+from helmholtz.models.base import AbstractDecoder
+from helmholtz.ops.losses import cross_entropy
+
+VOCABULARY, TOLERANCE = 37, 1e-5
+
+
+def tokens_of(batch: int, time: int, seed: int = 0) -> Tensor:
+    return torch.randint(VOCABULARY, (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    assert actual.shape == expected.shape
+    error = ((actual - expected).abs().max() / expected.abs().max()).item()
+    assert error < TOLERANCE, f"relative error {error:.3g}"
+
+
+MASKS = {
+    "left": [[0, 0, 0, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1, 1]],
+    "right": [[1, 1, 1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1, 0]],
+    "interior": [[1, 0, 1, 1, 0, 0, 0, 1, 1], [0, 1, 1, 0, 1, 0, 1, 1, 0]],
+}
+
+
+@pytest.mark.parametrize("pattern", MASKS)
+def test_padded_rows_equal_rows_without_pads(model: AbstractDecoder, pattern: str) -> None:
+    mask, tokens = torch.tensor(MASKS[pattern]), tokens_of(2, 9)
+    logits = model(tokens, attention_mask=mask).logits
+    for row, real in enumerate(mask.bool()):
+        assert_close(logits[row, real], model(tokens[row : row + 1, real]).logits[0])
+        assert (logits[row, ~real] == 0).all()
+
+
+@pytest.mark.parametrize("pattern", MASKS)
+def test_what_is_at_pads_does_not_matter(model: AbstractDecoder, pattern: str) -> None:
+    mask, tokens = torch.tensor(MASKS[pattern]).bool(), tokens_of(2, 9)
+    others = tokens.masked_fill(~mask, -100)  # not even an id
+    assert torch.equal(
+        model(tokens, attention_mask=mask).logits, model(others, attention_mask=mask.long()).logits
+    )
+
+
+def test_a_row_of_pads_is_zero_and_has_no_gradient_trouble(model: AbstractDecoder) -> None:
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])
+    logits = model(tokens_of(2, 4), attention_mask=mask).logits
+    assert (logits[1] == 0).all()
+    logits.square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_packed_sequences_equal_separate_ones(model: AbstractDecoder) -> None:
+    tokens, bounds = tokens_of(1, 21), [0, 1, 8, 21]
+    packed = model(tokens, cu_seqlens=torch.tensor(bounds)).logits
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        assert_close(packed[:, start:stop], model(tokens[:, start:stop]).logits)
+
+
+@given(
+    cuts=strategies.lists(strategies.integers(1, 19), max_size=4, unique=True), padded=strategies.booleans()
+)
+def _split_anywhere(model: AbstractDecoder, cuts: list[int], padded: bool) -> None:
+    tokens = tokens_of(2, 20)
+    mask = torch.rand(2, 20, generator=torch.Generator().manual_seed(3)) > 0.3 if padded else None
+    state, parts, bounds = model.init_state(2), [], [0, *sorted(cuts), 20]
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        part = None if mask is None else mask[:, start:stop]
+        output = model.step(tokens[:, start:stop], state, attention_mask=part)
+        state = output.state
+        parts.append(output.logits)
+    assert_close(torch.cat(parts, dim=1), model(tokens, attention_mask=mask).logits)
+    assert state.position.tolist() == ([20, 20] if mask is None else mask.sum(1).tolist())
+
+
+@torch.no_grad()
+def test_a_stream_cut_anywhere_equals_the_full_pass(model: AbstractDecoder) -> None:
+    _split_anywhere(model)
+
+
+@torch.no_grad()
+def test_token_by_token_after_a_padded_prompt_equals_the_full_pass(model: AbstractDecoder) -> None:
+    tokens = tokens_of(2, 16)
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    mask[0, :5] = False
+    expected = model(tokens, attention_mask=mask).logits
+    output = model.step(tokens[:, :8], model.init_state(2), attention_mask=mask[:, :8])
+    for t in range(8, 16):
+        output = model.step(tokens[:, t : t + 1], output.state)
+        assert_close(output.logits[:, 0], expected[:, t])
+
+
+def test_a_step_leaves_its_state_unchanged(model: AbstractDecoder) -> None:
+    state = model.step(tokens_of(2, 5), model.init_state(2)).state
+    kept = copy.deepcopy(map_state(Tensor.detach, state))
+    first = model.step(tokens_of(2, 3, seed=1), state)
+    again = model.step(tokens_of(2, 3, seed=1), kept)
+    assert torch.equal(first.logits, again.logits)
+    assert torch.equal(state.position, kept.position)
+
+
+def test_rows_of_a_state_can_be_reordered(model: AbstractDecoder) -> None:
+    state, tokens = model.step(tokens_of(3, 5), model.init_state(3)).state, tokens_of(3, 2, seed=1)
+    rows = torch.tensor([2, 0])
+    picked = model.step(tokens[rows], map_state(lambda x: x[rows], state)).logits
+    assert_close(picked, model.step(tokens, state).logits[rows])
+
+
+@pytest.mark.parametrize("border", [1, 8, 16])
+def test_the_future_changes_nothing_at_all(model: AbstractDecoder, border: int) -> None:
+    tokens, other = tokens_of(2, 17), tokens_of(2, 17, seed=1)
+    changed = torch.cat([tokens[:, :border], other[:, border:]], dim=1)
+    before, after = model(tokens).logits, model(changed).logits
+    assert torch.equal(before[:, :border], after[:, :border])
+    assert not torch.equal(before[:, border:], after[:, border:])
+
+
+def test_neighbours_in_the_batch_change_nothing(model: AbstractDecoder) -> None:
+    tokens, other = tokens_of(3, 12), tokens_of(3, 12, seed=1)
+    other[1] = tokens[1]
+    assert torch.equal(model(tokens).logits[1], model(other).logits[1])
+    assert_close(model(tokens).logits[1:2], model(tokens[1:2]).logits)
+
+
+def test_every_parameter_has_a_gradient(model: AbstractDecoder) -> None:
+    tokens = tokens_of(2, 33)
+    cross_entropy(model(tokens[:, :-1]).logits, tokens[:, 1:]).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_dtypes_stay_finite_and_near(model: AbstractDecoder, dtype: torch.dtype) -> None:
+    tokens = tokens_of(2, 40)
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    mask[0, :7] = False
+    wide = model(tokens, attention_mask=mask).logits
+    narrow = copy.deepcopy(model).to(dtype)
+    logits = narrow(tokens, attention_mask=mask).logits
+    assert logits.dtype == dtype
+    error = (logits.float() - wide).square().mean().sqrt() / wide.square().mean().sqrt()
+    assert error < 16 * torch.finfo(dtype).eps
+    cross_entropy(logits[:, 7:-1], tokens[:, 8:]).backward()
+    assert all(p.grad.isfinite().all() for p in narrow.parameters())
+
+
+def test_autocast_streams_as_it_reads(model: AbstractDecoder) -> None:
+    tokens = tokens_of(2, 10)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(tokens).logits
+        output = model.step(tokens[:, :6], model.init_state(2))
+        rest = model.step(tokens[:, 6:], output.state).logits
+    error = (torch.cat([output.logits, rest], dim=1) - expected).float().abs().max() / expected.abs().max()
+    assert error < 16 * torch.finfo(torch.bfloat16).eps
+
+
+def test_two_constructions_from_one_seed_are_equal(model: AbstractDecoder) -> None:
+    built = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        built.append(type(model)(model.config).state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in built), strict=True))
+
+
+BAD_TOKENS = {
+    "float": (torch.zeros(1, 3), "tokens: wanted int32 or int64 ids, got torch.float32"),
+    "rank": (
+        torch.zeros(3, dtype=torch.long),
+        r"tokens: wanted a non-empty batch of shape \(B, T\), got shape \(3,\)",
+    ),
+    "empty": (torch.zeros(2, 0, dtype=torch.long), r"non-empty batch .* got shape \(2, 0\)"),
+    "too large": (torch.tensor([[0, 37]]), "tokens: id 37 is not in the vocabulary of 37 ids"),
+    "negative": (torch.tensor([[-1, 36]]), "tokens: id -1 is not in the vocabulary of 37 ids"),
+    "too long": (
+        torch.zeros(1, 65, dtype=torch.long),
+        "a sequence of 65 tokens is longer than max_seq_len=64",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TOKENS)
+def test_bad_tokens_are_refused(transformer: AbstractDecoder, case: str) -> None:
+    tokens, message = BAD_TOKENS[case]
+    with pytest.raises(ValueError, match=message):
+        transformer(tokens)
+    with pytest.raises(ValueError, match=message):
+        transformer.step(tokens, transformer.init_state(max(1, len(tokens))))
+
+
+BAD_MASKS = {
+    "shape": ({"attention_mask": torch.ones(2, 4)[:, :3].bool()}, r"attention_mask: .*\(2, 4\).*\(2, 3\)"),
+    "dtype": ({"attention_mask": torch.ones(2, 4)}, "attention_mask: .*torch.float32"),
+    "packed batch": ({"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens: .*batch of 2"),
+    "both": (
+        {"cu_seqlens": torch.tensor([0, 4]), "attention_mask": torch.ones(2, 4).bool()},
+        "cu_seqlens and attention_mask exclude each other",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MASKS)
+def test_bad_masks_are_refused(transformer: AbstractDecoder, case: str) -> None:
+    arguments, message = BAD_MASKS[case]
+    with pytest.raises(ValueError, match=message):
+        transformer(tokens_of(2, 4), **arguments)
+
+
+def test_the_length_limit_counts_the_stream_and_only_real_tokens(transformer: AbstractDecoder) -> None:
+    state = transformer.step(tokens_of(1, 60), transformer.init_state(1)).state
+    with pytest.raises(ValueError, match="a sequence of 65 tokens is longer than max_seq_len=64"):
+        transformer.step(tokens_of(1, 5), state)
+    pads = torch.tensor([[0, 1, 1, 1, 1]])
+    assert transformer.step(tokens_of(1, 5), state, attention_mask=pads).state.position.tolist() == [64]
+    transformer(tokens_of(1, 100), cu_seqlens=torch.tensor([0, 50, 100]))
+    with pytest.raises(ValueError, match="a sequence of 65 tokens"):
+        transformer(tokens_of(1, 100), cu_seqlens=torch.tensor([0, 35, 100]))
+
+
+def test_a_state_of_another_batch_is_refused(transformer: AbstractDecoder) -> None:
+    with pytest.raises(ValueError, match="tokens: 3 rows came, the state is of a batch of 2"):
+        transformer.step(tokens_of(3, 2), transformer.init_state(2))
