@@ -3,7 +3,6 @@
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,9 @@ from torch import Tensor
 
 from helmholtz._checks import check, check_integer
 from helmholtz.data.tokens import TokenDataset
-from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.base import AbstractDecoder, evaluation_mode
+
+WARM_UP = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,6 @@ class LanguageResult:
     n_bytes: int
 
 
-@torch.no_grad()
 def evaluate_language(
     model: AbstractDecoder,
     data: TokenDataset,
@@ -56,15 +56,12 @@ def evaluate_language(
     overlap = seq_len // 2 if overlap is None else overlap
     check(0 <= overlap < seq_len, "overlap", overlap, f"in [0, seq_len = {seq_len})")
     stream = torch.cat([torch.tensor([data.eos_id]), data.read(torch.tensor([0]), len(data))[0]])
-    device, training = model.embed.weight.device, model.training
-    model.eval()
-    total = torch.zeros((), dtype=torch.float64)
-    for tokens, targets in _windows(stream, seq_len, overlap, batch_size):
-        logits = model(tokens.to(device)).logits.float()
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten(), reduction="none")
-        total += losses.double().sum().cpu()  # ignored targets have loss 0
-    model.train(training)
-    nats = total.item()
+    device, nats = model.embed.weight.device, 0.0
+    with evaluation_mode(model):
+        for tokens, targets in _windows(stream, seq_len, overlap, batch_size):
+            logits = model(tokens.to(device)).logits.float()
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten(), reduction="none")
+            nats += losses.double().sum().item()  # an ignored target has loss 0
     return LanguageResult(
         nats_per_token=nats / len(data),
         bits_per_byte=nats / math.log(2) / data.n_bytes,
@@ -88,20 +85,19 @@ def _windows(
     return list(zip(rows[:, :-1].split(batch_size), targets.split(batch_size), strict=True))
 
 
-@torch.no_grad()
 def decode_tokens_per_second(model: AbstractDecoder, *, n_tokens: int = 128, batch_size: int = 1) -> float:
-    """Tokens generated per second by greedy decoding, one at a time, after a short prompt; all rows counted."""
+    """Tokens generated per second, one after another, all rows counted: greedy, from an empty stream.
+
+    Raises: ValueError if the model's ``max_seq_len`` is shorter than ``n_tokens`` and the warm-up of 4.
+    """
     check_integer("n_tokens", n_tokens)
-    training = model.training
-    model.eval()
-    token = torch.zeros(batch_size, 1, dtype=torch.long, device=model.embed.weight.device)
-    state: Any = model.init_state(batch_size)
-    for _ in range(4):  # the first calls pay for caches
-        state = model.step(token, state).state
-    begin = time.perf_counter()
-    for _ in range(n_tokens):
-        output = model.step(token, state)
-        token, state = output.logits.argmax(-1), output.state
-    seconds = time.perf_counter() - begin
-    model.train(training)
-    return n_tokens * batch_size / seconds
+    tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=model.embed.weight.device)
+    with evaluation_mode(model):
+        state = model.init_state(batch_size)
+        for count in range(WARM_UP + n_tokens):
+            if count == WARM_UP:
+                begin = time.perf_counter()
+            output = model.step(tokens, state)
+            assert output.state is not None
+            tokens, state = output.logits.argmax(-1), output.state
+    return n_tokens * batch_size / (time.perf_counter() - begin)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-METRICS = "metrics.jsonl"
+
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +113,6 @@ class JSONLMetrics(Callback):
 
     def on_end(self, result: RunResult) -> None:
         self.file.close()
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All records of a run's ``metrics.jsonl``, oldest first."""
-    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
 
 
 class TensorBoard(Callback):

@@ -1,4 +1,4 @@
-"""The folder of a run: ``run.json``, ``metrics.jsonl``, ``summary.json``, and the checkpoints ``best`` and ``last``."""
+"""The folder of a run: ``run.json``, ``metrics.jsonl``, ``summary.json``, the checkpoints ``best`` and ``last``."""
 
 import json
 import shutil
@@ -8,20 +8,18 @@ from typing import Any
 import torch
 
 from helmholtz._files import atomic_folder, complete_folder
+from helmholtz._run_folder import LAST, RUN, TOKENIZER
 from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.checkpoint import write_checkpoint
 from helmholtz.training.state import Progress, save_training_state
-
-BEST, LAST, RUN, SUMMARY = "best", "last", "run.json", "summary.json"
-TOKENIZER = "tokenizer"
 
 TrainingState = tuple[torch.optim.Optimizer, torch.amp.GradScaler, Progress]
 
 
 def save_run(folder: Path, model: AbstractDecoder, tokenizer: Path, state: TrainingState | None) -> None:
-    """Replace ``folder`` by a checkpoint that stands on its own: model, tokenizer and, if given, training state.
+    """Make ``folder`` a checkpoint that stands on its own: model, tokenizer and, if given, training state.
 
-    Written beside its place and renamed, so that a crash leaves the old checkpoint or the new one, never half of one.
+    A crash leaves the old checkpoint or the new one, never half of one (``atomic_folder``).
     """
     with atomic_folder(folder) as partial:
         write_checkpoint(model, partial)
@@ -30,25 +28,25 @@ def save_run(folder: Path, model: AbstractDecoder, tokenizer: Path, state: Train
             save_training_state(partial, *state)
 
 
-def open_run(folder: Path, description: dict[str, Any], *, resume: bool) -> bool:
-    """Claim ``folder`` for the run that ``description`` (model, data, numeric settings) describes.
+def open_run(folder: Path, identity: dict[str, Any], data_folder: str, *, resume: bool) -> bool:
+    """Claim ``folder`` for the run that ``identity`` (model, data, numeric settings) describes.
 
     Returns: whether there is a checkpoint to go on from.
 
-    Raises: ValueError if the folder holds a run and ``resume`` is false, or holds a different run; nothing is touched.
+    Raises: ValueError if the folder holds a run and ``resume`` is false, or a different run; nothing is touched.
     """
     file = folder / RUN
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(file.name + ".tmp")
-        partial.write_text(json.dumps(description, indent=2) + "\n")
+        partial.write_text(json.dumps({"identity": identity, "data_folder": data_folder}, indent=2) + "\n")
         partial.replace(file)
         return False
     if not resume:
         raise ValueError(
-            f"train.output_dir: {folder} already holds a run; continue it with --train.resume=auto or name another folder"
+            f"train.output_dir: {folder} already holds a run; go on with --train.resume=auto or name another folder"
         )
-    difference = first_difference(json.loads(file.read_text()), description)
+    difference = first_difference(json.loads(file.read_text())["identity"], identity)
     if difference:
         raise ValueError(f"train.resume: {folder} holds a different run: {difference}")
     return complete_folder(folder / LAST).exists()
@@ -57,9 +55,8 @@ def open_run(folder: Path, description: dict[str, Any], *, resume: bool) -> bool
 def first_difference(old: Any, new: Any, name: str = "") -> str:
     """Where two nested JSON values differ first, in words; empty if they are equal."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in old.keys() | new.keys():
-            inner = f"{name}.{key}".lstrip(".")
-            difference = first_difference(old.get(key), new.get(key), inner)
+        for key in sorted(old.keys() | new.keys()):
+            difference = first_difference(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
             if difference:
                 return difference
         return ""

@@ -8,16 +8,18 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from helmholtz._run_folder import BEST, LAST
 from helmholtz.data.tokens import TokenDataset
-from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.base import AbstractDecoder, evaluation_mode
 from helmholtz.training.callbacks import Callback, EvalRecord, RunResult, StepRecord
-from helmholtz.training.checkpoint import BEST, LAST, save_run
+from helmholtz.training.checkpoint import save_run
 from helmholtz.training.config import TrainConfig
 from helmholtz.training.objectives import ObjectiveFunction, next_token
 from helmholtz.training.optim import learning_rate, make_optimizer
@@ -46,7 +48,7 @@ def stop_signals() -> Iterator[list[int]]:
     received: list[int] = []
     signals = (signal.SIGINT, signal.SIGTERM)
     try:
-        previous = {number: signal.getsignal(number) for number in signals}
+        previous: dict[int, Any] = {number: signal.getsignal(number) for number in signals}
 
         def note(number: int, frame: FrameType | None) -> None:
             received.append(number)
@@ -165,7 +167,6 @@ class Trainer:
         if progress.skipped_in_a_row > (MAX_SKIPPED if self.scaler.is_enabled() else 0):
             raise NonFiniteError(self._failure(f"the gradient norm is {norm}"))
 
-    @torch.no_grad()
     def validation_loss(self) -> float:
         """Nats per token over the first ``eval_tokens`` of the validation split, in windows of ``seq_len``."""
         c = self.config
@@ -176,13 +177,12 @@ class Trainer:
                 f"{c.seq_len}: prepare a larger validation split"
             )
         starts = torch.arange(n_windows) * c.seq_len
-        training, total = self.model.training, 0.0
-        self.model.eval()
-        for rows in starts.split(c.batch_size):
-            tokens = self.validation.read(rows, c.seq_len + 1).to(self.device)
-            with self._autocast():
-                total += len(rows) * self.objective(self.model, tokens).loss.item()
-        self.model.train(training)
+        total = 0.0
+        with evaluation_mode(self.model):
+            for rows in starts.split(c.batch_size):
+                tokens = self.validation.read(rows, c.seq_len + 1).to(self.device)
+                with self._autocast():
+                    total += len(rows) * self.objective(self.model, tokens).loss.item()
         return total / n_windows
 
     def evaluate(self) -> EvalRecord:

@@ -12,45 +12,34 @@ from rich.console import Console
 from helmholtz._checks import check, check_choice
 from helmholtz._files import complete_folder
 from helmholtz._hardware import describe_hardware, git_commit, peak_memory_bytes
+from helmholtz._run_folder import LAST, METRICS, SUMMARY
+from helmholtz.data.prepare import DataConfig
 from helmholtz.data.tokens import TokenDataset
 from helmholtz.models import MODELS
 from helmholtz.models.base import AbstractDecoder, ModelConfig
 from helmholtz.models.checkpoint import load_checkpoint
-from helmholtz.training.callbacks import METRICS, Callback, JSONLMetrics, ProgressBar, RunResult, TensorBoard
-from helmholtz.training.checkpoint import LAST, SUMMARY, open_run
+from helmholtz.training.callbacks import Callback, JSONLMetrics, ProgressBar, RunResult, TensorBoard
+from helmholtz.training.checkpoint import first_difference, open_run
 from helmholtz.training.config import TrainConfig
 from helmholtz.training.loop import Trainer, seed_everything
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """A run: which model, on which prepared text, trained how."""
+    """A run: which model, on which text, trained how."""
 
     architecture: str
     """A key of ``MODELS``."""
     model: ModelConfig
-    data: str
-    """Folder of prepared text (``helmholtz data``)."""
+    data: DataConfig
+    """The text; ``data.folder`` must have been prepared with these settings."""
     train: TrainConfig
 
     def __post_init__(self) -> None:
         check_choice("model.architecture", self.architecture, MODELS)
-        check(
-            self.train.seq_len <= self.model.max_seq_len,
-            "train.seq_len",
-            self.train.seq_len,
-            f"at most model.max_seq_len = {self.model.max_seq_len}",
-        )
-
-    def description(self) -> dict[str, Any]:
-        """What makes this run this run, as JSON values: a resumed run must agree with it."""
-        model = json.loads(json.dumps(self.model.to_dict()))
-        return {
-            "architecture": self.architecture,
-            "model": model,
-            "data": str(Path(self.data).resolve()),
-            "train": self.train.numerics(),
-        }
+        longest = self.model.max_seq_len
+        wanted = f"at most model.max_seq_len = {longest}"
+        check(self.train.seq_len <= longest, "train.seq_len", self.train.seq_len, wanted)
 
 
 class Summary(Callback):
@@ -68,7 +57,6 @@ class Summary(Callback):
             "tokens": result.tokens,
             "seconds": progress.seconds,
             "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-            "best_validation_loss": progress.best if progress.step else None,
             "peak_memory_bytes": peak_memory_bytes(),
             "commit": git_commit(),
             "hardware": describe_hardware(),
@@ -79,31 +67,54 @@ class Summary(Callback):
 def train(
     config: RunConfig, *, callbacks: Sequence[Callback] = (), console: Console | None = None
 ) -> RunResult:
-    """Train the described model, or go on training it; everything it makes is in ``config.train.output_dir``.
+    """Train the described model, or go on training it; all it makes is in ``config.train.output_dir``.
 
     Args:
         callbacks: the caller's hooks, called after the built-in ones.
         console: where progress is shown; None shows nothing.
 
     Raises:
-        ValueError: the folder holds a run (and ``resume`` is "never") or another run, or data and model do not fit.
+        ValueError: the folder holds a run (and ``resume`` is "never") or another run, or data and model do not
+            fit; nothing on disk is touched.
         NonFiniteError: training diverged; checkpoints written before are untouched.
     """
-    train_data, validation = TokenDataset(config.data, "train"), TokenDataset(config.data, "validation")
-    check(
-        config.model.vocab_size == train_data.vocab_size,
-        "model.vocab_size",
-        config.model.vocab_size,
-        f"the {train_data.vocab_size} of the data in {config.data}",
-    )
+    train_data, validation = open_data(config.data)
+    vocabulary = train_data.vocab_size
+    wanted = f"{vocabulary}, the vocabulary of {config.data.folder}"
+    check(config.model.vocab_size == vocabulary, "model.vocab_size", config.model.vocab_size, wanted)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     folder = Path(config.train.output_dir)
-    resumed = open_run(folder, config.description(), resume=config.train.resume == "auto")
+    resume = config.train.resume == "auto"
+    resumed = open_run(folder, _identity(config, train_data), config.data.folder, resume=resume)
     trainer = Trainer(_model(config, resumed), train_data, validation, config.train)
     if resumed:
         trainer.restore(complete_folder(folder / LAST))
     return trainer.fit([*_built_in(config.train, trainer, console), *callbacks])
+
+
+def open_data(config: DataConfig) -> tuple[TokenDataset, TokenDataset]:
+    """Training and validation split of ``config.folder``.
+
+    Raises: ValueError if nothing is prepared there, or if it was prepared with other settings than these.
+    """
+    data = TokenDataset(config.folder, "train")
+    difference = first_difference(data.metadata.settings, config.settings(), "data")
+    if difference:
+        raise ValueError(f"{config.folder} was prepared with other settings: {difference}")
+    return data, TokenDataset(config.folder, "validation")
+
+
+def _identity(config: RunConfig, data: TokenDataset) -> dict[str, Any]:
+    """What makes this run this run, as JSON values: a resumed run must agree with it."""
+    values = {
+        "architecture": config.architecture,
+        "model": config.model.to_dict(),
+        "data": {"fingerprint": data.metadata.fingerprint, "settings": config.data.settings()},
+        "train": config.train.numerics(),
+    }
+    identity: dict[str, Any] = json.loads(json.dumps(values))
+    return identity
 
 
 def _model(config: RunConfig, resumed: bool) -> AbstractDecoder:

@@ -1,0 +1,12 @@
+"""Names in the folder of a run, which training writes and evaluation reads."""
+
+RUN = "run.json"
+"""What the run is: architecture, model, data, settings."""
+METRICS = "metrics.jsonl"
+"""One record per step and per evaluation."""
+SUMMARY = "summary.json"
+"""How the run ended and what it cost."""
+BEST, LAST = "best", "last"
+"""Checkpoints: lowest validation loss, and latest state with all that resuming needs."""
+TOKENIZER = "tokenizer"
+"""Folder of the tokenizer inside a checkpoint."""

@@ -1,0 +1,26 @@
+"""``helmholtz data``."""
+
+from rich.console import Console
+
+from helmholtz.cli.arguments import parse
+from helmholtz.cli.runs import run_parser
+from helmholtz.data.prepare import DataConfig, prepare
+from helmholtz.data.split import SPLITS
+
+DESCRIPTION = "Turn text into a folder of tokens. Done before with the same text and settings, nothing is done."
+
+
+def run(arguments: list[str], console: Console) -> int:
+    parser = run_parser("data", DESCRIPTION, arguments)
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace a folder of other text or settings")
+    values = parse(parser, arguments)
+    prepared = prepare(DataConfig(**values["data"]), overwrite=values["overwrite"], console=console)
+    metadata = prepared.metadata
+    state = "already there" if prepared.reused else "prepared"
+    console.print(f"{prepared.folder}: {state}, vocabulary {metadata.vocab_size}", markup=False)
+    for split in SPLITS:
+        counts = getattr(metadata, split)
+        console.print(
+            f"  {split}: {counts.n_tokens:,} tokens, {counts.n_bytes:,} bytes, {counts.n_documents:,} documents"
+        )
+    return 0

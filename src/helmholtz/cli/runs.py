@@ -1,0 +1,58 @@
+"""The options that describe a run, shared by the commands ``data`` and ``train``."""
+
+from typing import Any
+
+from helmholtz._checks import check_choice
+from helmholtz.cli.arguments import Parser, config_files, make_parser, parse, read_yaml
+from helmholtz.data.prepare import DataConfig
+from helmholtz.data.tokens import TokenDataset
+from helmholtz.models import MODELS
+from helmholtz.training.config import TrainConfig
+from helmholtz.training.run import RunConfig
+
+DEFAULT_ARCHITECTURE = "fem_lm"
+ARCHITECTURE = "--model.architecture"
+
+
+def run_parser(command: str, description: str, arguments: list[str]) -> Parser:
+    """Groups ``data``, ``model`` and ``train``, so that one YAML file serves both commands.
+
+    The vocabulary size is no option: it is the data's.
+    """
+    parser = make_parser(command, description)
+    name = _architecture(arguments)
+    parser.add_class_arguments(DataConfig, "data")
+    parser.add_argument(ARCHITECTURE, type=str, default=name, help=f"one of {', '.join(MODELS)}")
+    parser.add_class_arguments(MODELS[name].config_class, "model", skip={"vocab_size"})
+    parser.add_class_arguments(TrainConfig, "train")
+    return parser
+
+
+def run_config(parser: Parser, arguments: list[str]) -> RunConfig:
+    """The run that a command line describes. Raises: ValueError naming the setting that is wrong."""
+    values = parse(parser, arguments)
+    model = dict(values["model"])
+    name = model.pop("architecture")
+    data = DataConfig(**values["data"])
+    vocab_size = TokenDataset(data.folder, "train").vocab_size
+    return RunConfig(
+        architecture=name,
+        model=MODELS[name].config_class.from_dict(model | {"vocab_size": vocab_size}),
+        data=data,
+        train=TrainConfig(**values["train"]),
+    )
+
+
+def _architecture(arguments: list[str]) -> str:
+    """The architecture asked for; its config's fields become the options of the group ``model``."""
+    chosen: Any = DEFAULT_ARCHITECTURE
+    for file in config_files(arguments):
+        model = read_yaml(file).get("model")
+        chosen = model.get("architecture", chosen) if isinstance(model, dict) else chosen
+    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument.startswith(f"{ARCHITECTURE}="):
+            chosen = argument.split("=", 1)[1]
+        elif argument == ARCHITECTURE:
+            chosen = after
+    check_choice("model.architecture", chosen, MODELS)
+    return str(chosen)

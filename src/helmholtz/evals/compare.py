@@ -1,0 +1,154 @@
+"""Runs side by side: quality, speed and memory at equal budgets."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from helmholtz._hardware import describe_hardware, git_commit
+from helmholtz.data.tokens import TokenDataset
+from helmholtz.evals.language import decode_tokens_per_second, evaluate_language
+from helmholtz.evals.runs import Run, read_run
+from helmholtz.models.checkpoint import load_checkpoint
+
+BUDGET_TOLERANCE = 0.02
+DECODE_REPEATS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One run in the comparison."""
+
+    name: str
+    model: str
+    seed: int
+    parameters: int
+    tokens: int
+    """Training tokens."""
+    validation_bits_per_byte: float
+    """Over the whole validation split, with the weights of lowest validation loss."""
+    validation_perplexity: float
+    train_tokens_per_second: float
+    decode_tokens_per_second: float
+    """Greedy, one sequence."""
+    peak_memory_bytes: int
+    """Of the training process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Runs that differ in their seed alone."""
+
+    model: str
+    seeds: tuple[int, ...]
+    mean_bits_per_byte: float
+    deviation: float | None
+    """Sample standard deviation over seeds; None for a single one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    rows: tuple[Row, ...]
+    groups: tuple[Group, ...]
+    inequalities: tuple[str, ...]
+    """Why the comparison is not at equal budgets; empty if it is."""
+
+
+def inequalities(runs: Sequence[Run]) -> list[str]:
+    """Every way in which the runs' budgets differ: parameters by more than 2 %, tokens, data, or any setting but
+    the seed."""
+    found = []
+    sizes = {run.name: run.summary["parameters"] for run in runs}
+    if max(sizes.values()) > (1 + BUDGET_TOLERANCE) * min(sizes.values()):
+        listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+        found.append(f"parameters differ by more than {BUDGET_TOLERANCE:.0%}: {listed}")
+    first = runs[0]
+    for run in runs[1:]:
+        if run.summary["tokens"] != first.summary["tokens"]:
+            found.append(
+                f"{run.name} has seen {run.summary['tokens']:,} tokens, {first.name} {first.summary['tokens']:,}"
+            )
+        if run.description["data"] != first.description["data"]:
+            found.append(f"{run.name} and {first.name} were trained on different data")
+        old, new = first.description["train"], run.description["train"]
+        for key in sorted(old.keys() | new.keys()):
+            if key != "seed" and old.get(key) != new.get(key):
+                found.append(f"train.{key} is {new.get(key)} in {run.name} and {old.get(key)} in {first.name}")
+    return found
+
+
+def compare(folders: Sequence[str | Path], *, allow_unequal: bool = False) -> Comparison:
+    """Evaluate the best weights of every run on the whole validation split, and its speed, one after another.
+
+    Raises: ValueError if a run is not finished, or if budgets differ and ``allow_unequal`` is false.
+    """
+    if len(folders) < 1:
+        raise ValueError("runs: wanted at least one folder, got none")
+    runs = [read_run(folder) for folder in folders]
+    unequal = inequalities(runs)
+    if unequal and not allow_unequal:
+        raise ValueError("these runs cannot be compared fairly: " + "; ".join(unequal))
+    rows = tuple(_row(run) for run in runs)
+    return Comparison(rows, _groups(runs, rows), tuple(unequal))
+
+
+def _row(run: Run) -> Row:
+    model, train = load_checkpoint(run.checkpoint), run.description["train"]
+    data = TokenDataset(run.data_folder, "validation")
+    quality = evaluate_language(model, data, seq_len=train["seq_len"], batch_size=train["batch_size"])
+    n_tokens = min(128, model.config.max_seq_len // 2)
+    speeds = [decode_tokens_per_second(model, n_tokens=n_tokens) for _ in range(DECODE_REPEATS)]
+    return Row(
+        name=run.name,
+        model=model_label(run.description),
+        seed=train["seed"],
+        parameters=run.summary["parameters"],
+        tokens=run.summary["tokens"],
+        validation_bits_per_byte=quality.bits_per_byte,
+        validation_perplexity=quality.perplexity,
+        train_tokens_per_second=run.train_tokens_per_second(),
+        decode_tokens_per_second=statistics.median(speeds),
+        peak_memory_bytes=run.summary["peak_memory_bytes"],
+    )
+
+
+def model_label(description: dict[str, Any]) -> str:
+    """Architecture, with the priors of a FEM model: ``fem_lm (softmax)``."""
+    priors = dict.fromkeys(description["model"].get("priors", ()))
+    return description["architecture"] + (f" ({', '.join(priors)})" if priors else "")
+
+
+def _groups(runs: Sequence[Run], rows: Sequence[Row]) -> tuple[Group, ...]:
+    members: dict[str, list[Row]] = {}
+    for run, row in zip(runs, rows, strict=True):
+        key = json.dumps([run.description["architecture"], run.description["model"]], sort_keys=True)
+        members.setdefault(key, []).append(row)
+    return tuple(_group(group) for group in members.values())
+
+
+def _group(rows: Sequence[Row]) -> Group:
+    values = [row.validation_bits_per_byte for row in rows]
+    return Group(
+        model=rows[0].model,
+        seeds=tuple(row.seed for row in rows),
+        mean_bits_per_byte=statistics.mean(values),
+        deviation=statistics.stdev(values) if len(values) > 1 else None,
+    )
+
+
+def write_results(comparison: Comparison, folders: Sequence[str | Path], file: Path) -> None:
+    """The comparison as JSON, with the hardware, the commit and the complete description of each run."""
+    content = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "hardware": describe_hardware(),
+        **asdict(comparison),
+        "runs": [read_run(folder).description for folder in folders],
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".tmp")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.replace(file)
