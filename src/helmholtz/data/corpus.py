@@ -21,11 +21,11 @@ class Document:
     """A text that is read piece by piece; the pieces joined are the text."""
 
     name: str
-    """Path below the source it was found in, with ``:line`` for a line of JSON; does not depend on the machine."""
+    """Path below the source it was found in (the same on every machine), with ``:line`` for a line of JSON."""
     n_bytes: int
     """Length in UTF-8."""
     pieces: Callable[[], Iterator[str]]
-    """A fresh iterator; pieces hold about a megabyte and end with a line wherever lines are shorter than that."""
+    """A fresh iterator; pieces are about a megabyte and end with a line if lines are shorter than that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +137,7 @@ def _json_text(line: bytes, field: str, where: str, offset: int) -> str:
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
     if not isinstance(record, dict):
-        raise ValueError(
-            f"{where}: wanted a JSON object with the field {field!r}, got {type(record).__name__}"
-        )
+        raise ValueError(f"{where}: wanted an object with the field {field!r}, got {type(record).__name__}")
     if field not in record:
         raise ValueError(f"{where}: no field {field!r}{nearest(field, record)} (fields: {', '.join(record)})")
     text = record[field]

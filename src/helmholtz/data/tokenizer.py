@@ -18,7 +18,7 @@ INSTALL = "pip install 'helmholtz-nn[data]'"
 
 
 class AbstractTokenizer(abc.ABC):
-    """A map from text to ids ``0 .. eos_id - 1``; ``eos_id``, the last id, ends a document and is never text."""
+    """A map from text to ids below ``eos_id``; ``eos_id``, the last id, ends a document and is never text."""
 
     vocab_size: int
 
@@ -69,8 +69,8 @@ class ByteTokenizer(AbstractTokenizer):
 class BPETokenizer(AbstractTokenizer):
     """Byte-level byte-pair encoding: frequent byte sequences are one token, all others fall apart into bytes.
 
-    Source: Sennrich et al., "Neural machine translation of rare words with subword units", 2016; on bytes: Radford
-    et al., "Language models are unsupervised multitask learners", 2019, section 2.2.
+    Source: Sennrich et al., "Neural machine translation of rare words with subword units", 2016; on bytes:
+    Radford et al., "Language models are unsupervised multitask learners", 2019, section 2.2.
     """
 
     def __init__(self, tokenizer: "Tokenizer") -> None:
@@ -79,7 +79,7 @@ class BPETokenizer(AbstractTokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
-        """Learn at most ``vocab_size - 257`` merges from ``texts``; fewer if the text has no pair left to merge."""
+        """Learn at most ``vocab_size - 257`` merges from ``texts``; fewer if it has no pair left to merge."""
         check_integer("vocab_size", vocab_size, minimum=BYTES + 2)
         library = _library()
         byte_level = library.pre_tokenizers.ByteLevel

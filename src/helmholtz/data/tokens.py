@@ -65,9 +65,7 @@ class Metadata:
         try:
             values = json.loads(path.read_text())
             if values["format"] != FORMAT:
-                raise ValueError(
-                    f"format {values['format']}, this version reads {FORMAT}: prepare the text again"
-                )
+                raise ValueError(f"format must be {FORMAT}, got {values['format']}")
             return cls(**values | {split: SplitCounts(**values[split]) for split in SPLITS})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: damaged metadata ({error!r})") from error
@@ -130,13 +128,13 @@ class PackedRow:
     targets: Int[Tensor, "1 T"]
     """The next token, and -100 (ignored by ``cross_entropy``) where that is another document's first."""
     cu_seqlens: Int32[Tensor, " n1"]
-    """``0 = c_0 < ... < c_n = T``: where documents, or the parts of them that are in the row, begin and end."""
+    """``0 = c_0 < ... < c_n = T``: where documents, or what is in the row of them, begin and end."""
 
 
 class TokenDataset:
     """One split of prepared text as a stream of tokens, each document followed by ``eos_id``.
 
-    The tokens stay on disk; a read touches the pages it needs. Every read checks that its ids are in the vocabulary.
+    The tokens stay on disk; a read touches the pages it needs and checks that its ids are in the vocabulary.
 
     Raises: ValueError if the folder is not prepared text, or a file does not have the size its metadata says.
     """
@@ -159,10 +157,8 @@ class TokenDataset:
             starts = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path}: damaged document index ({error})") from error
-        if starts.shape != (self.counts.n_documents,):
-            raise ValueError(
-                f"{path}: {starts.shape} starts, the metadata say {self.counts.n_documents} documents"
-            )
+        if len(starts) != self.counts.n_documents:
+            raise ValueError(f"{path}: {len(starts)} documents, the metadata say {self.counts.n_documents}")
         return starts
 
     def __len__(self) -> int:
@@ -202,8 +198,8 @@ class TokenDataset:
         for start in positions:
             if not 0 <= start <= len(self) - length:
                 raise ValueError(
-                    f"starts must be in [0, {len(self) - length}] for windows of {length} of the {len(self)} tokens "
-                    f"of the {self.split} split, got {start}"
+                    f"starts must be in [0, {len(self) - length}] (windows of {length}, {len(self)} tokens in the "
+                    f"{self.split} split), got {start}"
                 )
         rows = np.empty((len(positions), length), dtype=np.int64)
         for row, start in zip(rows, positions, strict=True):
@@ -215,14 +211,14 @@ class TokenDataset:
         if rows.size and rows.max() >= self.vocab_size:
             row, column = np.argwhere(rows >= self.vocab_size)[0].tolist()
             raise ValueError(
-                f"{self._path}: token {rows[row, column]} at position {starts[row] + column} is outside the vocabulary "
-                f"of {self.vocab_size}; prepare the text again"
+                f"{self._path}: token {rows[row, column]} at position {starts[row] + column} is outside the "
+                f"vocabulary of {self.vocab_size}; the file is damaged, prepare the text again"
             )
 
     def evaluation_windows(self, seq_len: int, *, batch_size: int = 1) -> Iterator[Int[Tensor, "rows T1"]]:
-        """Windows in order, of ``seq_len`` inputs and one more token: every token but the split's first is a target once.
+        """Windows of ``seq_len`` inputs and one more token, in order: each token but the first is a target once.
 
-        The last window is shorter if ``seq_len`` does not divide the number of targets, and then a batch of its own.
+        A last, shorter window is a batch of its own.
 
         Raises: ValueError if the split has no target.
         """
@@ -238,7 +234,7 @@ class TokenDataset:
             yield self.read(torch.tensor([n_whole * seq_len]), rest + 1)
 
     def packed_rows(self, starts: Int[Tensor, " n"], seq_len: int) -> Iterator[PackedRow]:
-        """The windows at ``starts`` with the boundaries of their documents, for training documents in isolation."""
+        """The windows at ``starts`` with the boundaries of their documents, to train documents in isolation."""
         for start in starts.tolist():
             tokens = self.read(torch.tensor([start]), seq_len + 1)
             first, last = np.searchsorted(self.document_starts, [start + 1, start + seq_len + 1])
