@@ -7,12 +7,14 @@ from helmholtz.cli.runs import run_parser
 from helmholtz.data.prepare import DataConfig, prepare
 from helmholtz.data.split import SPLITS
 
-DESCRIPTION = "Turn text into a folder of tokens. Done before with the same text and settings, nothing is done."
+DESCRIPTION = (
+    "Turn text into a folder of tokens. Done before with the same text and settings, nothing is done."
+)
 
 
 def run(arguments: list[str], console: Console) -> int:
     parser = run_parser("data", DESCRIPTION, arguments)
-    parser.add_argument("--overwrite", type=bool, default=False, help="replace a folder of other text or settings")
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder of other text or settings")
     values = parse(parser, arguments)
     prepared = prepare(DataConfig(**values["data"]), overwrite=values["overwrite"], console=console)
     metadata = prepared.metadata

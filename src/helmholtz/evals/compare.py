@@ -76,7 +76,9 @@ def inequalities(runs: Sequence[Run]) -> list[str]:
         old, new = first.description["train"], run.description["train"]
         for key in sorted(old.keys() | new.keys()):
             if key != "seed" and old.get(key) != new.get(key):
-                found.append(f"train.{key} is {new.get(key)} in {run.name} and {old.get(key)} in {first.name}")
+                found.append(
+                    f"train.{key} is {new.get(key)} in {run.name} and {old.get(key)} in {first.name}"
+                )
     return found
 
 

@@ -61,4 +61,6 @@ def find_checkpoint(path: str | Path) -> Path:
     for folder in (complete_folder(path), complete_folder(path / BEST)):
         if (folder / "config.json").exists():
             return folder
-    raise ValueError(f"{path}: neither a checkpoint (config.json) nor a run that has one ({BEST}/config.json)")
+    raise ValueError(
+        f"{path}: neither a checkpoint (config.json) nor a run that has one ({BEST}/config.json)"
+    )

@@ -1,0 +1,58 @@
+"""``helmholtz generate``."""
+
+import sys
+
+from rich.console import Console
+
+from helmholtz._run_folder import TOKENIZER
+from helmholtz.cli.arguments import make_parser, parse
+from helmholtz.data.tokenizer import AbstractTokenizer, load_tokenizer
+from helmholtz.evals.runs import find_checkpoint
+from helmholtz.models.checkpoint import load_checkpoint
+from helmholtz.models.generation import SamplingSettings, generate
+
+DESCRIPTION = "Continue a prompt; the text appears as it is sampled."
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class TextStream:
+    """Prints the text of tokens as they come; a character whose bytes are not all there yet waits for the rest."""
+
+    def __init__(self, tokenizer: AbstractTokenizer, console: Console) -> None:
+        self.tokenizer, self.console = tokenizer, console
+        self.tokens: list[int] = []
+        self.printed = 0
+
+    def __call__(self, row: int, token: int) -> None:
+        self.tokens.append(token)
+        self._print(self.tokenizer.decode(self.tokens).rstrip(REPLACEMENT))
+
+    def end(self) -> None:
+        self._print(self.tokenizer.decode(self.tokens))
+        self.console.print()
+
+    def _print(self, text: str) -> None:
+        self.console.print(text[self.printed :], end="", markup=False)
+        self.printed = max(self.printed, len(text))
+
+
+def run(arguments: list[str], console: Console) -> int:
+    parser = make_parser("generate", DESCRIPTION)
+    parser.add_argument(
+        "--checkpoint", type=str, required=True, help="a run (its best weights) or a checkpoint"
+    )
+    parser.add_argument(
+        "--prompt", type=str | None, default=None, help="text to continue; default: standard input"
+    )
+    parser.add_class_arguments(SamplingSettings, "sampling", skip={"stop_tokens"})
+    values = parse(parser, arguments)
+    checkpoint = find_checkpoint(values["checkpoint"])
+    model, tokenizer = load_checkpoint(checkpoint), load_tokenizer(checkpoint / TOKENIZER)
+    prompt = sys.stdin.read() if values["prompt"] is None else values["prompt"]
+    settings = SamplingSettings(**values["sampling"], stop_tokens=(tokenizer.eos_id,))
+    stream = TextStream(tokenizer, console)
+    console.print(prompt, end="", markup=False)
+    # a document begins after the end of another: so does a prompt
+    generate(model, [[tokenizer.eos_id, *tokenizer.encode(prompt)]], settings, callback=stream)
+    stream.end()
+    return 0

@@ -1,0 +1,58 @@
+"""Pictures of runs and of what a mixer selects. matplotlib (extra ``plot``) is imported where it is used."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from helmholtz.evals.compare import model_label
+from helmholtz.evals.runs import read_run
+
+SMOOTHING = 25
+"""Steps whose training losses are averaged in a curve."""
+
+
+def _matplotlib() -> ModuleType:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: install helmholtz-nn[plot]") from error
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, file: Path, plt: ModuleType) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def plot_loss_curves(folders: Sequence[str | Path], file: Path) -> None:
+    """Bits per byte against training tokens: validation as marked lines, training (a running mean) behind them."""
+    plt = _matplotlib()
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    finals = []
+    for index, folder in enumerate(folders):
+        run, colour = read_run(folder), f"C{index}"
+        tokens, losses = run.series("step", "bits_per_byte")
+        axes.plot(tokens, _running_mean(losses), color=colour, alpha=0.3, linewidth=1)
+        tokens, losses = run.series("eval", "validation_bits_per_byte")
+        label = f"{run.name}: {model_label(run.description)}, {min(losses):.3f}"
+        axes.plot(tokens, losses, color=colour, marker="o", markersize=3, label=label)
+        finals.append(losses)
+    lowest = min(min(losses) for losses in finals)
+    highest = max(losses[0] for losses in finals)
+    axes.set_ylim(lowest - 0.05 * (highest - lowest) - 0.01, highest + 0.2 * (highest - lowest) + 0.01)
+    axes.set_xlabel("training tokens")
+    axes.set_ylabel("bits per byte")
+    axes.set_title("validation (marked) and training (faint)")
+    axes.legend(title="run: model, best validation")
+    axes.grid(alpha=0.3)
+    _save(figure, file, plt)
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    return [statistics.fmean(values[max(0, i - SMOOTHING + 1) : i + 1]) for i in range(len(values))]
