@@ -1,0 +1,148 @@
+"""How every benchmark here measures: check first, interleave, take medians, say on what.
+
+Candidates run in turn within one process and with the same threads, so that a busy machine disturbs all of them alike;
+the figure to read is the ratio of medians.
+"""
+
+import argparse
+import ctypes
+import datetime
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How to measure: the same for every candidate of a run."""
+
+    threads: int
+    rounds: int
+    keep_memory: bool
+    output: Path
+
+
+def parse_options(what: str, description: str | None, *, rounds: int = 9) -> Options:
+    """Command line of a benchmark called ``what``; threads and the allocator are set on return."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=rounds, help="timed runs of each candidate")
+    parser.add_argument("--keep-memory", action="store_true", help="keep glibc from returning freed memory")
+    default = Path(__file__).parent / "results" / f"{what}.json"
+    parser.add_argument("--output", type=Path, default=default, help="where the JSON goes")
+    options = Options(**vars(parser.parse_args()))
+    torch.set_num_threads(options.threads)
+    if options.keep_memory:
+        keep_freed_memory()
+    return options
+
+
+def keep_freed_memory() -> None:
+    """Keep freed blocks mapped (glibc): a fresh 14 MB block costs more to map than to fill."""
+    libc = ctypes.CDLL(None)
+    for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+        if not libc.mallopt(parameter, 2**30):
+            raise RuntimeError(f"mallopt refused parameter {parameter}")
+
+
+def gate(name: str, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, budget: float) -> None:
+    """Stop with an error unless every tensor is within ``budget`` eps (relative RMS) of its reference."""
+    if actual.keys() != expected.keys():
+        raise RuntimeError(f"{name}: {sorted(actual)} against {sorted(expected)}")
+    for key, value in actual.items():
+        want = expected[key].double()
+        error = (value.double() - want).square().mean().sqrt() / want.square().mean().sqrt()
+        if not error <= budget * torch.finfo(value.dtype).eps:
+            raise RuntimeError(f"{name}: {key} is wrong by {error:.3g}; no timing of a wrong result")
+
+
+def interleave(
+    candidates: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 2
+) -> dict[str, float]:
+    """Median seconds of each candidate, all of them run in turn ``rounds`` times."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(warmup + rounds):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _status(field: str) -> int:
+    """A field of ``/proc/self/status`` in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"no {field} in /proc/self/status: peak memory is measured on Linux only")
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """Resident memory that ``run`` needs on top of what is resident before it, at its peak."""
+    run()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # restarts the high-water mark
+    before = _status("VmRSS")
+    run()
+    return max(_status("VmHWM") - before, 0)
+
+
+def environment(options: Options) -> dict[str, Any]:
+    """What a reader needs to judge or repeat the numbers."""
+    model = [x.split(":")[1].strip() for x in _cpuinfo() if x.startswith("model name")]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "hardware": model[0] if model else platform.machine(),
+        "logical_cpus": len(model),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "src", "benchmarks")),
+        **{key: value for key, value in asdict(options).items() if key != "output"},
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _git(*arguments: str) -> str:
+    here = Path(__file__).parent
+    return subprocess.run(
+        ["git", *arguments], cwd=here, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def write_results(options: Options, rows: list[dict[str, Any]]) -> None:
+    """Write ``rows`` with their environment as JSON to ``options.output``."""
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    document = {"environment": environment(options), "rows": rows}
+    options.output.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"wrote {options.output}")
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Aligned columns; every row has the same keys."""
+    cells = [list(rows[0])] + [
+        [f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows
+    ]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
