@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from helmholtz.layers.fem_config import PRIORS
 from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.fem_lm import FEMLM, FEMLMConfig
 from helmholtz.models.transformer import Transformer, TransformerConfig
 
 SIZES = {"vocab_size": 37, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}
@@ -16,9 +18,15 @@ def _transformer(**fields: object) -> Callable[[], AbstractDecoder]:
     return lambda: Transformer(TransformerConfig(**SIZES, **fields))
 
 
+def _fem(**fields: object) -> Callable[[], AbstractDecoder]:
+    return lambda: FEMLM(FEMLMConfig(**SIZES, **fields))
+
+
 DECODERS: dict[str, Callable[[], AbstractDecoder]] = {
     "transformer": _transformer(),
     "transformer-gqa-untied": _transformer(n_kv_heads=2, tie_embeddings=False),
+    "fem-hybrid": _fem(prior=("gla", "softmax"), n_kv_heads=2, tie_embeddings=False),
+    **{f"fem-{prior}": _fem(prior=prior) for prior in PRIORS},
 }
 
 

@@ -58,11 +58,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "max_seq_len"):
             check_integer(name, getattr(self, name))
-        self._fill("n_kv_heads", self.n_heads)
-        self._fill("d_ff", -(-8 * self.d_model // 24) * 8)
-        check_integer("d_ff", self.d_ff)
         check_divides("n_heads", self.n_heads, "d_model", self.d_model)
+        self._fill("n_kv_heads", self.n_heads)
         check_divides("n_kv_heads", self.n_kv_heads or 0, "n_heads", self.n_heads)
+        if self.d_ff is None:
+            self._fill("d_ff", self._derived_d_ff())
+        check_integer("d_ff", self.d_ff)
         check_positive("rope_theta", self.rope_theta)
         check_positive("norm_eps", self.norm_eps)
         check_fraction("dropout", self.dropout)
@@ -71,6 +72,9 @@ class ModelConfig:
     def _fill(self, name: str, value: object) -> None:
         if getattr(self, name) is None:
             object.__setattr__(self, name, value)
+
+    def _derived_d_ff(self) -> int:
+        return -(-8 * self.d_model // 24) * 8
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values, ready for JSON; ``from_dict`` gives an equal config back."""

@@ -92,15 +92,15 @@ def generate(
     """Continue each prompt, token by token, with the state of the stream instead of the whole sequence.
 
     Prompts may differ in length. A row ends at a stop token, which is left out, or after ``max_new_tokens``;
-    the call ends when all rows have. A row depends on its prompt and on ``seed + row`` alone: sampled alone with
-    that seed it gives the same tokens, up to the rounding of logits, which differs between batch sizes.
+    the call ends when all rows have. A row depends on its prompt and on ``seed + row`` alone: sampled alone
+    with that seed it gives the same tokens, up to the rounding of logits, which differs between batch sizes.
 
     Args:
         callback: called with ``(row, token)`` for every token of the result as it appears.
 
     Returns: the new tokens of each row, without the prompt.
-    Raises: ValueError for no or empty prompts, ids outside the vocabulary, or a prompt that with its continuation
-        exceeds ``max_seq_len``.
+    Raises: ValueError for no or empty prompts, ids outside the vocabulary, or a prompt that with its
+        continuation exceeds ``max_seq_len``.
     """
     _check_prompts(model, prompts, settings)
     generators = [torch.Generator().manual_seed(settings.seed + row) for row in range(len(prompts))]

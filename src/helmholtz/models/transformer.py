@@ -1,7 +1,7 @@
 """The baseline: a Llama-style decoder.
 
-Pre-norm blocks with RMSNorm, rotary grouped-query softmax attention and a SwiGLU feed-forward, no biases: from
-a Llama's weights it computes the same logits.
+Pre-norm blocks with RMSNorm, rotary grouped-query softmax attention and a SwiGLU feed-forward, no biases:
+from a Llama's weights it computes the same logits.
 """
 
 from dataclasses import dataclass
@@ -44,6 +44,4 @@ def small(vocab_size: int) -> TransformerConfig:
 
 def medium(vocab_size: int) -> TransformerConfig:
     """About 25 M parameters beside the embedding."""
-    return TransformerConfig(
-        vocab_size=vocab_size, d_model=512, n_layers=8, n_heads=8, n_kv_heads=4, max_seq_len=1024
-    )
+    return TransformerConfig(vocab_size=vocab_size, d_model=512, n_layers=8, n_heads=8, max_seq_len=1024)

@@ -1,0 +1,190 @@
+"""The language model of the Free Energy Mixer.
+
+The baseline decoder with every attention layer replaced by a ``FreeEnergyMixer``; each layer may read from another
+prior (a hybrid). The feed-forward takes up what the mixers use more or less than attention, so that a model has the
+parameters of the baseline of equal ``d_model``, ``n_layers``, ``n_heads`` and ``n_kv_heads`` within 2 %. The paper
+matches by the widths of the mixer alone and leaves its local conditioning on top.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, final
+
+from helmholtz._checks import check_integer
+from helmholtz.layers.fem import FreeEnergyMixer
+from helmholtz.layers.fem_config import FreeEnergyMixerConfig, Prior, Read
+from helmholtz.layers.sizing import TOLERANCE, attention_parameters, mixer_parameters
+from helmholtz.models.base import AbstractDecoder, ModelConfig
+
+_USED_BY: dict[str, tuple[str, ...]] = {
+    "d_head": ("softmax", "linear", "gla"),
+    "decay": ("gla",),
+    "d_state": ("mamba",),
+    "normalize": ("mamba",),
+    "flash_attn": ("softmax",),
+    "fla": ("linear", "gla"),
+}
+"""Options, and values of ``backend``, that only some priors have."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixerOptions:
+    """Options of the mixers, as in ``FreeEnergyMixerConfig``; one that only some priors have acts on their layers."""
+
+    d_head: int | None = None
+    """Key width per head of softmax, linear and gla; None means D / H."""
+    d_head_v: int | None = None
+    """Value width per head; None means D / 2H."""
+    read: Read = "temperature"
+    """"mean", "free_energy" (beta = 1), or "temperature" (learned beta_max and inner gate)."""
+    outer_gate: bool = True
+    """Multiply the read by a positive, per-head normalised gate."""
+    tdc_width: int | None = None
+    """Width of the time-decay conditioning; None means D / 32, 0 means none."""
+    tdc_norm_first: bool = True
+    """Normalise the input of the conditioning."""
+    bias: bool = False
+    """Add biases to the projections."""
+    cap: float = 40.0
+    """Largest ``|beta v|`` in nats that enters the exponential."""
+    eps: float = 1e-6
+    """Added to gates and features that must stay positive."""
+    theta_init: float = 1.8
+    """``beta_max = softplus(theta) + eps`` starts here."""
+    decay: Literal["head", "channel"] | None = None
+    """For gla: one decay per head (None means this) or per key channel."""
+    d_state: int | None = None
+    """For mamba: states per channel; None means 16."""
+    normalize: bool = True
+    """For mamba: divide by the scan on ones."""
+    backend: Literal["auto", "torch", "flash_attn", "fla"] = "auto"
+    """Kernel: "flash_attn" acts on softmax layers, "fla" on linear and gla layers; they run or raise."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FEMLMConfig(ModelConfig):
+    """Sizes of the FEM decoder. ``d_ff=None`` means the width that matches the baseline's parameters."""
+
+    prior: Prior | tuple[Prior, ...] | list[Prior] = "softmax"
+    """One prior for all layers, or one per layer."""
+    mixer: MixerOptions = MixerOptions()
+    """Options of the mixers."""
+
+    def __post_init__(self) -> None:
+        check_integer("n_layers", self.n_layers)
+        self._fill("n_kv_heads", self.n_heads)
+        if isinstance(self.prior, list):
+            object.__setattr__(self, "prior", tuple(self.prior))
+        if len(self.layer_priors) != self.n_layers:
+            raise ValueError(f"prior: {len(self.layer_priors)} names for n_layers={self.n_layers} layers")
+        self._refuse_unused()
+        built = {prior: self.mixer_config(prior) for prior in self.layer_priors}
+        object.__setattr__(self, "mixer", _completed(self.mixer, list(built.values())))
+        ModelConfig.__post_init__(self)
+
+    @property
+    def layer_priors(self) -> tuple[Prior, ...]:
+        """The prior of each layer."""
+        return (self.prior,) * self.n_layers if isinstance(self.prior, str) else tuple(self.prior)
+
+    def mixer_config(self, prior: Prior) -> FreeEnergyMixerConfig:
+        """The config of the layers that read from ``prior``."""
+        o = self.mixer
+        return FreeEnergyMixerConfig(
+            d_model=self.d_model,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads if prior == "softmax" else self.n_heads,
+            d_head=o.d_head if prior in _USED_BY["d_head"] else None,
+            d_head_v=o.d_head_v,
+            prior=prior,
+            read=o.read,
+            outer_gate=o.outer_gate,
+            tdc_width=o.tdc_width,
+            tdc_norm_first=o.tdc_norm_first,
+            rope_theta=None if prior == "mamba" else self.rope_theta,
+            bias=o.bias,
+            cap=o.cap,
+            eps=o.eps,
+            theta_init=o.theta_init,
+            decay=o.decay if prior in _USED_BY["decay"] else None,
+            d_state=o.d_state if prior in _USED_BY["d_state"] else None,
+            normalize=o.normalize or prior not in _USED_BY["normalize"],
+            backend=o.backend if prior in _USED_BY.get(o.backend, (prior,)) else "auto",
+        )
+
+    def _refuse_unused(self) -> None:
+        """Raise for an option that none of the layers has."""
+        o, priors = self.mixer, set(self.layer_priors)
+        given = {
+            "d_head": o.d_head is not None,
+            "decay": o.decay is not None,
+            "d_state": o.d_state is not None,
+            "normalize": not o.normalize,
+            o.backend: o.backend in _USED_BY,
+        }
+        for name, is_given in given.items():
+            if is_given and not priors & set(_USED_BY[name]):
+                label = f"mixer.{name}" if hasattr(o, name) else f"mixer.backend={name!r}"
+                raise ValueError(
+                    f"{label} acts on {', '.join(_USED_BY[name])} layers; prior is {self.prior!r}"
+                )
+        if self.n_kv_heads != self.n_heads and "softmax" not in priors:
+            raise ValueError(f"n_kv_heads={self.n_kv_heads} acts on softmax layers; prior is {self.prior!r}")
+
+    def _derived_d_ff(self) -> int:
+        """One width for all layers, so that all blocks together match those of the baseline."""
+        assert self.n_kv_heads is not None
+        per_unit, layers = 3 * self.d_model, self.n_layers
+        attention = attention_parameters(self.d_model, self.n_heads, self.n_kv_heads)
+        budget = layers * (attention + per_unit * ModelConfig._derived_d_ff(self))
+        counted = {prior: mixer_parameters(self.mixer_config(prior)) for prior in set(self.layer_priors)}
+        used = sum(counted[prior] for prior in self.layer_priors)
+        width = 4 * max(1, round((budget - used) / (4 * per_unit * layers)))
+        total = used + layers * per_unit * width
+        if abs(total - budget) > TOLERANCE * budget:
+            raise ValueError(
+                f"d_ff: mixers of {used:,} parameters cannot be matched to baseline blocks of {budget:,}; "
+                "narrow the mixers (mixer.d_head, d_head_v, tdc_width) or give d_ff"
+            )
+        return width
+
+
+def _completed(options: MixerOptions, built: Sequence[FreeEnergyMixerConfig]) -> MixerOptions:
+    """The options with the defaults that the layers' configs have chosen."""
+
+    def chosen(name: str) -> Any:
+        users = _USED_BY.get(name)
+        return next((getattr(c, name) for c in built if users is None or c.prior in users), None)
+
+    names = ("d_head", "d_head_v", "tdc_width", "decay", "d_state")
+    return replace(options, **{name: chosen(name) for name in names})
+
+
+@final
+class FEMLM(AbstractDecoder):
+    """Decoder of Free Energy Mixer blocks (Lu & Yang, "Free Energy Mixer", 2026)."""
+
+    config_class: ClassVar[type[ModelConfig]] = FEMLMConfig
+    config: FEMLMConfig
+
+    def __init__(self, config: FEMLMConfig) -> None:
+        super().__init__(config)
+
+    def build_mixer(self, layer: int) -> FreeEnergyMixer:
+        return FreeEnergyMixer(self.config.mixer_config(self.config.layer_priors[layer]))
+
+
+def small(vocab_size: int, prior: Prior | tuple[Prior, ...] = "softmax") -> FEMLMConfig:
+    """The FEM of ``transformer.small``: about 0.8 M parameters beside the embedding."""
+    return FEMLMConfig(
+        vocab_size=vocab_size, prior=prior, d_model=128, n_layers=4, n_heads=4, max_seq_len=256
+    )
+
+
+def medium(vocab_size: int, prior: Prior | tuple[Prior, ...] = "softmax") -> FEMLMConfig:
+    """The FEM of ``transformer.medium``: about 25 M parameters beside the embedding."""
+    return FEMLMConfig(
+        vocab_size=vocab_size, prior=prior, d_model=512, n_layers=8, n_heads=8, max_seq_len=1024
+    )
