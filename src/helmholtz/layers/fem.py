@@ -15,7 +15,8 @@ from helmholtz.layers.priors import AbstractPrior, LinearPrior, MambaPrior, RNNS
 from helmholtz.layers.priors.base import split_heads
 from helmholtz.layers.sequence import SequenceLayout, sequence_layout
 from helmholtz.layers.time_decay_conv import TimeDecayConditioning
-from helmholtz.ops.free_energy import free_energy_from_mixed, tilt_values
+from helmholtz.ops.free_energy import tilt_values
+from helmholtz.ops.gated_read import gated_read, outer_gate
 from helmholtz.ops.modulation import modulated_linear
 
 
@@ -158,7 +159,7 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
         values = split_heads(features["v"], self.config.n_kv_heads or 0)
         prior_state = None if state is None else state.prior
         mixed, prior_state = self.prior.mix(features, values, self._tilt, layout, key_layout, prior_state)
-        read = self._read(mixed, features).transpose(1, 2).flatten(2)
+        read = self._read(mixed, features).flatten(2)
         gate = self.prior.output_gate(features, layout)
         if gate is not None:
             read = read * gate
@@ -209,21 +210,16 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
             return values.unsqueeze(-2)
         return tilt_values(values, self.beta_max, cap=self.config.cap)
 
-    def _read(
-        self, mixed: Float[Tensor, "B H T N V"], features: Mapping[str, Tensor]
-    ) -> Float[Tensor, "B H T V"]:
-        c = self.config
+    def _read(self, mixed: Float[Tensor, "B H T N V"], features: Mapping[str, Tensor]) -> Float[Tensor, "B T H V"]:
+        c, mixed = self.config, mixed.transpose(1, 2)
+        inner, outer = (
+            features[name].unflatten(-1, (c.n_heads, -1)) if name in features else None for name in ("inner", "outer")
+        )
         if c.read == "mean":
             read = mixed.squeeze(-2)
-        else:
-            mean, read = free_energy_from_mixed(mixed, self.beta_max)
-            if c.read == "temperature":
-                inner = split_heads(features["inner"], c.n_heads).to(mean.dtype).sigmoid()
-                read = torch.lerp(mean, read, inner)
-        if not c.outer_gate:
-            return read
-        outer = F.softplus(split_heads(features["outer"], c.n_heads).to(read.dtype)) + c.eps
-        return read * F.rms_norm(outer, outer.shape[-1:])
+            return read if outer is None else read * outer_gate(outer.to(read.dtype), eps=c.eps)
+        beta = self.beta_max.repeat_interleave(c.n_heads // self.beta_max.shape[0], dim=0)
+        return gated_read(mixed, beta, inner, outer, eps=c.eps)
 
     def _check_width(self, name: str, x: Tensor) -> None:
         if x.ndim != 3 or x.shape[-1] != self.config.d_model:

@@ -5,22 +5,44 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from helmholtz.ops._precision import wide_dtype
 from helmholtz.ops.attention import softmax_attention
 
 
-def tilt_values(
-    v: Float[Tensor, "B G T V"], beta: Float[Tensor, "G V"], *, cap: float
-) -> Float[Tensor, "B G T 2 V"]:
+def tilt_values(v: Float[Tensor, "B G T V"], beta: Float[Tensor, "G V"], *, cap: float) -> Float[Tensor, "B G T 2 V"]:
     r"""The two signals that a prior averages for a free-energy read: :math:`v` and :math:`e^{\beta v}`.
 
     The exponent is clipped to ``[-cap, cap]`` nats, in the exponential signal alone: the mean stays linear in ``v``.
-    Computed in at least float32.
+    Computed in at least float32. Time lies before heads in memory, as attention wants it. Differentiable once.
     """
     wide = wide_dtype(v.dtype)
-    v, beta = v.to(wide), beta.to(wide).unsqueeze(1)
-    return torch.stack([v, (beta * v).clamp(-cap, cap).exp()], dim=-2)
+    return _Tilt.apply(v.to(wide), beta.to(wide), cap)
+
+
+class _Tilt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v, beta, cap):  # type: ignore[no-untyped-def,override]
+        v = v.transpose(1, 2)
+        signals = v.new_empty(*v.shape[:-1], 2, v.shape[-1])
+        value, tilt = signals.unbind(-2)
+        value.copy_(v)
+        tilt.copy_((v * beta).clamp_(-cap, cap).exp_())
+        signals = signals.transpose(1, 2)
+        ctx.save_for_backward(signals, beta)
+        ctx.cap = cap
+        return signals
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def,override]
+        signals, beta = ctx.saved_tensors
+        v, tilt = (x.contiguous() for x in signals.transpose(1, 2).unbind(-2))
+        d_value, d_tilt = grad.transpose(1, 2).unbind(-2)
+        d_exponent = (d_tilt * tilt).masked_fill_((v * beta).abs_() > ctx.cap, 0.0)
+        d_beta = (d_exponent * v).sum((0, 1))
+        return d_exponent.mul_(beta).add_(d_value).transpose(1, 2), d_beta, None
 
 
 def free_energy_from_mixed(
