@@ -143,4 +143,8 @@ def _json_text(line: bytes, field: str, where: str, offset: int) -> str:
     text = record[field]
     if not isinstance(text, str):
         raise ValueError(f"{where}: the field {field!r} must be a string, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: the field {field!r} is not text ({error})") from error
     return text

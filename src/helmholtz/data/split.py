@@ -36,21 +36,25 @@ class SplitRule:
             yield "validation" if chosen else "train", piece
 
     def _by_tail(self, document: Document) -> Iterator[tuple[Split, str]]:
-        wanted = round((1 - self.fraction) * document.n_bytes)  # bytes still to go to training
+        wanted = round((1 - self.fraction) * document.n_bytes)  # bytes that training still lacks
+        rest = document.n_bytes
         for piece in document.pieces():
-            cut = _line_end(piece, wanted) if wanted > 0 else 0
-            wanted = wanted - len(piece[:cut].encode()) if cut == len(piece) else 0
+            n_bytes = len(piece.encode())
+            rest -= n_bytes
+            cut = _line_end(piece, wanted, is_last=rest == 0) if wanted > 0 else 0
+            wanted = wanted - n_bytes if cut == len(piece) else 0
             if cut:
                 yield "train", piece[:cut]
             if cut < len(piece):
                 yield "validation", piece[cut:]
 
 
-def _line_end(piece: str, n_bytes: int) -> int:
-    """Characters up to the end of the line that byte ``n_bytes`` is in; in the last line, up to that byte."""
+def _line_end(piece: str, n_bytes: int, *, is_last: bool) -> int:
+    """Characters up to the end of the line that byte ``n_bytes`` is in; in a last line, up to that byte."""
     encoded = piece.encode()
     if len(encoded) <= n_bytes:
         return len(piece)
-    newline = encoded.find(b"\n", n_bytes - 1)
-    end = newline + 1 if 0 <= newline < len(encoded) - 1 else n_bytes
+    end = encoded.find(b"\n", n_bytes - 1) + 1 or len(encoded)
+    if is_last and end == len(encoded):
+        end = n_bytes
     return len(encoded[:end].decode(errors="ignore"))

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int32
+from jaxtyping import Int, Int32, Int64
 from torch import Tensor
 
 from helmholtz._checks import check_choice, check_integer
@@ -150,7 +150,7 @@ class TokenDataset:
         self._tokens = np.memmap(self._path, dtype=dtype, mode="r")
         self.document_starts = self._read_starts()
 
-    def _read_starts(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _read_starts(self) -> Int64[np.ndarray, " documents"]:
         """Positions of the documents' first tokens, increasing from 0; memory-mapped."""
         path = _starts_path(self.folder, self.split)
         try:
@@ -207,7 +207,7 @@ class TokenDataset:
         self._check_ids(rows, positions)
         return torch.from_numpy(rows)
 
-    def _check_ids(self, rows: np.ndarray[Any, Any], starts: list[int]) -> None:
+    def _check_ids(self, rows: Int64[np.ndarray, "n length"], starts: list[int]) -> None:
         if rows.size and rows.max() >= self.vocab_size:
             row, column = np.argwhere(rows >= self.vocab_size)[0].tolist()
             raise ValueError(
