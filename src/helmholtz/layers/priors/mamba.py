@@ -41,8 +41,8 @@ class MambaPrior(AbstractPrior):
         tilt: Tilt,
         layout: SequenceLayout,
         key_layout: SequenceLayout,
-        state: Float[Tensor, "B N C R"] | None,
-    ) -> tuple[Float[Tensor, "B H T N V"], Float[Tensor, "B N C R"]]:
+        state: Float[Tensor, "B N1 C R"] | None,
+    ) -> tuple[Float[Tensor, "B H T N V"], Float[Tensor, "B N1 C R"]]:
         wide = wide_dtype(values.dtype)
         signals = tilt(values).to(wide).permute(0, 2, 3, 1, 4).flatten(-2)
         u = torch.cat([signals, torch.ones_like(signals[:, :, :1])], dim=2) if self.normalize else signals
