@@ -1,0 +1,1 @@
+"""Doors to other code: the spellings of the original publications."""
