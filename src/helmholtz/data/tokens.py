@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -59,9 +59,7 @@ class Metadata:
         """Raises: ValueError if the folder is not one of prepared text, or its metadata is damaged."""
         path = Path(folder) / METADATA
         if not path.is_file():
-            raise ValueError(
-                f"{os.fspath(folder)!r} holds no prepared text ({METADATA} is missing): run helmholtz data"
-            )
+            raise ValueError(f"{os.fspath(folder)!r} is no folder of prepared text ({METADATA} is missing)")
         try:
             values = json.loads(path.read_text())
             if values["format"] != FORMAT:
@@ -139,12 +137,12 @@ class TokenDataset:
     Raises: ValueError if the folder is not prepared text, or a file does not have the size its metadata says.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], split: Split) -> None:
+    def __init__(self, folder: str | os.PathLike[str], split: str) -> None:
         check_choice("split", split, SPLITS)
-        self.folder, self.split = complete_folder(folder), split
+        self.folder, self.split = complete_folder(folder), cast(Split, split)
         self.metadata = Metadata.load(self.folder)
         self.counts: SplitCounts = getattr(self.metadata, split)
-        self._path = _tokens_path(self.folder, split)
+        self._path = _tokens_path(self.folder, self.split)
         dtype = np.dtype(self.metadata.dtype).newbyteorder("<")
         _check_size(self._path, self.counts.n_tokens * dtype.itemsize)
         self._tokens = np.memmap(self._path, dtype=dtype, mode="r")
