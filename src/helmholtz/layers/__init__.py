@@ -3,7 +3,26 @@
 from helmholtz.layers.attention import Attention
 from helmholtz.layers.base import AbstractMixer
 from helmholtz.layers.block import Block
+from helmholtz.layers.fem import FreeEnergyMixer, MixerState
+from helmholtz.layers.fem_config import FreeEnergyMixerConfig, fem_widths
+from helmholtz.layers.fem_reading import Reading, inspect_read, read_statistics
 from helmholtz.layers.mlp import SwiGLU
+from helmholtz.layers.sizing import matched_d_ff
 from helmholtz.layers.state import KVCache, map_state
 
-__all__ = ["AbstractMixer", "Attention", "Block", "KVCache", "SwiGLU", "map_state"]
+__all__ = [
+    "AbstractMixer",
+    "Attention",
+    "Block",
+    "FreeEnergyMixer",
+    "FreeEnergyMixerConfig",
+    "KVCache",
+    "MixerState",
+    "Reading",
+    "SwiGLU",
+    "fem_widths",
+    "inspect_read",
+    "map_state",
+    "matched_d_ff",
+    "read_statistics",
+]

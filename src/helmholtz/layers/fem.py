@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from helmholtz.layers.base import AbstractMixer
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig
+from helmholtz.layers.init import init_normal
 from helmholtz.layers.priors import AbstractPrior, LinearPrior, MambaPrior, RNNSoftmaxPrior, SoftmaxPrior
 from helmholtz.layers.priors.base import split_heads
 from helmholtz.layers.sequence import SequenceLayout, sequence_layout
@@ -79,11 +80,7 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
 
     def reset_parameters(self) -> None:
         """Weights N(0, 0.02), biases 0; the conditioning's output 0, so that it starts without effect."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_normal(self)
         if self.tdc is not None:
             nn.init.zeros_(self.tdc.out_proj.weight)
 
@@ -144,6 +141,13 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
             raise ValueError("step: a mixer with causal=False reads the whole sequence at once; call forward")
         layout = sequence_layout(x, attention_mask, None, state.position)
         return self._mix(x, None, layout, layout, state)
+
+    def project(
+        self, x: Float[Tensor, "B T D"], layout: SequenceLayout
+    ) -> tuple[Mapping[str, Float[Tensor, "B T _"]], Float[Tensor, "B G T V"]]:
+        """``(features by name, values)`` as the prior and the gates see them: for looking inside."""
+        features, _ = self._project(x, None, layout, layout, None)
+        return features, split_heads(features["v"], self.config.n_kv_heads or 0)
 
     def _mix(
         self,
@@ -210,10 +214,13 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
             return values.unsqueeze(-2)
         return tilt_values(values, self.beta_max, cap=self.config.cap)
 
-    def _read(self, mixed: Float[Tensor, "B H T N V"], features: Mapping[str, Tensor]) -> Float[Tensor, "B T H V"]:
+    def _read(
+        self, mixed: Float[Tensor, "B H T N V"], features: Mapping[str, Tensor]
+    ) -> Float[Tensor, "B T H V"]:
         c, mixed = self.config, mixed.transpose(1, 2)
         inner, outer = (
-            features[name].unflatten(-1, (c.n_heads, -1)) if name in features else None for name in ("inner", "outer")
+            features[name].unflatten(-1, (c.n_heads, -1)) if name in features else None
+            for name in ("inner", "outer")
         )
         if c.read == "mean":
             read = mixed.squeeze(-2)

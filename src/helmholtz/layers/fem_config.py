@@ -62,7 +62,7 @@ class FreeEnergyMixerConfig:
     prior: Prior = "softmax"
     """Which causal average the read starts from."""
     read: Read = "temperature"
-    """"mean": the prior's average; "free_energy": log-sum-exp at beta = 1; "temperature": learned beta_max, inner gate."""
+    """"mean" of the prior, "free_energy" at beta = 1, or "temperature": learned beta_max with the inner gate."""
     outer_gate: bool = True
     """Multiply the read by a positive, per-head normalised gate."""
     tdc_width: int | None = None

@@ -37,6 +37,6 @@ def matched_d_ff(mixer: FreeEnergyMixerConfig, *, d_ff: int, multiple_of: int = 
     if abs(total - budget) > TOLERANCE * budget:
         raise ValueError(
             f"d_ff: a {mixer.prior} mixer of {used:,} parameters cannot be matched to a block of {budget:,} "
-            f"(d_model={mixer.d_model}, d_ff={d_ff}); the nearest has {total:,}: choose d_ff larger or the mixer narrower"
+            f"(d_model={mixer.d_model}, d_ff={d_ff}); the nearest has {total:,}: choose a larger d_ff"
         )
     return width

@@ -1,15 +1,37 @@
 """Pure functions on tensors: no modules, no configuration, no randomness without a generator."""
 
+from helmholtz.ops.attention import softmax_attention
+from helmholtz.ops.free_energy import (
+    free_energy_from_mixed,
+    free_energy_read,
+    hidden_temperature,
+    posterior,
+    tilt_values,
+)
+from helmholtz.ops.gated_read import gated_read
 from helmholtz.ops.linear_attention import linear_attention, recurrent_linear_attention
+from helmholtz.ops.losses import cross_entropy
+from helmholtz.ops.modulation import modulated_linear
 from helmholtz.ops.rnn_softmax import RNNSoftmaxState, rnn_softmax
+from helmholtz.ops.rope import rope
 from helmholtz.ops.scan import first_order_scan
 from helmholtz.ops.selective_scan import selective_scan
 
 __all__ = [
     "RNNSoftmaxState",
+    "cross_entropy",
     "first_order_scan",
+    "free_energy_from_mixed",
+    "free_energy_read",
+    "gated_read",
+    "hidden_temperature",
     "linear_attention",
+    "modulated_linear",
+    "posterior",
     "recurrent_linear_attention",
     "rnn_softmax",
+    "rope",
     "selective_scan",
+    "softmax_attention",
+    "tilt_values",
 ]

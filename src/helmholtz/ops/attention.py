@@ -48,17 +48,18 @@ def _sdpa(
 ) -> Tensor:
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
-        parts = [x.split([b - a for a, b in zip(bounds, bounds[1:], strict=False)], dim=2) for x in (q, k, v)]
-        return torch.cat([_sdpa(*part, causal, None, None) for part in zip(*parts, strict=True)], dim=2)
-    width, scale = max(k.shape[-1], v.shape[-1]), k.shape[-1] ** -0.5
-    padded = [x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v)]
+        lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+        parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
+        return torch.cat([_sdpa(a, b, c, causal, None, None) for a, b, c in parts], dim=2)
+    width, out_width, scale = max(k.shape[-1], v.shape[-1]), v.shape[-1], k.shape[-1] ** -0.5
+    q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     times, sources = q.shape[2], k.shape[2]
     full_triangle = causal and times == sources and key_mask is None
     visible = None if full_triangle else _visible(times, sources, causal, key_mask, q.device)
     out = F.scaled_dot_product_attention(
-        *padded, attn_mask=visible, is_causal=full_triangle, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=visible, is_causal=full_triangle, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
-    return out[..., : v.shape[-1]]
+    return out[..., :out_width]
 
 
 def _visible(

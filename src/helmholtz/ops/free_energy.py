@@ -7,23 +7,25 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from helmholtz.ops._precision import wide_dtype
+from helmholtz.ops._compute import compute_dtype
 from helmholtz.ops.attention import softmax_attention
 
 
-def tilt_values(v: Float[Tensor, "B G T V"], beta: Float[Tensor, "G V"], *, cap: float) -> Float[Tensor, "B G T 2 V"]:
+def tilt_values(
+    v: Float[Tensor, "B G T V"], beta: Float[Tensor, "G V"], *, cap: float
+) -> Float[Tensor, "B G T 2 V"]:
     r"""The two signals that a prior averages for a free-energy read: :math:`v` and :math:`e^{\beta v}`.
 
     The exponent is clipped to ``[-cap, cap]`` nats, in the exponential signal alone: the mean stays linear in ``v``.
     Computed in at least float32. Time lies before heads in memory, as attention wants it. Differentiable once.
     """
-    wide = wide_dtype(v.dtype)
+    wide = compute_dtype(v)
     return _Tilt.apply(v.to(wide), beta.to(wide), cap)
 
 
 class _Tilt(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, v, beta, cap):  # type: ignore[no-untyped-def,override]
+    def forward(ctx, v, beta, cap):  # type: ignore[no-untyped-def]
         v = v.transpose(1, 2)
         signals = v.new_empty(*v.shape[:-1], 2, v.shape[-1])
         value, tilt = signals.unbind(-2)
@@ -36,7 +38,7 @@ class _Tilt(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # type: ignore[no-untyped-def,override]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         signals, beta = ctx.saved_tensors
         v, tilt = (x.contiguous() for x in signals.transpose(1, 2).unbind(-2))
         d_value, d_tilt = grad.transpose(1, 2).unbind(-2)
@@ -89,7 +91,7 @@ def free_energy_read(
     Source: Lu & Yang, "Free Energy Mixer", ICLR 2026: free-energy read.
     Reference: ``helmholtz.reference.free_energy_read``.
     """
-    wide = wide_dtype(v.dtype)
+    wide = compute_dtype(v)
     signals = tilt_values(v, beta, cap=cap)
     with torch.autocast(v.device.type, enabled=False):
         mixed = softmax_attention(q.to(wide), k.to(wide), signals.flatten(-2))
@@ -102,9 +104,13 @@ def posterior(
 ) -> Float[Tensor, "*batch S"]:
     r"""Value-aware weights :math:`q(i) \propto p(i) e^{\beta v_i}`; tokens of prior weight 0 keep weight 0.
 
+    Without any prior weight (a query that sees nothing) there is no posterior weight either.
+
     Source: Lu & Yang 2026, posterior selector.
     """
-    return (prior.log() + beta.unsqueeze(-1) * v).softmax(-1)
+    nothing = (prior <= 0).all(-1, keepdim=True)
+    logits = (prior.log() + beta.unsqueeze(-1) * v).masked_fill(nothing, 0.0)
+    return logits.softmax(-1).masked_fill(nothing, 0.0)
 
 
 class HiddenTemperature(NamedTuple):

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from helmholtz.ops._precision import wide_dtype
+from helmholtz.ops._compute import compute_dtype
 
 BLOCK_ELEMENTS = 1 << 16
 """Elements per block: a dozen temporaries of this size stay in the cache."""
@@ -35,7 +35,7 @@ def gated_read(
     Cost: one pass forward, one backward, which recomputes the temporaries block by block.
     Source: Lu & Yang 2026, two-level gated FEM. Reference: ``helmholtz.reference.gated_read``.
     """
-    wide = wide_dtype(mixed.dtype)
+    wide = compute_dtype(mixed)
     return _GatedRead.apply(mixed.to(wide), beta.to(wide), inner, outer, eps).to(mixed.dtype)
 
 
@@ -46,7 +46,7 @@ def outer_gate(x: Float[Tensor, "*batch V"], *, eps: float = 1e-6) -> Float[Tens
 
 class _GatedRead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mixed, beta, inner, outer, eps):  # type: ignore[no-untyped-def,override]
+    def forward(ctx, mixed, beta, inner, outer, eps):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(mixed, beta, inner, outer)
         ctx.eps = eps
         out = torch.empty_like(mixed[:, :, :, 0], memory_format=torch.contiguous_format)
@@ -61,7 +61,7 @@ class _GatedRead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # type: ignore[no-untyped-def,override]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         mixed, beta, inner, outer = ctx.saved_tensors
         d_mixed = torch.empty_like(mixed)
         d_beta = torch.zeros_like(beta)
@@ -70,13 +70,13 @@ class _GatedRead(torch.autograd.Function):
         for part in _blocks(grad):
             g = grad[:, part]
             read = _Read(mixed[:, part], beta, _cut(inner, part))
-            if outer is not None:
+            if outer is not None and d_outer is not None:
                 gate = _Gate(outer[:, part].to(grad.dtype), ctx.eps)
                 d_outer[:, part] = gate.backward(g * read.value)
                 g = g * gate.value
             d_read, d_logit = read.backward(g, d_mixed[:, part])
             d_beta += d_read
-            if d_inner is not None:
+            if d_inner is not None and d_logit is not None:
                 d_inner[:, part] = d_logit
         return d_mixed, d_beta, d_inner, d_outer, None
 

@@ -33,7 +33,7 @@ def modulated_linear(
 
 class _ModulatedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, features, scale_weight, widths):  # type: ignore[no-untyped-def,override]
+    def forward(ctx, x, weight, bias, features, scale_weight, widths):  # type: ignore[no-untyped-def]
         rows = x.flatten(0, -2)
         linear = F.linear(rows, weight, bias)
         out = _scale(features.flatten(0, -2), scale_weight).mul_(linear)
@@ -43,7 +43,7 @@ class _ModulatedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):  # type: ignore[no-untyped-def,override]
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
         rows, weight, linear, features, scale_weight = ctx.saved_tensors
         flat = features.flatten(0, -2)
         to_linear, to_scale = _scale(flat, scale_weight), torch.empty_like(linear)

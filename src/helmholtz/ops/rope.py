@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from helmholtz.ops._precision import wide_dtype
+from helmholtz.ops._compute import compute_dtype
 
 
 def rope_table(
@@ -29,7 +29,7 @@ class _Rotate(torch.autograd.Function):
     """Rotation of the pairs (i, i + K/2); its transpose is the rotation by the opposite angle."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x, cos, sin):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cos, sin)
         wide = x.to(cos.dtype)
         a, b = wide.chunk(2, dim=-1)
@@ -40,7 +40,7 @@ class _Rotate(torch.autograd.Function):
         return out.to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         cos, sin = ctx.saved_tensors
         return _Rotate.apply(grad, cos, -sin), None, None
 
@@ -53,7 +53,7 @@ def rotate(
         raise ValueError(f"cos: a table for width {2 * cos.shape[-1]} cannot rotate x of width {x.shape[-1]}")
     if cos.ndim == 3:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    wide = wide_dtype(x.dtype)
+    wide = compute_dtype(x)
     return _Rotate.apply(x, cos.to(wide), sin.to(wide))
 
 

@@ -1,5 +1,26 @@
-"""Every op once more in float64 loops, written from the equations: what the ops are tested against."""
-
+"""Every op once more in float64 loops, written from helmholtz.reference.free_energy import (
+    free_energy_from_weights,
+    free_energy_posterior,
+    free_energy_read,
+    gated_read,
+    modulated_linear,
+    rope,
+    softmax_attention,
+    softmax_weights,
+)
 from helmholtz.reference.recurrences import first_order_scan, linear_attention, rnn_softmax, selective_scan
 
-__all__ = ["first_order_scan", "linear_attention", "rnn_softmax", "selective_scan"]
+__all__ = [
+    "first_order_scan",
+    "free_energy_from_weights",
+    "free_energy_posterior",
+    "free_energy_read",
+    "gated_read",
+    "linear_attention",
+    "modulated_linear",
+    "rnn_softmax",
+    "rope",
+    "selective_scan",
+    "softmax_attention",
+    "softmax_weights",
+]

@@ -98,3 +98,41 @@ def free_energy_posterior(
     """p(i) e^{beta v_i} / sum_r p(r) e^{beta v_r}."""
     tilted = weights.double() * (beta.double().unsqueeze(-1) * v.double()).exp()
     return tilted / tilted.sum(-1, keepdim=True)
+
+
+def gated_read(
+    mixed: Float[Tensor, "B T H 2 V"],
+    beta: Float[Tensor, "H V"],
+    inner: Float[Tensor, "B T H V"] | None = None,
+    outer: Float[Tensor, "B T H V"] | None = None,
+    *,
+    eps: float = 1e-6,
+) -> Float[Tensor, "B T H V"]:
+    """((1 - lambda) mean + lambda log(average) / beta) u / rms(u), 0 where the average of the exponential is 0."""
+    mean, average = mixed.double().unbind(-2)
+    seen = average > 0
+    read = torch.where(seen, torch.where(seen, average, 1).log() / beta.double(), 0)
+    if inner is not None:
+        gate = 1 / (1 + (-inner.double()).exp())
+        read = (1 - gate) * mean + gate * read
+    if outer is not None:
+        u = (1 + outer.double().exp()).log() + eps
+        read = read * u / u.square().mean(-1, keepdim=True).sqrt()
+    return read
+
+
+def modulated_linear(
+    x: Float[Tensor, "B T D"],
+    weight: Float[Tensor, "E D"],
+    bias: Float[Tensor, "E"] | None,
+    features: Float[Tensor, "B T W"],
+    scale_weight: Float[Tensor, "E W"],
+    widths: list[int],
+) -> tuple[Float[Tensor, "B T _"], ...]:
+    """(W x + b) (1 + S f), split."""
+    linear = torch.einsum("ed,btd->bte", weight.double(), x.double())
+    if bias is not None:
+        linear = linear + bias.double()
+    return (linear * (1 + torch.einsum("ew,btw->bte", scale_weight.double(), features.double()))).split(
+        widths, dim=-1
+    )

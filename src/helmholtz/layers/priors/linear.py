@@ -7,7 +7,7 @@ from torch import Tensor
 
 from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, split_heads
 from helmholtz.layers.sequence import SequenceLayout, reversed_reset
-from helmholtz.ops._precision import wide_dtype
+from helmholtz.ops._compute import compute_dtype
 from helmholtz.ops.linear_attention import linear_attention
 from helmholtz.ops.rope import rope
 
@@ -16,7 +16,7 @@ DECAY_TEMPERATURE = 16.0
 
 
 class LinearPrior(AbstractPrior):
-    r"""Weights :math:`\phi(q_t) \cdot (e^{c_t - c_i} \phi(k_i))` over their sum, :math:`\phi = \mathrm{relu} + \epsilon`.
+    r"""Weights :math:`\phi(q_t) \cdot (e^{c_t - c_i} \phi(k_i))` over their sum; :math:`\phi = \mathrm{relu} + \epsilon`.
 
     Args:
         decay: None (linear attention), "head" (one decay per head: simple GLA) or "channel" (one per key channel: GLA);
@@ -89,12 +89,12 @@ class LinearPrior(AbstractPrior):
         heads = split_heads(x, self.n_heads)
         if self.rope_theta:
             heads = rope(heads, layout.positions, theta=self.rope_theta)
-        return F.relu(heads.to(wide_dtype(x.dtype))) + self.eps
+        return F.relu(heads.to(compute_dtype(x))) + self.eps
 
     def _log_decay(self, features: Features) -> Tensor | None:
         if self.decay is None:
             return None
-        raw = features["decay"].to(wide_dtype(features["decay"].dtype))
+        raw = features["decay"].to(compute_dtype(features["decay"]))
         log_decay = F.logsigmoid(raw) / DECAY_TEMPERATURE
         return log_decay.transpose(1, 2) if self.decay == "head" else split_heads(log_decay, self.n_heads)
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt
 from helmholtz.layers.sequence import SequenceLayout, reversed_reset
-from helmholtz.ops._precision import wide_dtype
+from helmholtz.ops._compute import compute_dtype
 from helmholtz.ops.selective_scan import selective_scan
 
 
@@ -43,7 +43,7 @@ class MambaPrior(AbstractPrior):
         key_layout: SequenceLayout,
         state: Float[Tensor, "B N1 C R"] | None,
     ) -> tuple[Float[Tensor, "B H T N V"], Float[Tensor, "B N1 C R"]]:
-        wide = wide_dtype(values.dtype)
+        wide = compute_dtype(values)
         signals = tilt(values).to(wide).permute(0, 2, 3, 1, 4).flatten(-2)
         u = torch.cat([signals, torch.ones_like(signals[:, :, :1])], dim=2) if self.normalize else signals
         delta = torch.sigmoid(-features["delta"].to(wide))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, split_heads
 from helmholtz.layers.sequence import SequenceLayout
-from helmholtz.ops._precision import wide_dtype
+from helmholtz.ops._compute import compute_dtype
 from helmholtz.ops.rnn_softmax import RNNSoftmaxState, rnn_softmax
 from helmholtz.ops.rope import rope
 
@@ -37,7 +37,7 @@ class RNNSoftmaxPrior(AbstractPrior):
         key_layout: SequenceLayout,
         state: RNNSoftmaxState | None,
     ) -> tuple[Float[Tensor, "B H T N V"], RNNSoftmaxState | None]:
-        k = self._rotated(features["k"], layout).to(wide_dtype(values.dtype))
+        k = self._rotated(features["k"], layout).to(compute_dtype(values))
         if layout.mask is not None:
             k = k.masked_fill(~layout.mask.unsqueeze(-1), -torch.inf)
         signals = tilt(values).to(k.dtype).permute(0, 2, 3, 1, 4)

@@ -7,7 +7,7 @@ from torch import Tensor
 from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, split_heads
 from helmholtz.layers.sequence import SequenceLayout
 from helmholtz.layers.state import KVCache
-from helmholtz.ops._precision import wide_dtype
+from helmholtz.ops._compute import compute_dtype
 from helmholtz.ops.attention import softmax_attention
 from helmholtz.ops.rope import rope
 
@@ -54,7 +54,7 @@ class SoftmaxPrior(AbstractPrior):
             state = state.append(k, values, mask)
             k, values, mask = state.k, state.v, state.mask
         signals = tilt(values)
-        wide = wide_dtype(q.dtype) if signals.shape[-2] > 1 else q.dtype
+        wide = compute_dtype(q) if signals.shape[-2] > 1 else q.dtype
         with torch.autocast(q.device.type, enabled=False):
             mixed = softmax_attention(
                 q.to(wide),
@@ -65,7 +65,7 @@ class SoftmaxPrior(AbstractPrior):
                 cu_seqlens=layout.cu_seqlens,
                 backend=self.backend,
             )
-        return mixed.unflatten(-1, signals.shape[-2:]).to(wide_dtype(q.dtype)), state
+        return mixed.unflatten(-1, signals.shape[-2:]).to(compute_dtype(q)), state
 
     def init_state(self, batch_size: int, like: Tensor) -> KVCache:
         return KVCache.empty(batch_size, self.n_kv_heads, self.d_head, self.d_head_v, like)

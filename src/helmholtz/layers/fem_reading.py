@@ -1,0 +1,136 @@
+"""Looking inside a Free Energy Mixer: which tokens each channel reads, and at which temperature."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from helmholtz.layers.fem import FreeEnergyMixer
+from helmholtz.layers.sequence import sequence_layout
+from helmholtz.ops.free_energy import hidden_temperature, posterior
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One call of a mixer taken apart, in float64. Channels are those of the value heads; T queries, S = T tokens."""
+
+    prior: Float[Tensor, "B H T S V"]
+    """Weights of the prior; equal over V for every prior but rnn_softmax and mamba."""
+    posterior: Float[Tensor, "B H T S V"]
+    """Weights after the tilt at ``beta_max``: which tokens the free-energy branch reads."""
+    values: Float[Tensor, "B H S V"]
+    mean: Float[Tensor, "B H T V"]
+    free: Float[Tensor, "B H T V"]
+    """Free energy at ``beta_max``."""
+    kl: Float[Tensor, "B H T V"]
+    """``KL(prior || posterior)`` in nats: ``free = mean + kl / beta_max``."""
+    inner: Float[Tensor, "B H T V"]
+    """Inner gate lambda; 1 where the mixer reads the free energy itself."""
+    beta_max: Float[Tensor, "H V"]
+    beta_star: Float[Tensor, "B H T V"]
+    """Hidden temperature: the ``beta`` whose free energy is the gated read; NaN where the values do not vary."""
+
+    @property
+    def num_tokens_read(self) -> Float[Tensor, "B H T V"]:
+        """Effective number of tokens that each channel reads: the exponential of the posterior's entropy."""
+        return torch.special.entr(self.posterior).sum(-2).exp()
+
+
+@torch.no_grad()
+def inspect_read(
+    mixer: FreeEnergyMixer,
+    x: Float[Tensor, "B T D"],
+    *,
+    attention_mask: Shaped[Tensor, "..."] | None = None,
+) -> Reading:
+    """Take apart how ``mixer`` reads ``x``, for any prior: its weights are recovered by averaging one-hot positions.
+
+    Cost: O(B T^2 H V) memory: for short sequences.
+    Raises: ValueError if the mixer reads the mean alone: there is no tilt to look at.
+    """
+    c = mixer.config
+    if c.read == "mean":
+        raise ValueError("mixer: read='mean' has no free energy to inspect")
+    layout = sequence_layout(x, attention_mask)
+    features, values = mixer.project(x, layout)
+    onehots = torch.eye(x.shape[1], device=x.device)[None, None, :, :, None]
+    weights, _ = mixer.prior.mix(
+        features,
+        values,
+        lambda v: onehots.expand(*v.shape[:3], x.shape[1], v.shape[-1]),
+        layout,
+        layout,
+        None,
+    )
+    weights, share = weights.double(), c.n_heads // values.shape[1]
+    values = values.double().repeat_interleave(share, dim=1)
+    beta = mixer.beta_max.double().repeat_interleave(share, dim=0)
+    inner = torch.ones_like(weights[..., 0, :])
+    if c.read == "temperature":
+        inner = features["inner"].unflatten(-1, (c.n_heads, -1)).transpose(1, 2).double().sigmoid()
+    return _take_apart(weights, values, beta, inner)
+
+
+def _take_apart(weights: Tensor, values: Tensor, beta: Tensor, inner: Tensor) -> Reading:
+    p = weights.transpose(-1, -2)
+    v = values.transpose(-1, -2).unsqueeze(2).expand_as(p)
+    temperature = beta[:, None, :].expand(p.shape[:-1])
+    at_max = hidden_temperature(torch.ones_like(inner), p, v, temperature)
+    mean = (p * v).sum(-1)
+    return Reading(
+        prior=weights,
+        posterior=posterior(p, v, temperature).transpose(-1, -2),
+        values=values,
+        mean=mean,
+        free=at_max.value,
+        kl=temperature * (at_max.value - mean),
+        inner=inner,
+        beta_max=beta,
+        beta_star=hidden_temperature(inner, p, v, temperature).beta,
+    )
+
+
+@torch.no_grad()
+def read_statistics(model: nn.Module, run: Callable[[], object]) -> dict[str, float]:
+    """What the mixers of ``model`` have learned: ``{"<module>/beta_mean": ..., "<module>/inner_gate_mean": ...}``.
+
+    Args:
+        run: a forward pass of ``model``, on whose inputs the gates are averaged (pads left out).
+
+    Returns: per mixer with a learned temperature ``beta_min``, ``beta_mean``, ``beta_max``, ``inner_gate_mean`` and
+        ``inner_gate_std``; empty for a model without such mixers.
+    """
+    found: dict[str, float] = {}
+
+    def hook(name: str) -> Callable:
+        def record(mixer: FreeEnergyMixer, args: tuple, kwargs: dict) -> None:
+            mask, packing = kwargs.get("attention_mask"), kwargs.get("cu_seqlens")
+            layout = sequence_layout(args[0], mask, packing)
+            gate = mixer.project(args[0], layout)[0]["inner"].float().sigmoid()
+            gate = gate if layout.mask is None else gate[layout.mask]
+            beta = mixer.beta_max
+            found.update(
+                {
+                    f"{name}/beta_min": beta.min().item(),
+                    f"{name}/beta_mean": beta.mean().item(),
+                    f"{name}/beta_max": beta.max().item(),
+                    f"{name}/inner_gate_mean": gate.mean().item(),
+                    f"{name}/inner_gate_std": gate.std(correction=0).item(),
+                }
+            )
+
+        return record
+
+    hooks = [
+        module.register_forward_pre_hook(hook(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if isinstance(module, FreeEnergyMixer) and module.config.read == "temperature"
+    ]
+    try:
+        run()
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return found
