@@ -1,4 +1,6 @@
-"""Every op once more in float64 loops, written from helmholtz.reference.free_energy import (
+"""Every op once more in float64 loops, written from the equations: what the ops are tested against."""
+
+from helmholtz.reference.free_energy import (
     free_energy_from_weights,
     free_energy_posterior,
     free_energy_read,

@@ -16,7 +16,7 @@ DECAY_TEMPERATURE = 16.0
 
 
 class LinearPrior(AbstractPrior):
-    r"""Weights :math:`\phi(q_t) \cdot (e^{c_t - c_i} \phi(k_i))` over their sum; :math:`\phi = \mathrm{relu} + \epsilon`.
+    r"""Weights :math:`\phi(q_t) \cdot (e^{c_t - c_i} \phi(k_i))` over their sum; :math:`\phi = \mathrm{relu}+\epsilon`.
 
     Args:
         decay: None (linear attention), "head" (one decay per head: simple GLA) or "channel" (one per key channel: GLA);
