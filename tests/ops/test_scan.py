@@ -1,0 +1,107 @@
+"""`first_order_scan` against its float64 loop, and what a recurrence must keep."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helmholtz import reference
+from helmholtz.ops.scan import first_order_scan
+from helpers import assert_matches
+from recurrence import (
+    CASES,
+    Recurrence,
+    check_causality,
+    check_gradients_numerically,
+    check_plain,
+    check_reference,
+    check_reset_isolates,
+    check_splits,
+)
+
+BUDGET = 2.0  # worst measured: 0.7 eps
+
+
+def _call(scan):
+    def call(inputs, state, reset):
+        return scan(*inputs, state=None if state is None else state[0], reset=reset)
+
+    return call
+
+
+def _make(batch, time):
+    decay = torch.rand(batch, time, 5)
+    decay[:, time // 3 :: 7] = 0.0  # forgets at once
+    decay[:, time // 2 :: 9] = 1.0  # keeps everything
+    return [decay, torch.randn(batch, time, 5)]
+
+
+PROBLEM = Recurrence(
+    op=_call(first_order_scan),
+    oracle=_call(reference.first_order_scan),
+    make=_make,
+    make_state=lambda batch: [torch.randn(batch, 5)],
+    time=(1, 1),
+    out_time=1,
+)
+
+
+@pytest.mark.parametrize(("shape", "dtype", "with_reset"), CASES, ids=str)
+def test_matches_reference(shape, dtype, with_reset):
+    check_reference(PROBLEM, shape, dtype, with_reset, budget=BUDGET)
+
+
+def test_split_anywhere_equals_one_call():
+    check_splits(PROBLEM, budget=BUDGET)
+
+
+def test_future_leaves_the_past_alone():
+    check_causality(PROBLEM)
+
+
+def test_reset_isolates():
+    check_reset_isolates(PROBLEM)
+
+
+def test_empty_strided_autocast_unwritten():
+    check_plain(PROBLEM)
+
+
+def test_gradcheck():
+    check_gradients_numerically(PROBLEM)
+
+
+@given(
+    batch=st.integers(1, 3),
+    time=st.integers(1, 700),
+    width=st.sampled_from([1, 16, 1500]),
+    strength=st.sampled_from([1e-30, 0.01, 0.9, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_any_length_and_width(batch, time, width, strength, seed):
+    generator = torch.Generator().manual_seed(seed)
+    decay = torch.rand(batch, time, width, generator=generator).pow_(0.01).mul_(strength)
+    x = torch.rand(batch, time, width, generator=generator)  # of one sign: no cancellation in a row of one
+    for name, a, e in zip(
+        "hl", first_order_scan(decay, x), reference.first_order_scan(decay, x), strict=True
+    ):
+        assert_matches(name, a, e, budget=4)  # worst measured: 1.2 eps
+
+
+def test_long_memory_is_exact():
+    """Decays that a cumulative product would lose to underflow after a few steps, and ones that never forget."""
+    decay, x = torch.full((1, 4096, 4), 0.5), torch.zeros(1, 4096, 4)
+    decay[..., 1], decay[..., 2], decay[..., 3] = 1.0, 1e-20, 0.0
+    x[:, 0] = 1.0
+    x[:, 4000] = 3.0
+    h, _ = first_order_scan(decay, x)
+    assert torch.equal(h[0, 4001], torch.tensor([1.5, 4.0, 3e-20, 0.0]))
+    assert torch.equal(h[0, 100, :2], torch.tensor([0.5**100, 1.0]))
+
+
+def test_differentiates_once():
+    x = torch.randn(1, 4, 2, requires_grad=True)
+    out = first_order_scan(torch.rand(1, 4, 2), x)[0]
+    (g,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()

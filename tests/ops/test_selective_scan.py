@@ -1,0 +1,108 @@
+"""`selective_scan` against its float64 loop."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helmholtz import reference
+from helmholtz.ops.selective_scan import selective_scan
+from helpers import assert_matches
+from recurrence import (
+    CASES,
+    Recurrence,
+    check_causality,
+    check_gradients_numerically,
+    check_plain,
+    check_reference,
+    check_reset_isolates,
+    check_splits,
+)
+
+BUDGET = 5.0  # worst measured: 1.6 eps
+
+
+def _call(scan):
+    def call(inputs, state, reset):
+        return scan(*inputs, state=None if state is None else state[0], reset=reset)
+
+    return call
+
+
+def _make(batch, time, signals=3, channels=5, states=4):
+    delta = torch.rand(batch, time, channels)
+    delta[:, time // 3 :: 5] = 0.0  # pads
+    u, B, C = torch.randn(batch, time, signals, channels), *torch.randn(2, batch, time, states)
+    return [u, delta, -torch.rand(channels, states), B, C, torch.randn(channels)]
+
+
+PROBLEM = Recurrence(
+    op=_call(selective_scan),
+    oracle=_call(reference.selective_scan),
+    make=_make,
+    make_state=lambda batch: [torch.randn(batch, 3, 5, 4)],
+    time=(1, 1, None, 1, 1, None),
+    out_time=1,
+)
+
+
+@pytest.mark.parametrize(("shape", "dtype", "with_reset"), CASES, ids=str)
+def test_matches_reference(shape, dtype, with_reset):
+    check_reference(PROBLEM, shape, dtype, with_reset, budget=BUDGET)
+
+
+def test_split_anywhere_equals_one_call():
+    check_splits(PROBLEM, budget=BUDGET)
+
+
+def test_future_leaves_the_past_alone():
+    check_causality(PROBLEM)
+
+
+def test_reset_isolates():
+    check_reset_isolates(PROBLEM)
+
+
+def test_empty_strided_autocast_unwritten():
+    check_plain(PROBLEM)
+
+
+def test_gradcheck():
+    check_gradients_numerically(PROBLEM)
+
+
+@given(
+    signals=st.integers(1, 3), channels=st.integers(1, 6), states=st.integers(1, 6), time=st.integers(1, 70)
+)
+def test_any_widths(signals, channels, states, time):
+    """Equal widths included: nothing depends on channels and states differing."""
+    inputs = _make(2, time, signals, channels, states)
+    for name, a, e in zip("yh", selective_scan(*inputs), reference.selective_scan(*inputs), strict=True):
+        assert_matches(name, a, e, budget=BUDGET)
+
+
+def test_a_zero_step_passes_the_state_through():
+    u, delta, A, B, C, D = _make(2, 9)
+    state = torch.randn(2, 3, 5, 4)
+    y, last = selective_scan(u, torch.zeros_like(delta), A, B, C, D, state=state)
+    assert torch.equal(last, state)
+    assert_matches("y", y, torch.einsum("bscn,btn->btsc", state, C) + D * u, budget=BUDGET)
+
+
+def test_strong_decay_forgets():
+    u, delta, A, B, C, _ = _make(1, 40)
+    y, last = selective_scan(u, delta + 1, 1e4 * (A - 1), B, C, state=torch.randn(1, 3, 5, 4))
+    input_now = torch.einsum("btc,btn,btsc->btscn", delta + 1, B, u)
+    assert_matches("last", last, input_now[:, -1], budget=BUDGET)
+    assert_matches("y", y, torch.einsum("btscn,btn->btsc", input_now, C), budget=BUDGET)
+
+
+def test_signals_share_the_dynamics():
+    """Each signal alone gives what it gives among the others, and the scan is linear in them."""
+    u, *rest = _make(2, 33)
+    together, _ = selective_scan(u, *rest)
+    for s in range(3):
+        assert_matches(
+            f"signal {s}", together[:, :, s : s + 1], selective_scan(u[:, :, s : s + 1], *rest)[0], budget=4
+        )
+    assert_matches("linear", selective_scan(-2 * u, *rest)[0], -2 * together, budget=BUDGET)
