@@ -63,7 +63,10 @@ def one_sequence(mixer: FreeEnergyMixer, x: Tensor, source: Tensor | None = None
 
 def _sequences(time: int, mask: Tensor | None, cu_seqlens: Tensor | None) -> list[Tensor]:
     if cu_seqlens is not None:
-        return [torch.arange(a, b) for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist())]
+        return [
+            torch.arange(a, b)
+            for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=False)
+        ]
     return [torch.arange(time) if mask is None else mask.bool().nonzero().squeeze(1)]
 
 

@@ -1,0 +1,87 @@
+"""Rotary positions: a true rotation, whatever the dtype and the offset."""
+
+import pytest
+import torch
+from helpers import DTYPES, assert_matches, grads
+
+from helmholtz.ops.rope import rope, rope_table
+from helmholtz.reference import free_energy as reference
+
+ANGLE = 2.0**-24
+"""Relative rounding of a float32 angle."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 3, 7, 6), (2, 1, 65, 64)], ids=str)
+@pytest.mark.parametrize("offset", [0, 1000])
+def test_output_and_gradient_match_the_reference(shape, dtype, offset):
+    x = torch.randn(shape).to(dtype)
+    positions = torch.arange(shape[2]) + offset + 3 * torch.arange(shape[0])[:, None]
+    wide = torch.promote_types(dtype, torch.float32)
+    budget = (
+        4 + 4 * positions.max().item() * ANGLE / torch.finfo(wide).eps
+    )  # angles are float32 in float64 too
+    assert_matches("rope", rope(x, positions), reference.rope(x, positions), budget=budget)
+    cotangents = [torch.randn_like(x).double()]
+    (got,) = grads(lambda x: [rope(x, positions)], [x], cotangents)
+    (want,) = grads(lambda x: [reference.rope(x, positions)], [x], cotangents)
+    assert_matches("dx", got, want, budget=budget)
+
+
+def test_gradcheck_once_and_twice():
+    x, positions = torch.randn(2, 2, 5, 4, dtype=torch.float64, requires_grad=True), torch.arange(5)
+    assert torch.autograd.gradcheck(lambda x: rope(x, positions), x)
+    assert torch.autograd.gradgradcheck(lambda x: rope(x, positions), x)
+
+
+@pytest.mark.parametrize("theta", [10.0, 10000.0, 5e5])
+def test_norms_are_kept_and_logits_depend_on_the_offset_alone(theta):
+    q, k = torch.randn(2, 16, dtype=torch.float64).unbind(0)
+    rows = rope(torch.stack([q, k])[:, None, None].expand(2, 1, 200, 16), torch.arange(200), theta=theta)
+    q_rows, k_rows = rows[:, 0].unbind(0)
+    torch.testing.assert_close(q_rows.norm(dim=-1), q.norm().expand(200))
+    for offset in (0, 1, 5, 60):
+        logits = (q_rows[offset:] * k_rows[: 200 - offset]).sum(-1)
+        assert logits.std() < 1e-4 * q.norm() * k.norm(), offset
+
+
+def test_each_pair_turns_at_its_own_rate():
+    turned = rope(torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(1, 1, 3, 4), torch.arange(3), theta=100.0)[0, 0]
+    for t in range(3):
+        angles = torch.tensor([t * 1.0, t * 0.1])
+        torch.testing.assert_close(turned[t], torch.cat([angles.cos(), angles.sin()]))
+
+
+def test_positions_are_shared_or_per_row():
+    x = torch.randn(2, 3, 5, 4)
+    rows = torch.tensor([[0, 1, 2, 3, 4], [7, 8, 9, 9, 2]])
+    both = rope(x, rows)
+    assert torch.equal(both[:1], rope(x[:1], rows[0])) and torch.equal(both[1:], rope(x[1:], rows[1]))
+
+
+def test_bfloat16_and_float16_keep_every_position_apart():
+    x = torch.randn(64)
+    positions = torch.arange(4096)
+    exact = rope(x.expand(1, 1, 4096, 64), positions)
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = x.to(dtype)
+        got = rope(narrow.expand(1, 1, 4096, 64), positions)
+        assert got.dtype == dtype
+        assert_matches(
+            str(dtype), got, reference.rope(narrow.expand(1, 1, 4096, 64), positions[None]), budget=4096
+        )
+        assert (got.float() - exact).abs().max() < 4 * torch.finfo(dtype).eps * x.norm()
+    cos, sin = rope_table(positions.to(torch.int32), 64)
+    assert cos.dtype == torch.float32
+    assert torch.stack([cos, sin], dim=-1)[:, 0].unique(dim=0).shape[0] == 4096
+
+
+def test_errors_name_the_argument():
+    with pytest.raises(ValueError, match="width: .* even .* got 5"):
+        rope(torch.zeros(1, 1, 2, 5), torch.arange(2))
+    with pytest.raises(ValueError, match="theta: .* positive"):
+        rope(torch.zeros(1, 1, 2, 4), torch.arange(2), theta=0.0)
+
+
+def test_no_tokens_are_no_tokens():
+    assert rope(torch.zeros(2, 3, 0, 4), torch.arange(0)).shape == (2, 3, 0, 4)
