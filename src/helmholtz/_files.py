@@ -12,9 +12,10 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new empty folder to fill; when the block ends it becomes ``path``, replacing what was there.
 
     It is filled under the hidden name ``.<name>.partial`` beside ``path``, flushed to disk and renamed. If
-    the block raises, ``path`` is as before. POSIX renames a folder over an empty one only, so an old one is first
-    renamed to ``.<name>.previous``: at every moment a complete folder is on disk, and between the two renames
-    ``complete_folder`` finds it. The next call clears what a killed process left. One writer at a time.
+    the block raises, ``path`` is as before. POSIX renames a folder over an empty one only, so an old one is
+    first renamed to ``.<name>.previous``: at every moment a complete folder is on disk, and between the two
+    renames ``complete_folder`` finds it. The next call clears what a killed process left. One writer at a
+    time.
     """
     path = Path(path).absolute()
     partial, previous = _beside(path, "partial"), _beside(path, "previous")

@@ -8,7 +8,7 @@ from torch import nn
 
 from helmholtz.layers.fem_config import PRIORS
 from helmholtz.models.base import AbstractDecoder
-from helmholtz.models.fem_lm import FEMLM, FEMLMConfig
+from helmholtz.models.fem_lm import FEMLM, FEMLMConfig, MixerOptions
 from helmholtz.models.transformer import Transformer, TransformerConfig
 
 SIZES = {"vocab_size": 37, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}
@@ -19,7 +19,8 @@ def _transformer(**fields: object) -> Callable[[], AbstractDecoder]:
 
 
 def _fem(**fields: object) -> Callable[[], AbstractDecoder]:
-    return lambda: FEMLM(FEMLMConfig(**SIZES, **fields))
+    options = MixerOptions(tdc_width=8)  # a layer norm over the default 2 channels would only keep signs
+    return lambda: FEMLM(FEMLMConfig(**SIZES, mixer=options, d_ff=80, **fields))
 
 
 DECODERS: dict[str, Callable[[], AbstractDecoder]] = {

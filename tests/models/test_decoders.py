@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, strategies
+from hypothesis import given, settings, strategies
 from torch import Tensor
 
 from helmholtz.layers.state import map_state
@@ -64,6 +64,7 @@ def test_packed_sequences_equal_separate_ones(model: AbstractDecoder) -> None:
         assert_close(packed[:, start:stop], model(tokens[:, start:stop]).logits)
 
 
+@settings(max_examples=15)
 @given(
     cuts=strategies.lists(strategies.integers(1, 19), max_size=4, unique=True), padded=strategies.booleans()
 )

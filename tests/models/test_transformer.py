@@ -51,9 +51,11 @@ def doubled(model: Transformer) -> dict[str, Tensor]:
     return {name: weight.detach().double() for name, weight in model.state_dict().items()}
 
 
+LLAMAS = pytest.mark.parametrize("model", ["transformer", "transformer-gqa-untied"], indirect=True)
+
+
+@LLAMAS
 def test_logits_match_the_equations(model) -> None:
-    if not isinstance(model, Transformer):
-        pytest.skip("the oracle is a Llama")
     tokens = torch.randint(37, (2, 19))
     expected = torch.stack([llama(row, doubled(model), model.config) for row in tokens.tolist()])
     error = (model(tokens).logits - expected).abs().max() / expected.abs().max()
@@ -61,9 +63,8 @@ def test_logits_match_the_equations(model) -> None:
     assert (model.double()(tokens).logits - expected).abs().max() < 1e-6  # angles stay float32
 
 
+@LLAMAS
 def test_greedy_decoding_matches_the_equations(model) -> None:
-    if not isinstance(model, Transformer):
-        pytest.skip("the oracle is a Llama")
     prompts = [[3, 1, 4, 1, 5], [9, 2]]
     found = generate(model, prompts, SamplingSettings(max_new_tokens=12, temperature=0))
     for prompt, new in zip(prompts, found, strict=True):

@@ -27,8 +27,10 @@ def save_checkpoint(model: AbstractDecoder, folder: str | os.PathLike[str]) -> N
 
 def write_checkpoint(model: AbstractDecoder, folder: Path) -> None:
     """Write the two files of a checkpoint into an existing folder. Tied weights are stored once."""
-    architecture = next(name for name, cls in MODELS.items() if cls is type(model))
-    description = {"architecture": architecture, "config": model.config.to_dict()}
+    names = [name for name, cls in MODELS.items() if cls is type(model)]
+    if not names:
+        raise ValueError(f"model: {type(model).__name__} is none of the architectures {sorted(MODELS)}")
+    description = {"architecture": names[0], "config": model.config.to_dict()}
     (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
     save_file(_weights(model), folder / WEIGHTS, metadata={"format": "pt"})
 
