@@ -13,6 +13,7 @@ import torch
 
 from helmholtz.data.tokens import TokenDataset
 from helmholtz.models.checkpoint import load_checkpoint
+from helmholtz.models.fem_lm import FEMLMConfig
 from helmholtz.models.transformer import Transformer
 from helmholtz.training.callbacks import Callback
 from helmholtz.training.loop import NonFiniteError, Trainer
@@ -305,7 +306,24 @@ def test_tensorboard_events_are_written(data, tmp_path):
 
 
 def test_a_validation_text_shorter_than_a_window_is_refused(data, tmp_path):
-    with pytest.raises(ValueError, match="fewer than one window of train.seq_len = 16"):
-        loop = trainer(data, tmp_path)
-        loop.validation = type("Short", (), {"__len__": lambda self: 9})()
-        loop.validation_loss()
+    message = r"the first 15 \(train.eval_tokens\) of the \d+ validation tokens do not hold a window of train.seq_len = 16"
+    with pytest.raises(ValueError, match=message):
+        trainer(data, tmp_path, eval_tokens=15).validation_loss()
+
+
+def test_what_the_mixers_have_learned_is_recorded(data, tmp_path):
+    run = tiny_run(data, tmp_path, steps=4)
+    model = FEMLMConfig(
+        vocab_size=257, d_model=16, n_layers=2, n_heads=2, max_seq_len=32, d_ff=16, prior=("softmax", "gla")
+    )
+    train(replace(run, architecture="fem_lm", model=model))
+    statistics = metrics(tmp_path)[-1]["statistics"]
+    mixers = [
+        module.beta_max
+        for module in load_checkpoint(tmp_path / "last").modules()
+        if hasattr(module, "beta_max")
+    ]
+    assert len(mixers) == 2
+    for layer, beta in enumerate(mixers):
+        assert statistics[f"blocks.{layer}.mixer/beta_mean"] == pytest.approx(beta.mean().item())
+        assert 0 < statistics[f"blocks.{layer}.mixer/inner_gate_mean"] < 1

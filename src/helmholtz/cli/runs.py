@@ -1,5 +1,6 @@
 """The options that describe a run, shared by the commands ``data`` and ``train``."""
 
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 from helmholtz._checks import check_choice
@@ -23,9 +24,18 @@ def run_parser(command: str, description: str, arguments: list[str]) -> Parser:
     name = _architecture(arguments)
     parser.add_class_arguments(DataConfig, "data")
     parser.add_argument(ARCHITECTURE, type=str, default=name, help=f"one of {', '.join(MODELS)}")
-    parser.add_class_arguments(MODELS[name].config_class, "model", skip={"vocab_size"})
+    _add_config(parser, MODELS[name].config_class, "model", {"vocab_size"})
     parser.add_class_arguments(TrainConfig, "train")
     return parser
+
+
+def _add_config(parser: Parser, config_class: type, group: str, skip: set[str]) -> None:
+    """The fields of a config as options, those of configs inside it as ``group.field.option``."""
+    nested = {f.name: f.default for f in fields(config_class) if is_dataclass(f.default)}
+    parser.add_class_arguments(config_class, group, skip={*skip, *nested})
+    for name, default in nested.items():
+        assert is_dataclass(default) and not isinstance(default, type)
+        parser.add_class_arguments(type(default), f"{group}.{name}", default=asdict(default))
 
 
 def run_config(parser: Parser, arguments: list[str]) -> RunConfig:

@@ -119,8 +119,9 @@ def _row(run: Run) -> Row:
 
 def model_label(description: dict[str, Any]) -> str:
     """Architecture, with the priors of a FEM model: ``fem_lm (softmax)``."""
-    priors = dict.fromkeys(description["model"].get("priors", ()))
-    return description["architecture"] + (f" ({', '.join(priors)})" if priors else "")
+    prior = description["model"].get("prior")
+    names = prior if isinstance(prior, str) else ", ".join(dict.fromkeys(prior or ()))
+    return f"{description['architecture']} ({names})" if names else description["architecture"]
 
 
 def _groups(runs: Sequence[Run], rows: Sequence[Row]) -> tuple[Group, ...]:

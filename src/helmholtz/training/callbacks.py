@@ -10,8 +10,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 
-
-
 @dataclass(frozen=True, slots=True)
 class StepRecord:
     """One optimizer step. ``loss`` (nats per token) is the value before the update."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from helmholtz._run_folder import BEST, LAST
 from helmholtz.data.tokens import TokenDataset
+from helmholtz.layers.fem_reading import read_statistics
 from helmholtz.models.base import AbstractDecoder, evaluation_mode
 from helmholtz.training.callbacks import Callback, EvalRecord, RunResult, StepRecord
 from helmholtz.training.checkpoint import save_run
@@ -25,7 +26,6 @@ from helmholtz.training.objectives import ObjectiveFunction, next_token
 from helmholtz.training.optim import learning_rate, make_optimizer
 from helmholtz.training.order import window_starts
 from helmholtz.training.state import Progress, load_training_state
-from helmholtz.training.statistics import mixer_statistics
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SKIPPED = 50
@@ -167,23 +167,31 @@ class Trainer:
         if progress.skipped_in_a_row > (MAX_SKIPPED if self.scaler.is_enabled() else 0):
             raise NonFiniteError(self._failure(f"the gradient norm is {norm}"))
 
-    def validation_loss(self) -> float:
-        """Nats per token over the first ``eval_tokens`` of the validation split, in windows of ``seq_len``."""
+    def _validation_batches(self) -> Iterator[Int[Tensor, "B T1"]]:
         c = self.config
         n_windows = min(c.eval_tokens, len(self.validation) - 1) // c.seq_len
         if n_windows < 1:
             raise ValueError(
-                f"the validation text has {len(self.validation)} tokens, fewer than one window of train.seq_len = "
-                f"{c.seq_len}: prepare a larger validation split"
+                f"the first {c.eval_tokens} (train.eval_tokens) of the {len(self.validation)} validation tokens do not "
+                f"hold a window of train.seq_len = {c.seq_len}"
             )
-        starts = torch.arange(n_windows) * c.seq_len
-        total = 0.0
-        with evaluation_mode(self.model):
-            for rows in starts.split(c.batch_size):
-                tokens = self.validation.read(rows, c.seq_len + 1).to(self.device)
-                with self._autocast():
-                    total += len(rows) * self.objective(self.model, tokens).loss.item()
+        for rows in (torch.arange(n_windows) * c.seq_len).split(c.batch_size):
+            yield self.validation.read(rows, c.seq_len + 1).to(self.device)
+
+    def validation_loss(self) -> float:
+        """Nats per token over the first ``eval_tokens`` of the validation split, in windows of ``seq_len``."""
+        total, n_windows = 0.0, 0
+        with evaluation_mode(self.model), self._autocast():
+            for tokens in self._validation_batches():
+                total += len(tokens) * self.objective(self.model, tokens).loss.item()
+                n_windows += len(tokens)
         return total / n_windows
+
+    def learned_statistics(self) -> dict[str, float]:
+        """Learned temperatures and gates of the model's mixers, the gates on the first validation batch."""
+        tokens = next(self._validation_batches())[:, :-1]
+        with evaluation_mode(self.model), self._autocast():
+            return read_statistics(self.model, lambda: self.model(tokens))
 
     def evaluate(self) -> EvalRecord:
         """Validation loss and learned statistics; a new best value is noted in the progress."""
@@ -198,7 +206,7 @@ class Trainer:
             validation_loss=loss,
             validation_bits_per_byte=self.validation.bits_per_byte(loss),
             best=best,
-            statistics=mixer_statistics(self.model),
+            statistics=self.learned_statistics(),
         )
 
     def _save(self, name: str, callbacks: Sequence[Callback]) -> None:

@@ -1,0 +1,263 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from helmholtz.cli.main import main
+from tiny_runs import write_text
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A prepared text, a YAML file that describes a run on it, and the finished run."""
+    folder = tmp_path_factory.mktemp("workspace")
+    config = {
+        "data": {
+            "folder": str(folder / "data"),
+            "sources": [str(write_text(folder / "text.txt"))],
+            "vocab_size": 300,
+            "validation_fraction": 0.1,
+        },
+        "model": {"architecture": "fem_lm", "prior": ["softmax", "gla"], "d_model": 32, "n_layers": 2, "n_heads": 2,
+                  "max_seq_len": 64, "mixer": {"cap": 30.0}},
+        "train": {"output_dir": str(folder / "run"), "steps": 4, "batch_size": 2, "seq_len": 16, "warmup_steps": 1,
+                  "eval_every": 2, "save_every": 2, "eval_tokens": 100},
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    assert main(["data", f"--config={folder / 'run.yaml'}"]) == 0
+    assert main(["train", f"--config={folder / 'run.yaml'}"]) == 0
+    return folder
+
+
+def call(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_run_is_what_the_file_describes(workspace):
+    run = json.loads((workspace / "run" / "run.json").read_text())["identity"]
+    assert run["architecture"] == "fem_lm"
+    assert run["model"]["prior"] == ["softmax", "gla"]
+    assert run["model"]["mixer"]["cap"] == 30.0
+    assert run["model"]["vocab_size"] == 300
+    assert run["train"]["steps"] == 4
+    assert (workspace / "run" / "best" / "tokenizer" / "tokenizer.json").exists()
+
+
+def test_data_prepared_before_is_reused(workspace, capsys):
+    code, out, _ = call(capsys, "data", "--config", workspace / "run.yaml")
+    assert code == 0
+    assert "already there, vocabulary 300" in out
+
+
+def test_overrides_on_the_command_line_win(workspace, capsys, tmp_path):
+    code, out, _ = call(
+        capsys, "train", "--config", workspace / "run.yaml", f"--train.output_dir={tmp_path / 'other'}",
+        "--train.lr=3e-4", "--model.d_model=64", "--model.mixer.cap=20",
+    )  # fmt: skip
+    assert code == 0
+    run = json.loads((tmp_path / "other" / "run.json").read_text())["identity"]
+    assert (run["train"]["lr"], run["model"]["d_model"], run["model"]["mixer"]["cap"]) == (3e-4, 64, 20.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train.lrr=1"], "unknown option --train.lrr; did you mean 'train.lr'?"),
+        (["--train.d_model=1"], "unknown option --train.d_model; did you mean 'model.d_model'?"),
+        (["--train.lr=fast"], "Parser key \"train.lr\": Expected a <class 'float'>. Got value: fast"),
+        (["--train.steps=1.5"], "Parser key \"train.steps\": Expected a <class 'int'>. Got value: 1.5"),
+        (["--train.precision=bf15"], "Got value: bf15"),
+        (["--train.lr=-1"], "train.lr must be a finite number above 0, got -1.0"),
+        (["--model.architecture=fem"], "did you mean 'fem_lm'?"),
+        (["--model.n_heads=3"], "n_heads must divide d_model, got n_heads=3 and d_model=32"),
+        (["--model.prior=[softmax]"], "prior: 1 names for n_layers=2 layers"),
+        (["--train.seq_len=65"], "train.seq_len must be at most model.max_seq_len = 64, got 65"),
+        (["--data.folder=nowhere"], "nowhere"),
+        (["--config=nowhere.yaml"], "--config nowhere.yaml: No such file or directory"),
+        ([], "already holds a run; go on with --train.resume=auto"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(workspace, capsys, arguments, message):
+    before = {file: file.read_bytes() for file in workspace.rglob("*") if file.is_file()}
+    code, out, err = call(capsys, "train", "--config", workspace / "run.yaml", *arguments)
+    assert code == 2
+    assert message in err
+    assert err.startswith("helmholtz train: error: ")
+    assert err.count("\n") == 1
+    assert before == {file: file.read_bytes() for file in workspace.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("train: {lrr: 1}", "unknown key 'train.lrr'; did you mean 'train.lr'?"),
+        ("model: {architecture: transformer, prior: gla}", "unknown key 'model.prior'"),
+        ("trian: {lr: 1}", "unknown key 'trian'; did you mean 'train'?"),
+        ("model: {architecture: transfomer}", "did you mean 'transformer'?"),
+        ("train: [1", "not valid YAML"),
+        ("3", "wanted a mapping of names to values, got int"),
+    ],
+)
+def test_a_mistake_in_a_file_names_the_file_and_the_key(capsys, tmp_path, content, message):
+    file = tmp_path / "bad.yaml"
+    file.write_text(content)
+    code, _, err = call(capsys, "train", "--config", file)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_help_shows_the_documentation_of_every_setting(capsys):
+    for command, text in [
+        ("train", "Largest gradient norm (2-norm over all parameters)."),
+        ("generate", "Divides the logits; 0 takes the likeliest token."),
+        ("data", "Raw bytes, or a byte-level BPE trained on the training split."),
+    ]:
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--help"])
+        assert ended.value.code == 0
+        assert text in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_unknown_command_suggests_one(capsys):
+    code, _, err = call(capsys, "trian")
+    assert code == 2
+    assert "did you mean 'train'?" in err
+    assert call(capsys, "--help")[0] == 0
+    assert call(capsys)[0] == 2
+
+
+def test_evaluate_agrees_with_itself_as_json(workspace, capsys):
+    arguments = ["evaluate", f"--checkpoint={workspace / 'run'}", f"--data={workspace / 'data'}"]
+    code, out, _ = call(capsys, *arguments, "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert 1 < result["bits_per_byte"] < 12
+    code, out, _ = call(capsys, *arguments)
+    assert f"{result['bits_per_byte']:.4f}" in out
+
+
+def test_evaluate_refuses_text_of_another_tokenizer(workspace, capsys, tmp_path):
+    source = workspace / "text.txt"
+    other = tmp_path / "bytes"
+    assert (
+        main(["data", f"--data.folder={other}", f"--data.sources=[{source}]", "--data.tokenizer=bytes"]) == 0
+    )
+    capsys.readouterr()
+    code, _, err = call(capsys, "evaluate", f"--checkpoint={workspace / 'run'}", f"--data={other}")
+    assert code == 2
+    assert "is not the one the model was trained with" in err
+
+
+def test_generate_continues_a_prompt_reproducibly(workspace, capsys):
+    arguments = [
+        "generate",
+        f"--checkpoint={workspace / 'run'}",
+        "--prompt=the king",
+        "--sampling.max_new_tokens=12",
+    ]
+    code, out, _ = call(capsys, *arguments)
+    assert code == 0
+    assert out.startswith("the king")
+    assert len(out) > len("the king") + 4
+    assert call(capsys, *arguments)[1] == out
+    assert call(capsys, *arguments, "--sampling.seed=1")[1] != out
+
+
+def test_generate_reads_standard_input_in_its_own_process(workspace):
+    command = [sys.executable, "-m", "helmholtz.cli.main", "generate", f"--checkpoint={workspace / 'run'}"]
+    result = subprocess.run(
+        [*command, "--sampling.max_new_tokens=5"], input="love and war", capture_output=True, text=True, timeout=60,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True,
+    )  # fmt: skip
+    assert result.stdout.startswith("love and war")
+    assert result.stderr == ""
+
+
+def test_generate_refuses_a_folder_without_a_checkpoint(capsys, tmp_path):
+    code, _, err = call(capsys, "generate", f"--checkpoint={tmp_path}", "--prompt=x")
+    assert code == 2
+    assert "neither a checkpoint (config.json) nor a run that has one" in err
+
+
+def test_an_interrupted_run_says_how_to_go_on(workspace, capsys, tmp_path, monkeypatch):
+    from helmholtz.training.loop import Trainer
+
+    step = Trainer.step
+
+    def stopped(self):
+        record = step(self)
+        if record.step == 3:
+            os.kill(os.getpid(), 15)
+        return record
+
+    monkeypatch.setattr(Trainer, "step", stopped)
+    arguments = ["--config", str(workspace / "run.yaml"), f"--train.output_dir={tmp_path / 'stopped'}"]
+    code, out, _ = call(capsys, "train", *arguments)
+    assert code == 130
+    assert "stopped after step 3 and saved" in out
+    assert "--train.resume=auto" in out
+    monkeypatch.undo()
+    code, out, _ = call(capsys, "train", *arguments, "--train.resume=auto")
+    assert code == 0
+    assert "finished 4 steps" in out
+
+
+def test_compare_writes_a_table_results_and_curves(workspace, capsys, tmp_path):
+    assert (
+        main(
+            [
+                "train",
+                f"--config={workspace / 'run.yaml'}",
+                f"--train.output_dir={tmp_path / 'two'}",
+                "--train.seed=1",
+            ]
+        )
+        == 0
+    )
+    capsys.readouterr()
+    code, out, _ = call(
+        capsys, "compare", "--runs", workspace / "run", tmp_path / "two", f"--output={tmp_path / 'out'}"
+    )
+    assert code == 0
+    assert "over seeds 0, 1" in out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["name"] for row in results["rows"]] == ["run", "two"]
+    assert {"commit", "hardware", "date", "groups", "runs"} <= results.keys()
+    assert (tmp_path / "out" / "loss.png").stat().st_size > 5000
+
+
+def test_compare_refuses_unequal_budgets(workspace, capsys, tmp_path):
+    changes = ["--model.d_model=48", "--train.steps=5"]
+    assert (
+        main(
+            [
+                "train",
+                f"--config={workspace / 'run.yaml'}",
+                f"--train.output_dir={tmp_path / 'big'}",
+                *changes,
+            ]
+        )
+        == 0
+    )
+    capsys.readouterr()
+    arguments = ["compare", "--runs", workspace / "run", tmp_path / "big", f"--output={tmp_path / 'out'}"]
+    code, _, err = call(capsys, *arguments)
+    assert code == 2
+    for part in (
+        "cannot be compared fairly",
+        "parameters differ by more than 2%",
+        "train.steps is 5 in big and 4 in run",
+        "tokens",
+    ):
+        assert part in err
+    assert not (tmp_path / "out").exists()
+    code, out, _ = call(capsys, *arguments, "--allow_unequal")
+    assert code == 0
+    assert "UNEQUAL" in out
+    assert "unequal: parameters differ" in out
