@@ -38,7 +38,7 @@ quality: $(STAMP) docs  ## lint, format, types, import contracts, spelling, docu
 	$(BIN)/codespell
 
 bench: $(STAMP)  ## correctness gate, then interleaved timings of ops, layers and models
-	set -e; for script in benchmarks/*.py; do $(BIN)/python "$$script"; done
+	for script in $$(find benchmarks -name '[!_]*.py' | sort); do echo "== $$script"; $(BIN)/python "$$script"; done
 
 docs: $(STAMP)  ## build the site into site/ (no network)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

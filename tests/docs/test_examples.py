@@ -1,0 +1,35 @@
+"""The Python blocks of the README and of the guides run as written."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SIGNATURES = {"docs/design/001-foundation.md"}  # lists signatures, in the shape of Python but not to be run
+
+
+def blocks(page):
+    """Source of each block, padded so that line numbers in tracebacks are those of the page."""
+    text = page.read_text()
+    return ["\n" * text[: match.start(1)].count("\n") + match[1] for match in BLOCK.finditer(text)]
+
+
+RUNNABLE = {page.relative_to(ROOT).as_posix(): blocks(page) for page in PAGES}
+
+
+@pytest.mark.parametrize(
+    "page", sorted(page for page, found in RUNNABLE.items() if found and page not in SIGNATURES)
+)
+def test_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__"}
+    for block in RUNNABLE[page]:
+        exec(compile(block, page, "exec"), names)
+
+
+def test_there_are_blocks_to_run():
+    assert "docs/data.md" in RUNNABLE
+    assert RUNNABLE["docs/data.md"]
