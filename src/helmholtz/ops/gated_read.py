@@ -84,11 +84,12 @@ class _GatedRead(torch.autograd.Function):
 class _Read:
     """``(1 - lambda) mean + lambda F`` of one block, keeping what its gradient needs.
 
-    The two averages are interleaved in short runs: each is gathered once, so that every later pass is contiguous.
+    The two averages are interleaved in short runs: each is copied once, so that every later pass is
+    contiguous and works in place.
     """
 
     def __init__(self, mixed: Tensor, beta: Tensor, inner: Tensor | None) -> None:
-        mean, partition = (x.contiguous() for x in mixed.unbind(-2))
+        mean, partition = (x.clone(memory_format=torch.contiguous_format) for x in mixed.unbind(-2))
         self.beta, self.unseen = beta, partition <= 0
         self.partition = partition.masked_fill_(self.unseen, 1.0)
         self.free = self.value = self.partition.log().div_(beta)
