@@ -92,6 +92,7 @@ def free_energy_read(
     Reference: ``helmholtz.reference.free_energy_read``.
     """
     wide = compute_dtype(v)
+    beta = beta.to(wide)  # widened once: two casts would round its gradient twice
     signals = tilt_values(v, beta, cap=cap)
     with torch.autocast(v.device.type, enabled=False):
         mixed = softmax_attention(q.to(wide), k.to(wide), signals.flatten(-2))
