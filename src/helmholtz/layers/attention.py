@@ -64,8 +64,7 @@ class Attention(AbstractMixer[KVCache]):
         return self._output(read, layout)
 
     def init_state(self, batch_size: int) -> KVCache:
-        if not self.causal:
-            raise ValueError("causal: a stream has no future to attend to; only causal attention has a state")
+        self._check_causal()
         return KVCache.empty(batch_size, self.n_kv_heads, self.d_head, self.d_head, self.k_proj.weight)
 
     def step(
@@ -75,10 +74,15 @@ class Attention(AbstractMixer[KVCache]):
         *,
         attention_mask: Shaped[Tensor, "..."] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KVCache]:
+        self._check_causal()
         layout = sequence_layout(x, attention_mask, position=state.position)
         q, k, v = self._project(x, layout.positions)
         state = state.append(k, v, layout.mask)
         return self._output(softmax_attention(q, state.k, state.v, key_mask=state.mask), layout), state
+
+    def _check_causal(self) -> None:
+        if not self.causal:
+            raise ValueError("causal: a stream has no future to attend to; only causal attention has a state")
 
     def _project(
         self, x: Float[Tensor, "B T D"], positions: Int[Tensor, "*BT"]

@@ -6,7 +6,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from helmholtz._checks import (
     check,
+    check_choice,
     check_divides,
     check_fraction,
     check_integer,
@@ -99,13 +100,18 @@ def _from_dict(cls: type, values: Any, name: str) -> Any:
 
 
 def _value(hint: Any, value: Any, name: str) -> Any:
-    """JSON knows neither nested configs nor tuples: restore them where the field's type names them."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    for option in options:
-        if is_dataclass(option) and isinstance(value, Mapping):
-            return _from_dict(typing.cast(type, option), value, name)
-        if typing.get_origin(option) is tuple and isinstance(value, list):
-            return tuple(value)
+    """``value`` as the field's type wants it: JSON knows neither nested configs nor tuples, nor which words exist."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    options = typing.get_args(hint) if union else (hint,)
+    nested = [option for option in options if is_dataclass(option)]
+    if nested:
+        return _from_dict(typing.cast(type, nested[0]), value, name)
+    if isinstance(value, list):
+        items = [typing.get_args(option)[0] for option in options if typing.get_origin(option) is tuple]
+        return tuple(_value(items[0], item, name) for item in value) if items else value
+    words = [w for option in options if typing.get_origin(option) is Literal for w in typing.get_args(option)]
+    if words and isinstance(value, str):
+        check_choice(name, value, words)
     return value
 
 

@@ -27,8 +27,9 @@ _USED_BY: dict[str, tuple[str, ...]] = {
 """Options, and values of ``backend``, that only some priors have."""
 
 
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(
+    frozen=True, kw_only=True
+)  # no slots: a command line cannot read their defaults in a nested config
 class MixerOptions:
     """Options of the mixers, as in ``FreeEnergyMixerConfig``; one that only some priors have acts on their layers."""
 
@@ -62,7 +63,6 @@ class MixerOptions:
     """Kernel: "flash_attn" acts on softmax layers, "fla" on linear and gla layers; they run or raise."""
 
 
-@final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FEMLMConfig(ModelConfig):
     """Sizes of the FEM decoder. ``d_ff=None`` means the width that matches the baseline's parameters."""

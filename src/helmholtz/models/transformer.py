@@ -11,7 +11,6 @@ from helmholtz.layers.attention import Attention, check_heads
 from helmholtz.models.base import AbstractDecoder, ModelConfig
 
 
-@final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformerConfig(ModelConfig):
     """Sizes of the baseline decoder."""
