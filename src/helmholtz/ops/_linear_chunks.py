@@ -124,7 +124,8 @@ def _chunk_backward(
         crossing = (upper @ (dscores * scores)).mul_(strictly_lower)  # pairs i >= t > j, summed over i
         dlog = crossing.sum(-1, keepdim=True)
         dscores.mul_(weights)
-        dq.mul_(since), dk.mul_(until)
+        dq.mul_(since)
+        dk.mul_(until)
         from_past, to_future = (q * dq).sum(-1, keepdim=True), (k * dk).sum(-1, keepdim=True)
         through = (state * dstate).sum((1, 2)).view(-1, 1, 1)
         dq.baddbmm_(dscores, k)
@@ -133,7 +134,8 @@ def _chunk_backward(
         dlog = torch.zeros_like(decay)
         dq_inside, dk_inside = torch.zeros_like(q), torch.zeros_like(k)
         scores, since, until = _channel_backward(q, k, decay, dscores, dq_inside, dk_inside, dlog)
-        dq.mul_(since), dk.mul_(until)
+        dq.mul_(since)
+        dk.mul_(until)
         from_past, to_future = q * dq, k * dk
         through = (state * dstate).sum(-1).unsqueeze(1)
         dq += dq_inside

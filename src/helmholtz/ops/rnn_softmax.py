@@ -47,7 +47,9 @@ class _RNNSoftmax(torch.autograd.Function):
         ctx: Any, k: Tensor, signals: Tensor, start: Tensor, top: Tensor, decay: Tensor
     ) -> tuple[Tensor, Tensor]:
         weight = (k - top).exp_().unsqueeze(2)
-        sums = torch.cat([weight * signals, weight], dim=2)
+        sums = signals.new_empty((*signals.shape[:2], signals.shape[2] + 1, signals.shape[3]))
+        torch.mul(weight, signals, out=sums[:, :, :-1])
+        sums[:, :, -1:] = weight
         last = scan_in_place(decay, sums, start).clone()
         total = sums[:, :, -1:]
         inverse = torch.where(total > 0, total.reciprocal(), 0)
@@ -59,7 +61,7 @@ class _RNNSoftmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, daveraged: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         weight, signals, decay, inverse, averaged = ctx.saved_tensors
-        dsums = torch.empty_like(dlast).unsqueeze(1).repeat(1, averaged.shape[1], 1, 1)
+        dsums = dlast.new_empty((len(dlast), averaged.shape[1], *dlast.shape[1:]))
         torch.mul(daveraged, inverse, out=dsums[:, :, :-1])
         torch.sum(dsums[:, :, :-1] * averaged, dim=2, keepdim=True, out=dsums[:, :, -1:]).neg_()
         dsums[:, -1] += dlast

@@ -47,7 +47,7 @@ def scan_in_place(decay: Tensor, x: Tensor, carry: Tensor, *, reverse: bool = Fa
     ``decay`` broadcasts against ``x`` after the time dimension; ``reverse`` starts at the last step.
     """
     num_steps, width = x.shape[1], math.prod(x.shape[2:]) * x.shape[0]
-    length = math.isqrt(num_steps // 2)  # balances 2 launches per step in a chunk with 1 per chunk
+    length = min(math.isqrt(num_steps), 64)  # longer products of decays would often run into denormals
     if length < 4 or width >= _WIDE_ROW:
         return _steps(decay, x, carry, reverse=reverse)
     body = num_steps - num_steps % length

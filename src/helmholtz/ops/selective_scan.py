@@ -122,9 +122,9 @@ def _chunk_backward(
     exponent[1:] = _over_signals(dh[1:], h[:-1])
     exponent[0] = _over_signals(dh[:1], start.unsqueeze(0)).squeeze(0)
     exponent *= decay.squeeze(3)
-    dA += torch.einsum("lbnc,lbc->nc", exponent, delta)
+    dA += (exponent * delta.unsqueeze(2)).sum((0, 1))
     torch.sum(dscaled, dim=2, out=ddelta)
-    ddelta += torch.einsum("lbnc,nc->lbc", exponent, A)
+    ddelta += exponent.mul_(A).sum(2)
     return decay[0] * dh[0]
 
 
