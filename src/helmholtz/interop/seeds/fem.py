@@ -93,12 +93,7 @@ class FreeEnergyMixer(nn.Module):
 
     def __init__(self, config: FreeEnergyMixerConfig) -> None:
         super().__init__()
-        check(
-            isinstance(config, FreeEnergyMixerConfig),
-            "config",
-            config,
-            f"a {FreeEnergyMixerConfig.__module__} config",
-        )
+        check(isinstance(config, FreeEnergyMixerConfig), "config", config, f"a {__name__} config")
         self.mixer = fem.FreeEnergyMixer(_translate(config))
         self.config, self._built_from = config, replace(config)
 
@@ -285,7 +280,7 @@ def _rnn_width(c: FreeEnergyMixerConfig, d_head: int, d_head_v: int) -> int:
         check(d_head == d_head_v, "qk_dim", c.qk_dim, wanted)
     elif c.p_t_to_fem_ratio != 2:
         warnings.warn(
-            f"p_t_to_fem_ratio: rnn_softmax has one weight per value channel, so {c.p_t_to_fem_ratio} is taken as 2.0",
+            f"p_t_to_fem_ratio: got {c.p_t_to_fem_ratio}, taken as 2.0: rnn_softmax has one weight per value channel",
             stacklevel=5,
         )
     return d_head_v
