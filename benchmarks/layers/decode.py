@@ -1,0 +1,73 @@
+"""Time of one decoding step of each mixer against the length of the context, next to plain attention.
+
+Floor: the projections of one token read 4 D^2 weights; softmax also reads its cache. Linear priors read a state of
+constant size, so their step should cost the same after 64 tokens and after 16,384.
+
+    python benchmarks/layers/decode.py --threads 1
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+from _timing import gate, interleave, parse_options, print_table, write_results
+from speed import D_MODEL, HEADS, VALUE_WIDTHS, mixer
+
+from helmholtz.layers import AbstractMixer, Attention
+
+CONTEXTS = (64, 1024, 4096, 16384)
+STEPS = 16
+"""Steps per timed run."""
+
+
+def check(name: str, layer: AbstractMixer) -> None:
+    """Prefill and single steps against one whole pass."""
+    x = torch.randn(1, 40, D_MODEL)
+    y, state = layer.step(x[:, :30], layer.init_state(1))
+    parts = [y]
+    for token in x[:, 30:].split(1, dim=1):
+        y, state = layer.step(token, state)
+        parts.append(y)
+    gate(name, {"y": torch.cat(parts, dim=1)}, {"y": layer(x)}, budget=200)
+
+
+def decoding(layer: AbstractMixer, context: int) -> Callable[[], Tensor]:
+    """A run of ``STEPS`` steps after ``context`` tokens, always from the same state."""
+    state = layer.init_state(1)
+    for chunk in torch.randn(1, context, D_MODEL).split(1024, dim=1):
+        _, state = layer.step(chunk, state)
+    token = torch.randn(1, 1, D_MODEL)
+
+    def run() -> Tensor:
+        current, y = state, token
+        for _ in range(STEPS):
+            y, current = layer.step(token, current)
+        return y
+
+    return run
+
+
+@torch.no_grad()
+def main() -> None:
+    options = parse_options("layers_decode", __doc__, rounds=9)
+    layers: dict[str, AbstractMixer] = {"attention": Attention(D_MODEL, HEADS)}
+    layers |= {prior: mixer(prior) for prior in VALUE_WIDTHS}
+    for name, layer in layers.items():
+        check(name, layer)
+    rows: list[dict[str, Any]] = [{"mixer": name} for name in layers]
+    for context in CONTEXTS:
+        seconds = interleave({name: decoding(layer, context) for name, layer in layers.items()}, rounds=options.rounds)
+        for row in rows:
+            row[f"microseconds_at_{context}"] = 1e6 * seconds[row["mixer"]] / STEPS
+    print_table(rows)
+    write_results(options, rows)
+
+
+if __name__ == "__main__":
+    main()
