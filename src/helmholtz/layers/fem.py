@@ -97,7 +97,7 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
         self,
         x: Float[Tensor, "B T D"],
         *,
-        context: Float[Tensor, "B S D"] | None = None,
+        context: Float[Tensor, "_ S _"] | None = None,
         attention_mask: Shaped[Tensor, "..."] | None = None,
         context_mask: Shaped[Tensor, "..."] | None = None,
         cu_seqlens: Shaped[Tensor, "..."] | None = None,
