@@ -5,11 +5,11 @@ import types
 
 import pytest
 import torch
-from helpers import DTYPES, assert_matches, grads
 
 from helmholtz.ops import attention
 from helmholtz.ops.attention import softmax_attention
 from helmholtz.reference import free_energy as reference
+from helpers import DTYPES, assert_matches, grads
 
 # B, H, G, T, S, K, V: odd widths, one head per group and several, fewer queries than keys
 SHAPES = [(1, 1, 1, 1, 1, 2, 1), (2, 3, 3, 7, 7, 5, 8), (2, 4, 2, 9, 9, 6, 3), (1, 6, 1, 4, 33, 3, 3)]

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES, SHAPES, assert_matches, grads
 
 from helmholtz.ops.free_energy import (
     free_energy_from_mixed,
@@ -15,6 +14,7 @@ from helmholtz.ops.free_energy import (
 )
 from helmholtz.ops.gated_read import gated_read, outer_gate
 from helmholtz.reference import free_energy as reference
+from helpers import DTYPES, SHAPES, assert_matches, grads
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import DTYPES, assert_matches, grads
 
 from helmholtz.ops.modulation import modulated_linear
 from helmholtz.reference.free_energy import modulated_linear as reference
+from helpers import DTYPES, assert_matches, grads
 
 WIDTHS = [4, 1, 7]
 

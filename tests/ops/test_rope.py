@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import DTYPES, assert_matches, grads
 
 from helmholtz.ops.rope import rope, rope_table
 from helmholtz.reference import free_energy as reference
+from helpers import DTYPES, assert_matches, grads
 
 ANGLE = 2.0**-24
 """Relative rounding of a float32 angle."""
