@@ -261,3 +261,18 @@ def test_compare_refuses_unequal_budgets(workspace, capsys, tmp_path):
     assert code == 0
     assert "UNEQUAL" in out
     assert "unequal: parameters differ" in out
+
+
+def test_inspect_shows_parameters_temperatures_and_the_reading_of_a_text(workspace, capsys, tmp_path):
+    arguments = ["inspect", f"--checkpoint={workspace / 'run'}"]
+    code, out, _ = call(capsys, *arguments)
+    assert code == 0
+    for part in ("blocks.1.mixer", "total", "of the baseline block's", "beta mean", "1.95"):
+        assert part in out
+    picture = tmp_path / "selection.png"
+    text = "--text=the king shall speak of war"
+    code, out, _ = call(capsys, *arguments, text, f"--picture={picture}")
+    assert code == 0
+    assert "posterior reads" in out
+    assert picture.stat().st_size > 5000
+    assert call(capsys, *arguments, f"--picture={picture}")[0] == 2

@@ -8,6 +8,7 @@ from typing import Any
 
 from helmholtz.evals.compare import model_label
 from helmholtz.evals.runs import read_run
+from helmholtz.layers.fem_reading import Reading
 
 SMOOTHING = 25
 """Steps whose training losses are averaged in a curve."""
@@ -56,3 +57,38 @@ def plot_loss_curves(folders: Sequence[str | Path], file: Path) -> None:
 
 def _running_mean(values: Sequence[float]) -> list[float]:
     return [statistics.fmean(values[max(0, i - SMOOTHING + 1) : i + 1]) for i in range(len(values))]
+
+
+def plot_selection(
+    reading: Reading, words: Sequence[str], file: Path, *, title: str, head: int, n_channels: int = 6
+) -> None:
+    """Which tokens the last query of a text reads: the prior's weights above the posteriors of some channels.
+
+    The channels shown are those of ``head`` whose posterior is furthest from the prior. Where the prior has its own
+    weights per channel (rnn_softmax, mamba) its row is their mean.
+    """
+    plt = _matplotlib()
+    gap = reading.kl[0, head, -1]
+    channels = gap.argsort(descending=True)[:n_channels].tolist()
+    prior, posterior = reading.prior[0, head, -1], reading.posterior[0, head, -1]
+    rows = [prior.mean(-1), *(posterior[:, channel] for channel in channels)]
+    labels = ["prior"]
+    for channel in channels:
+        count = reading.num_tokens_read[0, head, -1, channel].item()
+        labels.append(f"channel {channel}: KL {gap[channel]:.2f} nats, reads {count:.1f} tokens")
+    width = max(6.0, 0.32 * len(words) + 3.5)
+    figure, axes = plt.subplots(figsize=(width, 0.42 * len(rows) + 2.2), layout="constrained")
+    image = axes.imshow([row.tolist() for row in rows], aspect="auto", cmap="viridis", vmin=0)
+    axes.set_xticks(
+        range(len(words)), [_visible(word) for word in words], rotation=70, ha="right", fontsize=8
+    )
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.axhline(0.5, color="white", linewidth=2)
+    axes.set_title(title, fontsize=10)
+    figure.colorbar(image, ax=axes, label="weight")
+    _save(figure, file, plt)
+
+
+def _visible(word: str) -> str:
+    """A token as a tick label: line ends and surrounding blanks shown, the mathtext sign escaped."""
+    return word.replace("\n", "\\n").replace(" ", "\N{OPEN BOX}").replace("$", r"\$")

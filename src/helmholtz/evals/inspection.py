@@ -1,0 +1,121 @@
+"""What a model is made of, and how its Free Energy Mixers read a text."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from helmholtz.layers.fem import FreeEnergyMixer
+from helmholtz.layers.fem_reading import Reading, inspect_read
+from helmholtz.layers.sizing import attention_parameters
+from helmholtz.models.base import AbstractDecoder, evaluation_mode
+from helmholtz.models.transformer import TransformerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterCount:
+    """Parameters of a part of a model; a shared one (tied embeddings) belongs to the part that comes first."""
+
+    module: str
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadSummary:
+    """How one layer reads a text: averages over heads, channels and all queries but the first."""
+
+    layer: str
+    prior: str
+    num_tokens_prior: float
+    """Effective number of tokens that the prior reads: the exponential of its entropy."""
+    num_tokens_posterior: float
+    """The same after the tilt at ``beta_max``."""
+    beta_max: float
+    beta_star: float
+    """Median hidden temperature: the ``beta`` whose free energy is the gated read."""
+    kl: float
+    """``KL(prior || posterior)`` in nats."""
+    inner_gate: float
+
+
+def count_parameters(model: AbstractDecoder) -> list[ParameterCount]:
+    """Embedding, each block's mixer, feed-forward and norms, final norm and output matrix, in order."""
+    parts: list[tuple[str, nn.Module]] = [("embed", model.embed)]
+    for index, block in enumerate(model.blocks):
+        parts += [(f"blocks.{index}.{name}", child) for name, child in block.named_children()]
+    parts += [("norm", model.norm), ("unembed", model.unembed)]
+    seen: set[int] = set()
+    counts = []
+    for name, part in parts:
+        own = {
+            id(parameter): parameter.numel() for parameter in part.parameters() if id(parameter) not in seen
+        }
+        seen |= own.keys()
+        counts.append(ParameterCount(name, sum(own.values())))
+    assert sum(count.parameters for count in counts) == sum(p.numel() for p in model.parameters())
+    return counts
+
+
+def baseline_block_parameters(model: AbstractDecoder) -> int:
+    """Mixer and feed-forward of the baseline's block of the same width and heads: the budget of a FEM block."""
+    c = model.config
+    assert c.n_kv_heads is not None
+    baseline = TransformerConfig(vocab_size=c.vocab_size, d_model=c.d_model, n_heads=c.n_heads)
+    assert baseline.d_ff is not None
+    return attention_parameters(c.d_model, c.n_heads, c.n_kv_heads) + 3 * c.d_model * baseline.d_ff
+
+
+def mixers(model: nn.Module) -> dict[str, FreeEnergyMixer]:
+    """The Free Energy Mixers of a model that read a free energy, by name."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, FreeEnergyMixer)}
+    return {name: mixer for name, mixer in found.items() if mixer.config.read != "mean"}
+
+
+def read_text(model: AbstractDecoder, tokens: Int[Tensor, "1 T"]) -> dict[str, Reading]:
+    """Each mixer's reading of one text, by the mixer's name; empty for a model without mixers."""
+    inputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> torch.utils.hooks.RemovableHandle:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            inputs[name] = arguments[0]
+
+        return found[name].register_forward_pre_hook(hook)
+
+    found = mixers(model)
+    handles = [keep(name) for name in found]
+    try:
+        with evaluation_mode(model):
+            model(tokens)
+            return {name: inspect_read(mixer, inputs[name]) for name, mixer in found.items()}
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def summarise(model: AbstractDecoder, readings: dict[str, Reading]) -> list[ReadSummary]:
+    """One line per layer. The first query is left out: with one token to read there is nothing to select."""
+    found = mixers(model)
+    return [_summary(name, found[name], reading) for name, reading in readings.items()]
+
+
+def _summary(name: str, mixer: FreeEnergyMixer, reading: Reading) -> ReadSummary:
+    later = slice(1, None)
+    prior_tokens = torch.special.entr(reading.prior).sum(-2).exp()
+    return ReadSummary(
+        layer=name,
+        prior=mixer.config.prior,
+        num_tokens_prior=prior_tokens[:, :, later].mean().item(),
+        num_tokens_posterior=reading.num_tokens_read[:, :, later].mean().item(),
+        beta_max=reading.beta_max.mean().item(),
+        beta_star=reading.beta_star[:, :, later].nanmedian().item(),
+        kl=reading.kl[:, :, later].mean().item(),
+        inner_gate=reading.inner[:, :, later].mean().item(),
+    )
+
+
+def most_selective(readings: dict[str, Reading]) -> tuple[str, int]:
+    """Layer and head whose posterior is furthest from the prior on average."""
+    gaps = {name: reading.kl[0].mean(dim=(1, 2)) for name, reading in readings.items()}
+    name = max(gaps, key=lambda key: gaps[key].max().item())
+    return name, int(gaps[name].argmax())

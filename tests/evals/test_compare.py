@@ -1,0 +1,80 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+from helmholtz.evals.compare import compare, inequalities, model_label
+from helmholtz.evals.plots import plot_loss_curves
+from helmholtz.evals.runs import Run, read_run
+from helmholtz.training.run import train
+from tiny_runs import prepare_text, tiny_run
+
+
+def run(name, *, parameters=1000, tokens=500, data="a", **settings):
+    description = {
+        "architecture": "fem_lm",
+        "model": {"prior": "gla"},
+        "data": {"fingerprint": data},
+        "train": {"seed": 0, "steps": 10, "lr": 0.1} | settings,
+    }
+    return Run(Path(name), description, "data", {"parameters": parameters, "tokens": tokens}, [])
+
+
+def test_equal_budgets_pass_whatever_the_seed():
+    assert inequalities([run("a"), run("b", seed=1), run("c", parameters=1020)]) == []
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (run("b", parameters=1021), "parameters differ by more than 2%: a 1,000, b 1,021"),
+        (run("b", tokens=501), "b has seen 501 tokens, a 500"),
+        (run("b", data="b"), "b and a were trained on different data"),
+        (run("b", lr=0.2), "train.lr is 0.2 in b and 0.1 in a"),
+        (run("b", warmup_steps=3), "train.warmup_steps is 3 in b and None in a"),
+    ],
+)
+def test_unequal_budgets_are_named(other, message):
+    assert inequalities([run("a"), other]) == [message]
+
+
+def test_models_are_labelled_by_their_priors():
+    assert model_label({"architecture": "transformer", "model": {}}) == "transformer"
+    assert model_label({"architecture": "fem_lm", "model": {"prior": "gla"}}) == "fem_lm (gla)"
+    hybrid = {"architecture": "fem_lm", "model": {"prior": ["gla", "softmax", "gla"]}}
+    assert model_label(hybrid) == "fem_lm (gla, softmax)"
+
+
+def test_seeds_are_summarised(tmp_path):
+    data = prepare_text(tmp_path)
+    folders = [tmp_path / f"seed{seed}" for seed in range(3)]
+    for seed, folder in enumerate(folders):
+        train(tiny_run(data, folder, seed=seed, steps=5))
+    comparison = compare(folders)
+    assert [row.seed for row in comparison.rows] == [0, 1, 2]
+    values = [row.validation_bits_per_byte for row in comparison.rows]
+    assert len(set(values)) == 3
+    (group,) = comparison.groups
+    mean = sum(values) / 3
+    assert group.mean_bits_per_byte == pytest.approx(mean)
+    assert group.deviation == pytest.approx((sum((value - mean) ** 2 for value in values) / 2) ** 0.5)
+    assert all(row.peak_memory_bytes > 1e8 and row.decode_tokens_per_second > 1 for row in comparison.rows)
+
+
+def test_a_run_that_is_not_finished_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no run here"):
+        read_run(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="has not ended yet"):
+        read_run(tmp_path)
+    (tmp_path / "summary.json").write_text('{"status": "interrupted", "steps": 7}')
+    with pytest.raises(ValueError, match="is interrupted at step 7, not finished"):
+        read_run(tmp_path)
+    with pytest.raises(ValueError, match="at least one folder"):
+        compare([])
+
+
+def test_a_picture_without_matplotlib_names_the_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"helmholtz-nn\[plot\]"):
+        plot_loss_curves([], tmp_path / "loss.png")
