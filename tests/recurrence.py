@@ -117,7 +117,7 @@ def check_reset_isolates(problem: Recurrence) -> None:
     alone, *last_alone = problem.op(problem.cut(inputs, 41, 29), None, None)
     packed, *last = problem.op(inputs, state, reset)
     for a, e in zip([packed.narrow(problem.out_time, 41, 29), *last], [alone, *last_alone], strict=True):
-        assert_matches("after the restart", a, e, budget=4)
+        assert_matches("after the restart", a, e, budget=2.6)  # worst measured: 0.86 eps
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     tail = problem.op(leaves, state, reset)[0].narrow(problem.out_time, 41, 29)
     moving = [i for i, dim in enumerate(problem.time) if dim is not None]

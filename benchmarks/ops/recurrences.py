@@ -136,13 +136,13 @@ def check(name: str) -> None:
     gate(name, actual, expected, budget=12)
 
 
-def measure(name: str, batch: int, time: int, rounds: int, *, with_loop: bool) -> dict[str, Any]:
+def measure(name: str, batch: int, time: int, rounds: int, *, compare: bool) -> dict[str, Any]:
     op, loop, _, make = CASES[name]
     inputs = make(batch, time)
     candidates: dict[str, Callable[[], Any]] = {"op": step(op, inputs)}
-    if with_loop:
+    if compare:
         candidates["loop"] = step(loop, inputs)
-    if name.startswith("linear"):
+    if compare and name.startswith("linear"):
         candidates["softmax"] = step(softmax_attention, [*inputs[:2], inputs[2][..., :-1].contiguous()])
     median = interleave(candidates, rounds=rounds, warmup=1)
     return {
@@ -151,7 +151,7 @@ def measure(name: str, batch: int, time: int, rounds: int, *, with_loop: bool) -
         "T": time,
         "ms": 1e3 * median["op"],
         "us/token": 1e6 * median["op"] / (batch * time),
-        "of loop": median["op"] / median["loop"] if with_loop else float("nan"),
+        "of loop": median["op"] / median["loop"] if "loop" in median else float("nan"),
         "of softmax": median["op"] / median["softmax"] if "softmax" in median else float("nan"),
         "bytes/token": peak_bytes(candidates["op"]) / (batch * time),
     }
@@ -167,7 +167,7 @@ def main() -> None:
         for batch, time in ((2, 1024), (1, 4096), (1, 16384)):
             long = time > 4096
             row = measure(
-                name, batch, time, min(options.rounds, 3) if long else options.rounds, with_loop=not long
+                name, batch, time, min(options.rounds, 3) if long else options.rounds, compare=not long
             )
             rows.append(row)
             print_table(rows[-1:])

@@ -27,7 +27,7 @@ from recurrence import (
     random_reset,
 )
 
-BUDGET = 5.0  # worst measured: 1.6 eps
+BUDGET = 6.0  # worst measured: 1.9 eps (relative RMS over outputs, states and gradients)
 HEADS, KEY, VALUE = 2, 6, 5
 
 
@@ -173,7 +173,7 @@ def test_any_widths(time, key, value, kind, strength):
     decay = None if shape is None else -strength * torch.rand(shape)
     actual, expected = linear_attention(q, k, v, decay), reference.linear_attention(q, k, v, decay)
     for name, a, e in zip("oS", actual, expected, strict=True):
-        assert_matches(name, a, e, budget=8)
+        assert_matches(name, a, e, budget=6.6)  # worst measured: 2.2 eps
 
 
 class _Largest(TorchDispatchMode):

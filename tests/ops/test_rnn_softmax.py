@@ -19,7 +19,7 @@ from recurrence import (
     check_splits,
 )
 
-BUDGET = 9.0  # worst measured: 2.9 eps
+BUDGET = 10.0  # worst measured: 3.3 eps (relative RMS over outputs, states and gradients)
 
 
 def _op(inputs, state, reset):

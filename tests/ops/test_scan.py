@@ -19,7 +19,7 @@ from recurrence import (
     check_splits,
 )
 
-BUDGET = 2.0  # worst measured: 0.7 eps
+BUDGET = 2.2  # worst measured: 0.73 eps (relative RMS over outputs, states and gradients)
 
 
 def _call(scan):
@@ -85,7 +85,7 @@ def test_any_length_and_width(batch, time, width, strength, seed):
     for name, a, e in zip(
         "hl", first_order_scan(decay, x), reference.first_order_scan(decay, x), strict=True
     ):
-        assert_matches(name, a, e, budget=4)  # worst measured: 1.2 eps
+        assert_matches(name, a, e, budget=3.6)  # worst measured: 1.2 eps
 
 
 def test_long_memory_is_exact():

@@ -19,7 +19,7 @@ from recurrence import (
     check_splits,
 )
 
-BUDGET = 5.0  # worst measured: 1.6 eps
+BUDGET = 7.0  # worst measured: 2.4 eps (relative RMS over outputs, states and gradients)
 
 
 def _call(scan):
