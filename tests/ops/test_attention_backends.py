@@ -64,6 +64,14 @@ class FlashStub(ModuleType):
         return out.transpose(1, 2).as_subclass(OnCuda)
 
 
+@pytest.fixture(autouse=True)
+def capability(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The compute capability of the imagined GPU."""
+    version = [8, 0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(version))
+    return version
+
+
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> FlashStub:
     stub = FlashStub()
@@ -134,6 +142,15 @@ def test_what_flash_refuses_goes_to_torch_unless_named(flash, change, options, r
     assert torch.equal(out, softmax_attention(*tensors, backend="torch", **options))
     with pytest.raises(ValueError, match=f"backend 'flash_attn' cannot run this call: .*{reason}"):
         softmax_attention(*tensors, backend="flash_attn", **options)
+    assert flash.calls == []
+
+
+def test_old_gpus_and_wide_heads_are_refused(flash, capability):
+    with pytest.raises(ValueError, match="head widths up to 256, this is 264"):
+        softmax_attention(*on_cuda(qkv(width=264)), backend="flash_attn")
+    capability[0] = 7
+    with pytest.raises(ValueError, match=r"compute capability 8\.0 or newer"):
+        softmax_attention(*on_cuda(qkv()), backend="flash_attn")
     assert flash.calls == []
 
 

@@ -91,11 +91,15 @@ def _flash_refuses(
 ) -> str | None:
     if not q.is_cuda:
         return f"it needs CUDA tensors, these are on {q.device.type}"
+    if torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or newer"
     if q.dtype not in (torch.float16, torch.bfloat16) or k.dtype != q.dtype or v.dtype != q.dtype:
         got = f"{q.dtype}, {k.dtype}, {v.dtype}"
         return f"it takes float16 or bfloat16, these are {got} (a free-energy read needs float32)"
     if k.shape[-1] != v.shape[-1]:
         return f"it needs equal key and value widths, these are {k.shape[-1]} and {v.shape[-1]}"
+    if k.shape[-1] > 256:
+        return f"it takes head widths up to 256, this is {k.shape[-1]}"
     if key_mask is not None:
         return "it takes no padding mask: pack the sequences (cu_seqlens)"
     if importlib.util.find_spec("flash_attn") is None:
