@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.panel import Panel
+from rich.text import Text
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("baseline", "fem_softmax", "fem_gla")
@@ -64,7 +65,7 @@ def show(console: Console, runs: Path, results: Path) -> list[Path]:
             "--sampling.top_p=0.95",
             capture=True,
         )
-        console.print(Panel(text.strip(), title=f"a sample of {name}"), markup=False)
+        console.print(Panel(Text(text.strip()), title=f"a sample of {name}"))
     return pictures
 
 

@@ -32,7 +32,7 @@ def parse(parser: Parser, arguments: list[str]) -> dict[str, Any]:
 
     Raises: ValueError for an unknown key (with the nearest valid one), a wrong type, or a file that is not YAML.
     """
-    known = {action.dest: action.option_strings for action in parser._actions}
+    known = {action.dest: list(action.option_strings) for action in parser._actions}
     for argument in arguments:
         if argument.startswith("--"):
             name = argument[2:].split("=", 1)[0]

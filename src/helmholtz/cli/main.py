@@ -5,6 +5,8 @@ import sys
 
 from rich.console import Console
 
+from helmholtz._checks import check_choice
+
 COMMANDS = {
     "data": "turn text into tokens on disk",
     "train": "train a model, or go on training it",
@@ -24,11 +26,9 @@ def usage() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return the exit code."""
-    from helmholtz._checks import check_choice
-
     arguments = sys.argv[1:] if arguments is None else arguments
-    console = Console(highlight=False, soft_wrap=True)
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(highlight=False, emoji=False, soft_wrap=True)
+    errors = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     if not arguments or arguments[0] in ("-h", "--help"):
         console.print(usage(), markup=False)
         return 0 if arguments else 2

@@ -36,7 +36,7 @@ def evaluate_language(
     overlap: int | None = None,
     batch_size: int = 16,
 ) -> LanguageResult:
-    r"""Predict every token of a split once: :math:`\mathrm{bpb} = \sum_i -\log_2 p(x_i | \text{context}) / \text{bytes}`.
+    r"""Predict every token of a split once, :math:`\mathrm{bpb} = -\sum_i \log_2 p(x_i | x_{<i}) / n_\mathrm{bytes}`.
 
     Convention: the text is one stream, each document followed by the end token, and the stream itself is preceded by
     one. So a document's first token is predicted from the end of the document before it, the end tokens are
