@@ -38,6 +38,9 @@ if SHAPE_CHECKS:
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50, database=None)
 hypothesis.settings.load_profile("tests")
 
+with torch.device("meta"):  # makes torch remember the true torch.empty, which the poison below replaces
+    torch.empty(0)
+
 
 @pytest.fixture(autouse=True)
 def _global_state() -> Iterator[None]:
