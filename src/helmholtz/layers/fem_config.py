@@ -58,7 +58,7 @@ class FreeEnergyMixerConfig:
     d_head: int | None = None
     """Key width K per head; default H K = D (V for rnn_softmax); mamba has none."""
     d_head_v: int | None = None
-    """Value width V per head; default H V = D / 2."""
+    """Value width V per head; default H V = D / 2 (rounded up to pairs where rnn_softmax rotates its keys)."""
     prior: Prior = "softmax"
     """Which causal average the read starts from."""
     read: Read = "temperature"
@@ -107,7 +107,8 @@ class FreeEnergyMixerConfig:
     def _fill(self) -> None:
         widths = fem_widths(self.d_model, self.n_heads)
         self._default("n_kv_heads", self.n_heads)
-        self._default("d_head_v", widths.d_head_v)
+        odd = widths.d_head_v % 2 if self.prior == "rnn_softmax" and self.rope_theta != 0 else 0
+        self._default("d_head_v", widths.d_head_v + odd)
         if self.prior != "mamba":
             self._default("d_head", self.d_head_v if self.prior == "rnn_softmax" else widths.d_head)
         self._default("tdc_width", max(2, 2 * round(self.n_heads * widths.d_head_v / 32)))
