@@ -49,7 +49,7 @@ def load_checkpoint(
     """
     folder = complete_folder(folder)
     architecture, config = read_config(folder)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model = MODELS[architecture](config)
     weights = _read_weights(folder / WEIGHTS)
     _check_weights(folder / WEIGHTS, weights, _weights(model))
