@@ -1,3 +1,28 @@
 """Free-energy networks in PyTorch."""
 
+from helmholtz.layers import Attention, FreeEnergyMixer, FreeEnergyMixerConfig, fem_widths, inspect_read, matched_d_ff
+from helmholtz.models import FEMLM, MODELS, Transformer
+from helmholtz.models.checkpoint import load_checkpoint, save_checkpoint
+from helmholtz.models.fem_lm import FEMLMConfig
+from helmholtz.models.generation import SamplingSettings, generate
+from helmholtz.models.transformer import TransformerConfig
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "FEMLM",
+    "MODELS",
+    "Attention",
+    "FEMLMConfig",
+    "FreeEnergyMixer",
+    "FreeEnergyMixerConfig",
+    "SamplingSettings",
+    "Transformer",
+    "TransformerConfig",
+    "fem_widths",
+    "generate",
+    "inspect_read",
+    "load_checkpoint",
+    "matched_d_ff",
+    "save_checkpoint",
+]
