@@ -178,6 +178,12 @@ def test_top_p_keeps_the_fewest_that_reach_p(values: list[float], p: float) -> N
     torch.testing.assert_close(kept, full.where(kept > 0, 0) / mass)
 
 
+def test_top_p_counts_what_top_k_has_left() -> None:
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    settings = SamplingSettings(top_k=2, top_p=0.55)  # 0.4 / 0.7 = 0.571 reaches it, 0.4 would not
+    assert sampling_probabilities(logits, settings).tolist() == [[1.0, 0.0, 0.0, 0.0]]
+
+
 @given(values=LOGITS)
 def test_temperature_zero_and_its_limit_take_the_likeliest(values: list[float]) -> None:
     greedy = sampling_probabilities(row(values), SamplingSettings(temperature=0))[0]
