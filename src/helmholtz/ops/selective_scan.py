@@ -74,37 +74,23 @@ class _SelectiveScan(torch.autograd.Function):
         with full_precision(u.device):
             for i, start in zip(range(0, u.shape[0], ctx.length)[::-1], starts[::-1], strict=True):
                 span = slice(i, i + ctx.length)
-                chunk = (
-                    u[span],
-                    delta[span],
-                    A,
-                    B[span],
-                    C[span],
-                    start,
-                    None if keep is None else keep[span],
-                )
-                out = (du[span], ddelta[span], dA, dB[span], dC[span])
-                dstate = _chunk_backward(*chunk, dy[span], dstate, *out)
+                inputs = (u[span], delta[span], A, B[span], C[span])
+                gradients = (du[span], ddelta[span], dA, dB[span], dC[span])
+                kept = None if keep is None else keep[span]
+                dstate = _chunk_backward(inputs, start, kept, dy[span], dstate, gradients)
         return du, ddelta, dA, dB, dC, dstate, None, None
 
 
 def _chunk_backward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
+    inputs: tuple[Tensor, ...],
     start: Tensor,
     keep: Tensor | None,
     dy: Tensor,
     dstate: Tensor,
-    du: Tensor,
-    ddelta: Tensor,
-    dA: Tensor,
-    dB: Tensor,
-    dC: Tensor,
+    gradients: tuple[Tensor, ...],
 ) -> Tensor:
-    """Write one chunk's gradients into ``du`` ... ``dC`` (``dA`` adds up); returns that of its first state."""
+    """Write one chunk's gradients of ``inputs`` (that of ``A`` adds up); returns that of its first state."""
+    (u, delta, A, B, C), (du, ddelta, dA, dB, dC) = inputs, gradients
     decay = _decays(delta, A, keep)
     scaled = u * delta.unsqueeze(2)
     h = _states(decay, scaled, B, start)
