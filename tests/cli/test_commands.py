@@ -273,6 +273,6 @@ def test_inspect_shows_parameters_temperatures_and_the_reading_of_a_text(workspa
     text = "--text=the king shall speak of war"
     code, out, _ = call(capsys, *arguments, text, f"--picture={picture}")
     assert code == 0
-    assert "posterior reads" in out
+    assert "Reading: tokens read (effective)" in out
     assert picture.stat().st_size > 5000
     assert call(capsys, *arguments, f"--picture={picture}")[0] == 2

@@ -176,6 +176,16 @@ def test_a_second_run_into_a_folder_is_refused_and_nothing_is_lost(data, tmp_pat
     assert files == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
 
+def test_going_on_with_a_finished_run_changes_nothing(data, tmp_path, monkeypatch):
+    train(tiny_run(data, tmp_path))
+    monkeypatch.setattr(
+        "helmholtz.training.loop.peak_memory_bytes", lambda: 1
+    )  # a process that did not train
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert train(tiny_run(data, tmp_path, resume="auto")).status == "finished"
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+
 def test_accumulated_gradients_equal_those_of_the_big_batch(data, tmp_path):
     small, big = trainer(data, tmp_path), trainer(data, tmp_path, accumulation=1, batch_size=4)
     one, two = small.step(), big.step()

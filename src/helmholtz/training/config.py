@@ -45,7 +45,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     """Largest gradient norm (2-norm over all parameters)."""
     precision: Precision = "fp32"
-    """Fp32, or autocast to bf16, or to fp16 with a gradient scaler."""
+    """All in fp32, or autocast to bf16, or autocast to fp16 with a gradient scaler."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes CUDA if there is one."""
     threads: int = 0
@@ -63,7 +63,7 @@ class TrainConfig:
     tensorboard: bool = False
     """Also write the metrics for TensorBoard (extra ``train``)."""
     resume: Literal["never", "auto"] = "never"
-    """Never refuses a folder that holds a run; auto continues it, or starts if there is none."""
+    """A folder that holds a run is refused (never), or the run is continued (auto; started if there is none)."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "seq_len", "accumulation")

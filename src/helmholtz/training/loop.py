@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from helmholtz._hardware import peak_memory_bytes
 from helmholtz._run_folder import BEST, LAST
 from helmholtz.data.tokens import TokenDataset
 from helmholtz.layers.fem_reading import read_statistics
@@ -210,6 +211,7 @@ class Trainer:
         )
 
     def _save(self, name: str, callbacks: Sequence[Callback]) -> None:
+        self._note_memory()
         state = (self.optimizer, self.scaler, self.progress) if name == LAST else None
         save_run(self.folder / name, self.model, self.train.tokenizer_folder, state)
         for callback in callbacks:
@@ -253,7 +255,11 @@ class Trainer:
                 callback.on_end(result)
         return result
 
+    def _note_memory(self) -> None:
+        self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, peak_memory_bytes())
+
     def _result(self, status: str) -> RunResult:
+        self._note_memory()
         return RunResult(
             status=status,
             step=self.progress.step,

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from helmholtz._checks import check, check_choice
 from helmholtz._files import complete_folder
-from helmholtz._hardware import describe_hardware, git_commit, peak_memory_bytes
+from helmholtz._hardware import describe_hardware, git_commit
 from helmholtz._run_folder import LAST, METRICS, SUMMARY
 from helmholtz.data.prepare import DataConfig
 from helmholtz.data.tokens import TokenDataset
@@ -57,7 +57,7 @@ class Summary(Callback):
             "tokens": result.tokens,
             "seconds": progress.seconds,
             "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": progress.peak_memory_bytes,
             "commit": git_commit(),
             "hardware": describe_hardware(),
         }

@@ -31,6 +31,8 @@ class Progress:
     """Lowest validation loss so far, in nats per token."""
     seconds: float = 0.0
     """Time spent in training steps, over all resumptions; evaluations and checkpoints not counted."""
+    peak_memory_bytes: int = 0
+    """Largest resident size of the processes that trained."""
 
 
 def _random_values() -> dict[str, Any]:
