@@ -53,7 +53,7 @@ def test_a_config_is_complete_once_made_and_survives_a_round_trip(prior):
     assert FreeEnergyMixerConfig(**dataclasses.asdict(config)) == config
     expected = {"softmax": 16, "linear": 16, "gla": 16, "rnn_softmax": 8, "mamba": None}[prior]
     assert (config.n_kv_heads, config.d_head_v, config.d_head) == (4, 8, expected)
-    assert config.tdc_width == 2
+    assert config.tdc_width == 8
     assert config.rope_theta == (0.0 if prior == "mamba" else 10000.0)
     assert (config.decay, config.d_state) == (
         "head" if prior == "gla" else None,
@@ -65,7 +65,7 @@ def test_a_config_is_complete_once_made_and_survives_a_round_trip(prior):
 
 def test_the_conditioning_is_a_sixteenth_of_the_value_path():
     assert FreeEnergyMixerConfig(d_model=1024, n_heads=8).tdc_width == 32
-    assert FreeEnergyMixerConfig(d_model=8, n_heads=2).tdc_width == 2
+    assert FreeEnergyMixerConfig(d_model=8, n_heads=2).tdc_width == 8
 
 
 WRONG = [

@@ -66,7 +66,7 @@ class FreeEnergyMixerConfig:
     outer_gate: bool = True
     """Multiply the read by a positive, per-head normalised gate."""
     tdc_width: int | None = None
-    """Width of the time-decay conditioning; default H V / 16 (even, at least 2), 0 for none."""
+    """Width of the time-decay conditioning; default H V / 16 (even, at least 8: it is normalised), 0 for none."""
     tdc_bidirectional: bool = False
     """Give half of the conditioning to a pass from the end; needs ``causal=False``."""
     tdc_norm_first: bool = True
@@ -111,7 +111,7 @@ class FreeEnergyMixerConfig:
         self._default("d_head_v", widths.d_head_v + odd)
         if self.prior != "mamba":
             self._default("d_head", self.d_head_v if self.prior == "rnn_softmax" else widths.d_head)
-        self._default("tdc_width", max(2, 2 * round(self.n_heads * widths.d_head_v / 32)))
+        self._default("tdc_width", max(8, 2 * round(self.n_heads * widths.d_head_v / 32)))
         self._default("rope_theta", 0.0 if self.prior == "mamba" else 10000.0)
         if self.prior == "gla":
             self._default("decay", "head")

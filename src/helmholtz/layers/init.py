@@ -10,8 +10,13 @@ STANDARD_DEVIATION = 0.02
 
 @torch.no_grad()
 def init_normal(module: nn.Module) -> None:
-    """Draw every linear and embedding weight below ``module`` from N(0, 0.02^2); biases start at 0."""
+    """Draw every linear and embedding weight below ``module`` from N(0, 0.02^2); biases start at 0.
+
+    Weights on the meta device have no memory to draw into.
+    """
     for child in module.modules():
+        if any(p.is_meta for p in child.parameters(recurse=False)):
+            continue
         if isinstance(child, nn.Linear | nn.Embedding):
             nn.init.normal_(child.weight, std=STANDARD_DEVIATION)
         if isinstance(child, nn.Linear) and child.bias is not None:

@@ -42,7 +42,7 @@ class MixerOptions:
     outer_gate: bool = True
     """Multiply the read by a positive, per-head normalised gate."""
     tdc_width: int | None = None
-    """Width of the time-decay conditioning; None means D / 32, 0 means none."""
+    """Width of the time-decay conditioning; None means D / 32, at least 8; 0 means none."""
     tdc_norm_first: bool = True
     """Normalise the input of the conditioning."""
     bias: bool = False
