@@ -315,10 +315,20 @@ def test_tensorboard_events_are_written(data, tmp_path):
     assert [scalar.step for scalar in events.Scalars("validation/bits_per_byte")] == [4]
 
 
-def test_a_validation_text_shorter_than_a_window_is_refused(data, tmp_path):
-    message = r"the first 15 \(train.eval_tokens\) of the \d+ validation tokens do not hold a window"
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"eval_tokens": 15},
+            r"the first 15 \(train.eval_tokens\) of the \d+ validation tokens do not hold a window",
+        ),
+        ({"seq_len": 20000}, "at most model.max_seq_len = 32, got 20000"),
+    ],
+)
+def test_a_run_that_cannot_start_leaves_no_trace(data, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
-        trainer(data, tmp_path, eval_tokens=15).validation_loss()
+        train(tiny_run(data, tmp_path / "run", **settings))
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_the_mixers_have_learned_is_recorded(data, tmp_path):

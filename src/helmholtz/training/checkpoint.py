@@ -28,19 +28,13 @@ def save_run(folder: Path, model: AbstractDecoder, tokenizer: Path, state: Train
             save_training_state(partial, *state)
 
 
-def open_run(folder: Path, identity: dict[str, Any], data_folder: str, *, resume: bool) -> bool:
-    """Claim ``folder`` for the run that ``identity`` (model, data, numeric settings) describes.
+def can_resume(folder: Path, identity: dict[str, Any], *, resume: bool) -> bool:
+    """Whether ``folder`` has a checkpoint to go on from, of the run that ``identity`` describes.
 
-    Returns: whether there is a checkpoint to go on from.
-
-    Raises: ValueError if the folder holds a run and ``resume`` is false, or a different run; nothing is touched.
+    Raises: ValueError if the folder holds a run and ``resume`` is false, or if it holds a different run.
     """
     file = folder / RUN
     if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(file.name + ".tmp")
-        partial.write_text(json.dumps({"identity": identity, "data_folder": data_folder}, indent=2) + "\n")
-        partial.replace(file)
         return False
     if not resume:
         raise ValueError(
@@ -50,6 +44,14 @@ def open_run(folder: Path, identity: dict[str, Any], data_folder: str, *, resume
     if difference:
         raise ValueError(f"train.resume: {folder} holds a different run: {difference}")
     return complete_folder(folder / LAST).exists()
+
+
+def claim(folder: Path, identity: dict[str, Any], data_folder: str) -> None:
+    """Write ``run.json``: from now on ``folder`` belongs to this run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / (RUN + ".tmp")
+    partial.write_text(json.dumps({"identity": identity, "data_folder": data_folder}, indent=2) + "\n")
+    partial.replace(folder / RUN)
 
 
 def first_difference(old: Any, new: Any, name: str = "") -> str:

@@ -85,6 +85,15 @@ class Trainer:
     ) -> None:
         self.config, self.objective = config, objective
         self.train, self.validation = train, validation
+        self.n_validation_windows = min(config.eval_tokens, len(validation) - 1) // config.seq_len
+        if self.n_validation_windows < 1:
+            raise ValueError(
+                f"the first {config.eval_tokens} (train.eval_tokens) of the {len(validation)} validation tokens do "
+                f"not hold a window of train.seq_len = {config.seq_len}"
+            )
+        window_starts(
+            0, 1, n_tokens=len(train), seq_len=config.seq_len, seed=config.seed
+        )  # is there a window?
         cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
         self.device = torch.device("cuda" if cuda else "cpu")
         self.model = model.to(self.device)
@@ -170,23 +179,16 @@ class Trainer:
 
     def _validation_batches(self) -> Iterator[Int[Tensor, "B T1"]]:
         c = self.config
-        n_windows = min(c.eval_tokens, len(self.validation) - 1) // c.seq_len
-        if n_windows < 1:
-            raise ValueError(
-                f"the first {c.eval_tokens} (train.eval_tokens) of the {len(self.validation)} validation tokens do not "
-                f"hold a window of train.seq_len = {c.seq_len}"
-            )
-        for rows in (torch.arange(n_windows) * c.seq_len).split(c.batch_size):
+        for rows in (torch.arange(self.n_validation_windows) * c.seq_len).split(c.batch_size):
             yield self.validation.read(rows, c.seq_len + 1).to(self.device)
 
     def validation_loss(self) -> float:
         """Nats per token over the first ``eval_tokens`` of the validation split, in windows of ``seq_len``."""
-        total, n_windows = 0.0, 0
+        total = 0.0
         with evaluation_mode(self.model), self._autocast():
             for tokens in self._validation_batches():
                 total += len(tokens) * self.objective(self.model, tokens).loss.item()
-                n_windows += len(tokens)
-        return total / n_windows
+        return total / self.n_validation_windows
 
     def learned_statistics(self) -> dict[str, float]:
         """Learned temperatures and gates of the model's mixers, the gates on the first validation batch."""

@@ -19,7 +19,7 @@ from helmholtz.models import MODELS
 from helmholtz.models.base import AbstractDecoder, ModelConfig
 from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.training.callbacks import Callback, JSONLMetrics, ProgressBar, RunResult, TensorBoard
-from helmholtz.training.checkpoint import first_difference, open_run
+from helmholtz.training.checkpoint import can_resume, claim, first_difference
 from helmholtz.training.config import TrainConfig
 from helmholtz.training.loop import Trainer, seed_everything
 
@@ -84,12 +84,12 @@ def train(
     check(config.model.vocab_size == vocabulary, "model.vocab_size", config.model.vocab_size, wanted)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    folder = Path(config.train.output_dir)
-    resume = config.train.resume == "auto"
-    resumed = open_run(folder, _identity(config, train_data), config.data.folder, resume=resume)
+    folder, identity = Path(config.train.output_dir), _identity(config, train_data)
+    resumed = can_resume(folder, identity, resume=config.train.resume == "auto")
     trainer = Trainer(_model(config, resumed), train_data, validation, config.train)
     if resumed:
         trainer.restore(complete_folder(folder / LAST))
+    claim(folder, identity, config.data.folder)
     return trainer.fit([*_built_in(config.train, trainer, console), *callbacks])
 
 
