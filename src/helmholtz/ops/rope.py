@@ -54,7 +54,11 @@ def rotate(
     if cos.ndim == 3:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     wide = compute_dtype(x)
-    return _Rotate.apply(x, cos.to(wide), sin.to(wide))
+    cos, sin = cos.to(wide), sin.to(wide)
+    if torch.compiler.is_compiling():  # a compiler fuses the plain formula and cannot trace writes into views
+        a, b = x.to(wide).chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    return _Rotate.apply(x, cos, sin)
 
 
 def rope(

@@ -1,0 +1,43 @@
+"""Compiled layers: traced by Dynamo, differentiated by AOTAutograd, run eagerly (no C++ compiler is needed)."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helmholtz.layers import Attention, FreeEnergyMixer, FreeEnergyMixerConfig
+
+# the compiler itself warns about what it does
+pytestmark = [pytest.mark.compile, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def outputs_and_gradients(layer: nn.Module, run: nn.Module, x: Tensor) -> list[Tensor]:
+    y = run(x)
+    return [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
+
+
+def assert_compiled_equals_eager(layer: nn.Module, *, fullgraph: bool) -> None:
+    x = torch.randn(2, 20, 32, requires_grad=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=fullgraph)
+    for actual, expected in zip(
+        outputs_and_gradients(layer, compiled, x), outputs_and_gradients(layer, layer, x), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_attention_compiles_to_one_graph_with_its_dispatch():
+    assert_compiled_equals_eager(Attention(32, 4, n_kv_heads=2), fullgraph=True)
+
+
+@pytest.mark.parametrize("prior", ["softmax", "gla"])
+def test_a_mixer_compiles_with_its_own_gradients_beside_the_graph(prior):
+    layer = FreeEnergyMixer(FreeEnergyMixerConfig(d_model=32, n_heads=4, prior=prior))
+    assert layer.tdc is not None
+    nn.init.normal_(layer.tdc.out_proj.weight, std=0.1)
+    assert_compiled_equals_eager(layer, fullgraph=False)
