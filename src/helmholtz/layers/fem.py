@@ -123,7 +123,9 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
         return self._mix(x, context, layout, sequence_layout(context, context_mask), None)[0]
 
     def init_state(self, batch_size: int) -> MixerState:
-        """The state before the first token."""
+        """The state before the first token. Raises: ValueError if the mixer is not causal."""
+        if not self.config.causal:
+            raise ValueError("init_state: a mixer with causal=False has no stream; call forward")
         weight = self.in_proj.weight
         position = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
         return MixerState(position, self.prior.init_state(batch_size, weight), None)
