@@ -26,7 +26,7 @@ def mixer_config(prior: str, **options: Any) -> FreeEnergyMixerConfig:
 
 
 def make_mixer(prior: str, *, seed: int = 0, **options: Any) -> FreeEnergyMixer:
-    """In evaluation mode, every parameter shaken, so that no gate, bias or conditioning is idle; the same every time."""
+    """In evaluation mode, every parameter shaken so that no gate, bias or conditioning is idle; always the same."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         mixer = FreeEnergyMixer(mixer_config(prior, **options)).eval()

@@ -1,12 +1,8 @@
 """The softmax average against its reference: masks, packing, grouped heads, unequal widths, streams."""
 
-import sys
-import types
-
 import pytest
 import torch
 
-from helmholtz.ops import attention
 from helmholtz.ops.attention import softmax_attention
 from helmholtz.reference import free_energy as reference
 from helpers import DTYPES, assert_matches, grads
@@ -124,66 +120,6 @@ def test_errors_name_the_argument():
         softmax_attention(*problem(SHAPES[1]), backend="triton")
     with pytest.raises(ValueError, match="'flash_attn' cannot run this call: it needs CUDA tensors.*cpu"):
         softmax_attention(*problem(SHAPES[1]), backend="flash_attn")
-
-
-def test_auto_never_takes_the_kernel_for_cpu_tensors(monkeypatch):
-    """Even with the package importable."""
-    broken = types.ModuleType("flash_attn")
-    broken.__spec__ = types.SimpleNamespace()
-    monkeypatch.setitem(sys.modules, "flash_attn", broken)
-    inputs = problem(SHAPES[1], torch.bfloat16)
-    torch.testing.assert_close(softmax_attention(*inputs), softmax_attention(*inputs, backend="torch"))
-
-
-class OnCuda(torch.Tensor):
-    """What the refusal looks at, of a device that is not there."""
-
-    is_cuda = True
-
-
-@pytest.mark.parametrize(
-    ("dtypes", "widths", "masked", "reason"),
-    [
-        ([torch.float32] * 3, (8, 8), False, "float16 or bfloat16"),
-        ([torch.bfloat16, torch.bfloat16, torch.float32], (8, 8), False, "float16 or bfloat16"),
-        ([torch.bfloat16] * 3, (8, 16), False, "equal key and value widths, these are 8 and 16"),
-        ([torch.bfloat16] * 3, (8, 8), True, "no padding mask"),
-        ([torch.bfloat16] * 3, (8, 8), False, "not installed"),
-    ],
-)
-def test_the_kernel_refuses_with_its_reason(dtypes, widths, masked, reason, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    sizes = zip(dtypes, (widths[0], *widths), strict=True)
-    q, k, v = (torch.zeros(1, 2, 4, w, dtype=d).as_subclass(OnCuda) for d, w in sizes)
-    mask = torch.ones(1, 4, dtype=torch.bool) if masked else None
-    assert reason in attention._flash_refuses(q, k, v, mask, None)
-
-
-def test_the_kernel_is_handed_time_before_heads(monkeypatch):
-    """A stub in its place computes what it would, and sees the layout and the bounds that it wants."""
-    seen = []
-
-    def flash_attn_func(q, k, v, *, causal):
-        seen.append((q.shape, k.shape, v.shape, causal))
-        return softmax_attention(*(x.transpose(1, 2) for x in (q, k, v)), causal=causal).transpose(1, 2)
-
-    def flash_attn_varlen_func(q, k, v, q_bounds, k_bounds, q_longest, k_longest, *, causal):
-        assert q_bounds.dtype == torch.int32 and torch.equal(q_bounds, k_bounds)
-        assert q_longest == k_longest == 6
-        rows = (x.unsqueeze(0).transpose(1, 2) for x in (q, k, v))
-        return softmax_attention(*rows, causal=causal, cu_seqlens=q_bounds)[0].transpose(0, 1)
-
-    stub = types.ModuleType("flash_attn")
-    stub.flash_attn_func, stub.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
-    monkeypatch.setitem(sys.modules, "flash_attn", stub)
-    q, k, v = problem((1, 4, 2, 12, 12, 4, 4))
-    torch.testing.assert_close(
-        attention._flash(q, k, v, False, None, None), softmax_attention(q, k, v, causal=False)
-    )
-    assert seen == [((1, 12, 4, 4), (1, 12, 2, 4), (1, 12, 2, 4), False)]
-    bounds = torch.tensor([0, 1, 7, 12])
-    packed = attention._flash(q, k, v, True, None, bounds)
-    torch.testing.assert_close(packed, softmax_attention(q, k, v, cu_seqlens=bounds))
 
 
 @pytest.mark.parametrize("masked", [False, True])
