@@ -231,3 +231,13 @@ def test_the_error_stays_below_the_documented_bound(beta):
     bound = (8 + (3 * beta * v).abs().max()) * torch.finfo(torch.float32).eps / beta
     assert (free - exact).abs().max() < bound
     assert math.isfinite(bound)
+
+
+def test_hidden_temperature_where_the_prior_avoids_the_largest_value_and_sums_to_less_than_one():
+    prior = torch.tensor([1 - 3e-7, 1e-12, 1e-9], dtype=torch.float64)
+    v, beta = torch.tensor([-3.0, 12.0, 2.0], dtype=torch.float64), torch.tensor(3.0, dtype=torch.float64)
+    for lam in (0.0, 1e-3, 0.5, 1.0):
+        found = hidden_temperature(torch.tensor(lam), prior, v, beta)
+        mean, free = reference.free_energy_from_weights(prior, v, beta)
+        torch.testing.assert_close(found.value, (1 - lam) * mean + lam * free)
+        assert found.beta.isfinite() and found.kl.isfinite() and 0 <= found.beta <= beta

@@ -65,6 +65,8 @@ def inspect_read(
         None,
     )
     weights, share = weights.double(), c.n_heads // values.shape[1]
+    total = weights.sum(-2, keepdim=True)  # 1 up to float32, and 0 for a query that sees nothing
+    weights = weights / torch.where(total > 0, total, 1.0)
     values = values.double().repeat_interleave(share, dim=1)
     beta = mixer.beta_max.double().repeat_interleave(share, dim=0)
     inner = torch.ones_like(weights[..., 0, :])

@@ -157,8 +157,13 @@ def hidden_temperature(
 
 
 def _free_energy(prior: Tensor, v: Tensor, beta: Tensor) -> Tensor:
-    """F(beta), shifted by the largest value so that it holds down to beta = 0 (the mean)."""
+    """F(beta), shifted by the largest value.
+
+    Two forms of one logarithm: with ``expm1`` it holds down to ``beta = 0`` (the mean), as a plain sum it holds where
+    almost all of the prior lies far below the largest value.
+    """
     top = torch.where(prior > 0, v, -torch.inf).amax(-1)
-    tilt = torch.where(prior > 0, torch.expm1(beta.unsqueeze(-1) * (v - top.unsqueeze(-1))), 0)
-    tiny = torch.finfo(torch.float64).tiny
-    return top + torch.log1p((prior * tilt).sum(-1)) / beta.clamp(min=tiny)
+    exponent = torch.where(prior > 0, beta.unsqueeze(-1) * (v - top.unsqueeze(-1)), 0)
+    missing = (prior * exponent.expm1()).sum(-1)
+    near, far = torch.log1p(missing.clamp(min=-0.5)), (prior * exponent.exp()).sum(-1).log()
+    return top + torch.where(missing > -0.5, near, far) / beta.clamp(min=torch.finfo(torch.float64).tiny)
