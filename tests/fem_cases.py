@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from helmholtz.layers.fem import FreeEnergyMixer
 from helmholtz.layers.fem_config import PRIORS, FreeEnergyMixerConfig
@@ -64,3 +66,15 @@ def prior_features(mixer: FreeEnergyMixer, batch: int, time: int, *, seed: int =
         name: torch.randn(batch, time, width, generator=generator, dtype=torch.float64)
         for name, width in widths.items()
     }
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return out

@@ -9,12 +9,11 @@ from importlib import import_module
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fem_cases import (
     LINEAR_TIME_PRIORS,
     WIDTH,
+    LargestTensor,
     difference,
     make_mixer,
     mixer_config,
@@ -75,11 +74,10 @@ def test_defect_03_pads_have_no_weight_anywhere(prior, causal):
     mixer = stir(make_mixer(prior, causal=causal), scale=1.0)
     x, pads = tokens(2, 12), tokens(2, 8, seed=7).requires_grad_()
     expected = mixer(x)
-    for rows, mask, real in [
-        (torch.cat([pads, x], 1), [0] * 8 + [1] * 12, slice(8, None)),
-        (torch.cat([x, pads], 1), [1] * 12 + [0] * 8, slice(12)),
-    ]:
-        padded = mixer(rows, attention_mask=torch.tensor([mask, mask]))[:, real]
+    for before in (0, 7, 12):  # left, interior, right
+        rows = torch.cat([x[:, :before], pads, x[:, before:]], 1)
+        mask = torch.tensor([[1] * before + [0] * 8 + [1] * (12 - before)] * 2)
+        padded = mixer(rows, attention_mask=mask)[:, mask[0].bool()]
         assert difference(padded, expected) < 1e-5
         (grad,) = torch.autograd.grad(padded.square().sum(), pads)
         assert (grad == 0).all()
@@ -280,18 +278,6 @@ def test_defect_17_mamba_reads_free_energies_with_and_without_its_package(monkey
         torch.testing.assert_close(value, torch.full_like(value, 3.0), rtol=1e-5, atol=0)
     monkeypatch.setitem(sys.modules, "mamba_ssm", types.ModuleType("mamba_ssm"))
     assert make_mixer("mamba").state_dict().keys() == mixer.state_dict().keys()
-
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        self.elements = max([self.elements, *sizes])
-        return out
 
 
 @pytest.mark.parametrize("prior", LINEAR_TIME_PRIORS)
