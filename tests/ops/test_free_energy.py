@@ -180,7 +180,10 @@ def test_the_posterior_matches_the_reference_and_keeps_zeros():
     q = posterior(p, v, beta)
     torch.testing.assert_close(q, reference.free_energy_posterior(p, v, beta))
     assert (q[:, -2:] == 0).all()
-    assert (posterior(torch.zeros(1, 4), torch.randn(1, 4), torch.ones(1)) == 0).all()
+    values = torch.randn(1, 4, requires_grad=True)
+    nothing = posterior(torch.zeros(1, 4), values, torch.ones(1))
+    assert (nothing == 0).all()
+    assert (torch.autograd.grad(nothing.sum(), values)[0] == 0).all()
 
 
 def test_the_hidden_temperature_reads_what_the_gate_reads():
