@@ -300,13 +300,17 @@ class Broken(types.ModuleType):
 
 
 @every_prior
-def test_defect_19_packages_for_gpus_are_left_alone_on_a_cpu(prior, monkeypatch):
-    expected = make_mixer(prior)(tokens(2, 20))
+@pytest.mark.parametrize("read", ["temperature", "mean"])
+def test_defect_19_packages_for_gpus_are_left_alone_on_a_cpu(prior, read, monkeypatch):
+    """In bfloat16 and with TF32 permitted: nothing but the device speaks against the kernels."""
+    mixer, x = make_mixer(prior, read=read).bfloat16(), tokens(2, 20).bfloat16()
+    expected = mixer(x)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     for name in ("fla", "fla.ops", "fla.ops.gla", "fla.ops.simple_gla", "mamba_ssm", "flash_attn"):
         module = Broken(name)
         module.__spec__ = types.SimpleNamespace()
         monkeypatch.setitem(sys.modules, name, module)
-    assert torch.equal(make_mixer(prior)(tokens(2, 20)), expected)
+    assert torch.equal(mixer(x), expected)
 
 
 @every_prior
