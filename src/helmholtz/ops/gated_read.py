@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from helmholtz.ops._compute import compute_dtype
 
-BLOCK_ELEMENTS = 1 << 16
+BLOCK_ELEMENTS = 1 << 17
 """Elements per block: a dozen temporaries of this size stay in the cache."""
 
 
@@ -90,8 +90,9 @@ class _Read:
 
     def __init__(self, mixed: Tensor, beta: Tensor, inner: Tensor | None) -> None:
         mean, partition = (x.clone(memory_format=torch.contiguous_format) for x in mixed.unbind(-2))
-        self.beta, self.unseen = beta, partition <= 0
-        self.partition = partition.masked_fill_(self.unseen, 1.0)
+        seen_nothing = (partition.amax(-1, keepdim=True) <= 0).to(partition.dtype)  # a whole row at once
+        self.beta, self.seen = beta, 1 - seen_nothing
+        self.partition = partition.add_(seen_nothing)
         self.free = self.value = self.partition.log().div_(beta)
         self.gate = self.gap = None
         if inner is not None:
@@ -110,7 +111,7 @@ class _Read:
             d_mean.copy_(grad - d_free)
             d_logit = self.gate.neg_().add_(1).mul_(d_free).mul_(self.gap)
         scaled = d_free / self.beta
-        d_partition.copy_(self.partition.reciprocal_().mul_(scaled).masked_fill_(self.unseen, 0.0))
+        d_partition.copy_(self.partition.reciprocal_().mul_(scaled).mul_(self.seen))
         return scaled.mul_(self.free).sum((0, 1)).neg_(), d_logit
 
 
