@@ -62,7 +62,9 @@ def main() -> None:
         check(name, layer)
     rows: list[dict[str, Any]] = [{"mixer": name} for name in layers]
     for context in CONTEXTS:
-        seconds = interleave({name: decoding(layer, context) for name, layer in layers.items()}, rounds=options.rounds)
+        seconds = interleave(
+            {name: decoding(layer, context) for name, layer in layers.items()}, rounds=options.rounds
+        )
         for row in rows:
             row[f"microseconds_at_{context}"] = 1e6 * seconds[row["mixer"]] / STEPS
     print_table(rows)

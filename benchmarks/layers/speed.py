@@ -8,6 +8,7 @@ over memory (conditioning, gates, exponentials).
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def main() -> None:
         layers: dict[str, nn.Module] = {"attention": Attention(D_MODEL, HEADS)}
         layers |= {prior: mixer(prior) for prior in VALUE_WIDTHS}
         x, cotangent = torch.randn(batch, time, D_MODEL), torch.randn(batch, time, D_MODEL)
-        runs = {name: (lambda m=layer: step(m, x, cotangent)) for name, layer in layers.items()}
+        runs = {name: partial(step, layer, x, cotangent) for name, layer in layers.items()}
         for name in VALUE_WIDTHS:
             seconds = interleave({k: runs[k] for k in ("attention", name)}, rounds=options.rounds)
             rows.append(

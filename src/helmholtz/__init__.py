@@ -1,6 +1,13 @@
 """Free-energy networks in PyTorch."""
 
-from helmholtz.layers import Attention, FreeEnergyMixer, FreeEnergyMixerConfig, fem_widths, inspect_read, matched_d_ff
+from helmholtz.layers import (
+    Attention,
+    FreeEnergyMixer,
+    FreeEnergyMixerConfig,
+    fem_widths,
+    inspect_read,
+    matched_d_ff,
+)
 from helmholtz.models import FEMLM, MODELS, Transformer
 from helmholtz.models.checkpoint import load_checkpoint, save_checkpoint
 from helmholtz.models.fem_lm import FEMLMConfig
