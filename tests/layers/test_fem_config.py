@@ -94,6 +94,8 @@ WRONG = [
     ({"d_state": 0, "prior": "mamba"}, "d_state must be an integer of at least 1"),
     ({"d_head": 8, "prior": "mamba"}, "d_head: got 8, but mamba has no queries and keys"),
     ({"rope_theta": 100.0, "prior": "mamba"}, "rope_theta: got 100.0, but mamba has no queries"),
+    ({"cap": 20.0, "read": "mean"}, "cap: got 20.0, but the mean"),
+    ({"theta_init": 1.0, "read": "free_energy"}, "theta_init: got 1.0, but only read='temperature'"),
     ({"normalize": False}, "normalize: got False, but an unnormalised scan is no distribution"),
     ({"normalize": False, "prior": "mamba"}, "normalize: got False.*read='mean'"),
     ({"normalize": False, "prior": "mamba", "read": "free_energy"}, "normalize: got False.*read='mean'"),

@@ -83,3 +83,8 @@ def test_bounds_must_be_one_row_of_integers():
         sequence_layout(rows(2, 3), cu_seqlens=torch.tensor([0, 3]))
     with pytest.raises(ValueError, match="exclude each other"):
         sequence_layout(rows(1, 3), attention_mask=torch.ones(1, 3).bool(), cu_seqlens=torch.tensor([0, 3]))
+
+
+def test_a_state_of_other_rows_is_refused():
+    with pytest.raises(ValueError, match="state: it belongs to 3 rows, the input has 2"):
+        sequence_layout(torch.zeros(2, 5, 4), position=torch.zeros(3, dtype=torch.long))

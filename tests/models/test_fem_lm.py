@@ -53,7 +53,7 @@ def test_each_layer_reads_from_its_prior() -> None:
 
 def test_options_reach_the_mixers() -> None:
     options = MixerOptions(
-        d_head=6, d_head_v=5, read="free_energy", outer_gate=False, tdc_width=4, tdc_norm_first=False,
+        d_head=6, d_head_v=5, read="temperature", outer_gate=False, tdc_width=4, tdc_norm_first=False,
         bias=True, cap=20.0, eps=1e-5, theta_init=1.0, decay="channel", backend="torch",
     )  # fmt: skip
     config = FEMLMConfig(vocab_size=50, d_model=32, prior="gla", rope_theta=500.0, mixer=options, d_ff=40)
@@ -64,7 +64,7 @@ def test_options_reach_the_mixers() -> None:
     assert (mixer.rope_theta, config.d_ff) == (500.0, 40)
     unnormalised = MixerOptions(normalize=False, read="mean", d_state=3)
     mamba = FEMLM(FEMLMConfig(vocab_size=50, d_model=32, prior="mamba", mixer=unnormalised)).blocks[0].mixer
-    assert (mamba.config.normalize, mamba.config.d_state) == (False, 3)
+    assert (mamba.config.normalize, mamba.config.d_state, mamba.config.read) == (False, 3, "mean")
 
 
 @pytest.mark.parametrize("prior", [*PRIORS, HYBRID], ids=str)

@@ -14,17 +14,17 @@ DESCRIPTION = "Compare finished runs at equal budgets: a table, results.json and
 
 def comparison_table(comparison: Comparison) -> Table:
     title = "Comparison" if not comparison.inequalities else "Comparison at UNEQUAL budgets"
-    table = Table(title=title)
-    table.add_column("run")
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0))  # fits 80 columns
+    for column in ("run", "model"):
+        table.add_column(column, no_wrap=True)
     for column in (
-        "model",
-        "parameters",
-        "validation bits/byte",
-        "train tokens/s",
-        "decode tokens/s",
-        "peak memory",
+        "\nparams",
+        "validation\nbits/byte",
+        "train\ntokens/s",
+        "decode\ntokens/s",
+        "peak\nmemory",
     ):
-        table.add_column(column, justify="left" if column == "model" else "right")
+        table.add_column(column, justify="right", no_wrap=True)
     best = min(row.validation_bits_per_byte for row in comparison.rows)
     for row in comparison.rows:
         table.add_row(

@@ -160,6 +160,11 @@ class FreeEnergyMixerConfig:
                 not self.normalize and (self.prior != "mamba" or self.read != "mean"),
                 "an unnormalised scan is no distribution: it needs prior='mamba' and read='mean'",
             ),
+            "cap": (self.cap != 40.0 and self.read == "mean", "the mean needs no exponential"),
+            "theta_init": (
+                self.theta_init != 1.8 and self.read != "temperature",
+                "only read='temperature' learns beta_max",
+            ),
             "tdc_bidirectional": (self.tdc_bidirectional and not self.tdc_width, "there is no conditioning"),
             "tdc_norm_first": (not self.tdc_norm_first and not self.tdc_width, "there is no conditioning"),
         }

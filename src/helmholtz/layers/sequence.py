@@ -29,7 +29,7 @@ def sequence_layout(
     x: Float[Tensor, "B T D"],
     attention_mask: Shaped[Tensor, "..."] | None = None,
     cu_seqlens: Shaped[Tensor, "..."] | None = None,
-    position: Int[Tensor, "B"] | None = None,
+    position: Int[Tensor, "rows"] | None = None,
 ) -> SequenceLayout:
     """Validate the masks of a call and place its tokens.
 
@@ -41,6 +41,8 @@ def sequence_layout(
     Raises: ValueError naming the argument for a wrong dtype, shape, order or combination.
     """
     batch, time = x.shape[:2]
+    if position is not None and len(position) != batch:
+        raise ValueError(f"state: it belongs to {len(position)} rows, the input has {batch}")
     if cu_seqlens is not None:
         if attention_mask is not None:
             raise ValueError("cu_seqlens and attention_mask exclude each other: a packed row has no pads")
