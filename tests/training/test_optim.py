@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from helmholtz.layers import FreeEnergyMixer, FreeEnergyMixerConfig
 from helmholtz.training.config import TrainConfig
 from helmholtz.training.optim import learning_rate, make_optimizer, parameter_groups
 
@@ -27,6 +28,15 @@ def test_matrices_decay_and_vectors_do_not():
     assert kept["weight_decay"] == 0.0
     assert {id(p) for p in kept["params"]} == {id(model.norm.weight), id(model.hidden.bias)}
     assert len(decayed["params"]) == 2  # the tied weight once
+
+
+def test_temperatures_and_decay_rates_stored_as_tables_do_not_decay():
+    mixers = [
+        FreeEnergyMixer(FreeEnergyMixerConfig(d_model=32, n_heads=2, prior=prior))
+        for prior in ("softmax", "mamba")
+    ]
+    kept = {id(p) for p in parameter_groups(nn.ModuleList(mixers), 0.3)[1]["params"]}
+    assert {id(mixers[0].theta), id(mixers[1].theta), id(mixers[1].prior.A_raw)} <= kept
 
 
 def test_decay_shrinks_a_matrix_and_leaves_a_vector_when_gradients_are_zero():

@@ -9,14 +9,20 @@ from helmholtz.training.config import TrainConfig
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: matrices (two or more dimensions, embeddings included), decayed, and all else, not decayed.
+    """Two groups: weight matrices (embeddings included), decayed, and all else, not decayed.
 
-    A parameter shared by two modules (tied embeddings) is listed once; a frozen one not at all.
+    A matrix is what a module calls ``weight`` and has two or more dimensions. Temperatures and decay rates may be
+    stored as tables, but zero is no neutral value for them. A parameter shared by two modules (tied embeddings) is
+    listed once; a frozen one not at all.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_matrix = parameter.ndim >= 2 and name.split(".")[-1] == "weight"
+            (decayed if is_matrix else kept).append(parameter)
     return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": kept, "weight_decay": 0.0},
     ]
 
 
