@@ -57,6 +57,8 @@ def _chunked(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """All rows side by side; the last chunk is filled to a power of two with steps that change nothing."""
+    if v.shape[2] == 1:  # a step of a stream
+        return recurrent_linear_attention(q, k, v, log_decay, state=state, reset=reset)
     compute = compute_dtype(q, k, v, log_decay, state)
     batch, heads, num_steps, width = q.shape
     if state is None:

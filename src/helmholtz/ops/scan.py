@@ -109,5 +109,8 @@ def first_order_scan(
         return x, state.to(compute)
     if reset is not None:
         decay = decay.masked_fill(reset.unsqueeze(-1), 0)
+    if x.shape[1] == 1:  # a step of a stream
+        h = torch.addcmul(x.to(compute), decay.to(compute), state.to(compute).unsqueeze(1))
+        return h.to(x.dtype), h[:, 0]
     h, last = _Scan.apply(decay.to(compute), x.to(compute), state.to(compute))
     return h.to(x.dtype), last
