@@ -124,11 +124,15 @@ def model_label(description: dict[str, Any]) -> str:
     return f"{description['architecture']} ({names})" if names else description["architecture"]
 
 
+def same_model(run: Run) -> str:
+    """Equal for runs of one model: architecture and configuration."""
+    return json.dumps([run.description["architecture"], run.description["model"]], sort_keys=True)
+
+
 def _groups(runs: Sequence[Run], rows: Sequence[Row]) -> tuple[Group, ...]:
     members: dict[str, list[Row]] = {}
     for run, row in zip(runs, rows, strict=True):
-        key = json.dumps([run.description["architecture"], run.description["model"]], sort_keys=True)
-        members.setdefault(key, []).append(row)
+        members.setdefault(same_model(run), []).append(row)
     return tuple(_group(group) for group in members.values())
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from helmholtz.evals.compare import model_label
+from helmholtz.evals.compare import model_label, same_model
 from helmholtz.evals.runs import read_run
 from helmholtz.layers.fem_reading import Reading
 
@@ -32,27 +32,37 @@ def _save(figure: Any, file: Path, plt: ModuleType) -> None:
 
 
 def plot_loss_curves(folders: Sequence[str | Path], file: Path) -> None:
-    """Bits per byte against training tokens: validation as marked lines, training (a running mean) behind them."""
+    """Bits per byte against training tokens: validation as marked lines, training (a running mean) behind them.
+
+    Runs that differ in their seed alone share a colour and a line of the legend.
+    """
     plt = _matplotlib()
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    finals = []
-    for index, folder in enumerate(folders):
-        run, colour = read_run(folder), f"C{index}"
+    runs = [read_run(folder) for folder in folders]
+    curves = [run.series("eval", "validation_bits_per_byte") for run in runs]
+    keys = [same_model(run) for run in runs]
+    for run, (tokens, losses), key in zip(runs, curves, keys, strict=True):
+        best = [min(curve[1]) for curve, other in zip(curves, keys, strict=True) if other == key]
+        count = f", mean of {len(best)} seeds" if len(best) > 1 else ""
+        label = f"{run.name}: {model_label(run.description)}, {statistics.fmean(best):.3f}{count}"
+        colour = f"C{list(dict.fromkeys(keys)).index(key)}"
+        first = run is runs[keys.index(key)]
+        axes.plot(tokens, losses, color=colour, marker="o", markersize=3, label=label if first else None)
         tokens, losses = run.series("step", "bits_per_byte")
-        axes.plot(tokens, _running_mean(losses), color=colour, alpha=0.3, linewidth=1)
-        tokens, losses = run.series("eval", "validation_bits_per_byte")
-        label = f"{run.name}: {model_label(run.description)}, {min(losses):.3f}"
-        axes.plot(tokens, losses, color=colour, marker="o", markersize=3, label=label)
-        finals.append(losses)
-    lowest = min(min(losses) for losses in finals)
-    highest = max(losses[0] for losses in finals)
-    axes.set_ylim(lowest - 0.05 * (highest - lowest) - 0.01, highest + 0.2 * (highest - lowest) + 0.01)
+        axes.plot(tokens, _running_mean(losses), color=colour, alpha=0.3 / len(best), linewidth=1, zorder=1)
+    _limit(axes, [losses for _, losses in curves])
     axes.set_xlabel("training tokens")
     axes.set_ylabel("bits per byte")
     axes.set_title("validation (marked) and training (faint)")
     axes.legend(title="run: model, best validation")
     axes.grid(alpha=0.3)
     _save(figure, file, plt)
+
+
+def _limit(axes: Any, curves: Sequence[Sequence[float]]) -> None:
+    """Show the range of the validation curves; the start of training lies far above it."""
+    lowest, highest = min(map(min, curves)), max(losses[0] for losses in curves)
+    axes.set_ylim(lowest - 0.05 * (highest - lowest) - 0.01, highest + 0.2 * (highest - lowest) + 0.01)
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
