@@ -15,7 +15,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     stored as tables, but zero is no neutral value for them. A parameter shared by two modules (tied embeddings) is
     listed once; a frozen one not at all.
     """
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_matrix = parameter.ndim >= 2 and name.split(".")[-1] == "weight"
