@@ -2,6 +2,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
 BIN := .venv/bin
+THREADS ?= 2
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -38,7 +39,7 @@ quality: $(STAMP) docs  ## lint, format, types, import contracts, spelling, docu
 	$(BIN)/codespell
 
 bench: $(STAMP)  ## correctness gate, then interleaved timings of ops, layers and models
-	for script in $$(find benchmarks -name '[!_]*.py' | sort); do echo "== $$script"; $(BIN)/python "$$script"; done
+	for script in $$(find benchmarks -name '[!_]*.py' | sort); do echo "== $$script"; $(BIN)/python "$$script" --threads $(THREADS) --keep-memory; done
 
 docs: $(STAMP)  ## build the site into site/ (no network)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
