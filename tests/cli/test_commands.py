@@ -142,6 +142,15 @@ def test_evaluate_agrees_with_itself_as_json(workspace, capsys):
     assert f"{result['bits_per_byte']:.4f}" in out
 
 
+def test_evaluate_takes_the_text_of_the_run_unless_told_otherwise(workspace, capsys):
+    run, data = workspace / "run", workspace / "data"
+    code, without, _ = call(capsys, "evaluate", f"--checkpoint={run}", "--json")
+    _, named, _ = call(capsys, "evaluate", f"--checkpoint={run}", f"--data={data}", "--json")
+    assert code == 0 and json.loads(without)["bits_per_byte"] == json.loads(named)["bits_per_byte"]
+    code, _, err = call(capsys, "evaluate", f"--checkpoint={run / 'best'}")
+    assert code == 2 and "name a folder with --data" in err
+
+
 def test_evaluate_refuses_text_of_another_tokenizer(workspace, capsys, tmp_path):
     source = workspace / "text.txt"
     other = tmp_path / "bytes"

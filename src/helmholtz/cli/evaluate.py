@@ -11,7 +11,7 @@ from helmholtz.cli.arguments import make_parser, parse
 from helmholtz.cli.checkpoints import check_same_tokenizer
 from helmholtz.data.tokens import TokenDataset
 from helmholtz.evals.language import decode_tokens_per_second, evaluate_language
-from helmholtz.evals.runs import find_checkpoint
+from helmholtz.evals.runs import find_checkpoint, training_data
 from helmholtz.models.checkpoint import load_checkpoint
 
 DESCRIPTION = "Bits per byte and perplexity over a whole split, and the speed of decoding."
@@ -22,7 +22,12 @@ def run(arguments: list[str], console: Console) -> int:
     parser.add_argument(
         "--checkpoint", type=str, required=True, help="a run (its best weights) or a checkpoint"
     )
-    parser.add_argument("--data", type=str, required=True, help="folder of prepared text")
+    parser.add_argument(
+        "--data",
+        type=str | None,
+        default=None,
+        help="folder of prepared text; default: what the run was trained on",
+    )
     parser.add_argument("--split", type=str, default="validation", help="train or validation")
     parser.add_argument(
         "--seq_len", type=int | None, default=None, help="window; default: the model's longest"
@@ -34,7 +39,8 @@ def run(arguments: list[str], console: Console) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     values = parse(parser, arguments)
     checkpoint = find_checkpoint(values["checkpoint"])
-    model, data = load_checkpoint(checkpoint), TokenDataset(values["data"], values["split"])
+    folder = values["data"] or training_data(values["checkpoint"])
+    model, data = load_checkpoint(checkpoint), TokenDataset(folder, values["split"])
     check_same_tokenizer(checkpoint / TOKENIZER, data.tokenizer_folder)
     quality = evaluate_language(
         model,

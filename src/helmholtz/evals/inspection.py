@@ -43,7 +43,10 @@ def count_parameters(model: AbstractDecoder) -> list[ParameterCount]:
     """Embedding, each block's mixer, feed-forward and norms, final norm and output matrix, in order."""
     parts: list[tuple[str, nn.Module]] = [("embed", model.embed)]
     for index, block in enumerate(model.blocks):
-        parts += [(f"blocks.{index}.{name}", child) for name, child in block.named_children()]
+        children = [
+            (name, child) for name, child in block.named_children() if any(True for _ in child.parameters())
+        ]
+        parts += [(f"blocks.{index}.{name}", child) for name, child in children]
     parts += [("norm", model.norm), ("unembed", model.unembed)]
     seen: set[int] = set()
     counts = []

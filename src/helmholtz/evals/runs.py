@@ -64,3 +64,14 @@ def find_checkpoint(path: str | Path) -> Path:
     raise ValueError(
         f"{path}: neither a checkpoint (config.json) nor a run that has one ({BEST}/config.json)"
     )
+
+
+def training_data(run: str | Path) -> str:
+    """Folder of the prepared text that a run was trained on. Raises: ValueError if ``run`` is a bare checkpoint."""
+    description = Path(run) / RUN
+    if not description.exists():
+        raise ValueError(
+            f"data: {run} is a checkpoint that knows no training data; name a folder with --data"
+        )
+    folder: str = json.loads(description.read_text())["data_folder"]
+    return folder
