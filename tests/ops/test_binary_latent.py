@@ -13,7 +13,7 @@ from helmholtz import ops, reference
 from helmholtz.ops import binary_latent
 from helpers import DTYPES, assert_matches, grads
 
-BUDGET = 10.0  # worst measured: 0.9 eps (relative RMS over outputs and gradients)
+BUDGET = 10.0  # worst measured: 2.1 eps (relative RMS over outputs and gradients)
 N_BITS = range(1, 17)
 
 
@@ -212,9 +212,8 @@ def peak():  # in kB, of this program alone, unlike ru_maxrss
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 table, logits = torch.randn(1 << 16, 128, requires_grad=True), torch.zeros(8, 1024, 16, requires_grad=True)
 code = torch.randint(1 << 16, (8, 1024))
-small = slice(0, 1)
-code_lookup(table[:4], code[small, :2] % 4, logits[small, :2, :2]).sum().backward()
-table.grad = logits.grad = None
+few = torch.zeros(2, 3, requires_grad=True), torch.zeros(5, dtype=torch.long), torch.zeros(5, 1, requires_grad=True)
+code_lookup(*few).square().sum().backward()
 before = peak()
 code_lookup(table, code, logits).square().sum().backward()
 assert logits.grad.isfinite().all() and logits.grad.any() and table.grad.any()
@@ -228,7 +227,7 @@ def test_sixteen_bits_at_8_x_1024_tokens_stay_under_500_mb():
     done = subprocess.run(
         [sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=200, check=True
     )
-    assert 20 < int(done.stdout) / 1024 < 500
+    assert 50 < int(done.stdout) / 1000 < 500  # 34 MB of them the gradient of the table
 
 
 # --- KL and free bits

@@ -112,11 +112,13 @@ def _gradient_of_logits(table: Tensor, logits: Tensor, grad: Tensor) -> Tensor:
     n_low = logits.shape[1] // 2
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     size = max(1, CHUNK_ELEMENTS // table.shape[0])
+    # one buffer for all chunks: fresh pages cost half as much as the product
+    buffer = table.new_empty(min(size, len(logits)), table.shape[0])
     for here, rows, into in zip(logits.split(size), grad.split(size), out.split(size), strict=True):
         on, off = here.sigmoid(), (-here).sigmoid()  # 1 - on would lose every digit of a small off
         low = _joint(on[:, :n_low], off[:, :n_low])
         high = _joint(on[:, n_low:], off[:, n_low:])
-        per_code = (rows @ table.T).unflatten(1, (high.shape[1], low.shape[1]))
+        per_code = torch.mm(rows, table.T, out=buffer[: len(rows)]).view(-1, high.shape[1], low.shape[1])
         over_low = (high.unsqueeze(1) @ per_code).squeeze(1).mul_(low)
         over_high = (per_code @ low.unsqueeze(2)).squeeze(2).mul_(high)
         for part, weighted in (slice(0, n_low), over_low), (slice(n_low, None), over_high):
