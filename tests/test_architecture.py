@@ -16,6 +16,8 @@ MAX_FILE, MAX_FUNCTION = 500, 80
 TOO_LONG: set[str] = set()  # may only shrink
 
 WITHOUT_REFERENCE = {
+    "bits_to_nats": "a change of unit",
+    "sample_bits": "random; its test counts what it draws",
     "cross_entropy": "torch's own loss with a mask; its test states the formula",
     "recurrent_linear_attention": "the twin of linear_attention, held to the reference of that name",
     "scan_in_place": "the loop inside first_order_scan and its gradient, held to the reference of that name",

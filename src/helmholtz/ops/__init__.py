@@ -1,6 +1,16 @@
 """Pure functions on tensors: no modules, no configuration, no randomness without a generator."""
 
 from helmholtz.ops.attention import softmax_attention
+from helmholtz.ops.binary_latent import (
+    bits_to_code,
+    bits_to_nats,
+    code_lookup,
+    code_to_bits,
+    free_bits,
+    kl_per_bit,
+    kl_per_token,
+    sample_bits,
+)
 from helmholtz.ops.free_energy import (
     free_energy_from_mixed,
     free_energy_read,
@@ -19,18 +29,26 @@ from helmholtz.ops.selective_scan import selective_scan
 
 __all__ = [
     "RNNSoftmaxState",
+    "bits_to_code",
+    "bits_to_nats",
+    "code_lookup",
+    "code_to_bits",
     "cross_entropy",
     "first_order_scan",
+    "free_bits",
     "free_energy_from_mixed",
     "free_energy_read",
     "gated_read",
     "hidden_temperature",
+    "kl_per_bit",
+    "kl_per_token",
     "linear_attention",
     "modulated_linear",
     "posterior",
     "recurrent_linear_attention",
     "rnn_softmax",
     "rope",
+    "sample_bits",
     "selective_scan",
     "softmax_attention",
     "tilt_values",

@@ -1,5 +1,14 @@
 """Every op once more in float64 loops, written from the equations: what the ops are tested against."""
 
+from helmholtz.reference.binary_latent import (
+    bits_to_code,
+    code_lookup,
+    code_probabilities,
+    code_to_bits,
+    free_bits,
+    kl_per_bit,
+    kl_per_token,
+)
 from helmholtz.reference.free_energy import (
     free_energy_from_weights,
     free_energy_posterior,
@@ -13,11 +22,18 @@ from helmholtz.reference.free_energy import (
 from helmholtz.reference.recurrences import first_order_scan, linear_attention, rnn_softmax, selective_scan
 
 __all__ = [
+    "bits_to_code",
+    "code_lookup",
+    "code_probabilities",
+    "code_to_bits",
     "first_order_scan",
+    "free_bits",
     "free_energy_from_weights",
     "free_energy_posterior",
     "free_energy_read",
     "gated_read",
+    "kl_per_bit",
+    "kl_per_token",
     "linear_attention",
     "modulated_linear",
     "rnn_softmax",
