@@ -84,18 +84,6 @@ def test_bits_per_byte_counts_tokens_and_bytes(dataset):
     assert dataset.bits_per_byte(math.log(2)) == pytest.approx(12 / 18)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 100])
-@pytest.mark.parametrize("seq_len", [1, 3, 5, 11, 50])
-def test_evaluation_windows_predict_every_token_but_the_first_once(dataset, seq_len, batch_size):
-    stream = dataset.read(torch.tensor([0]), len(dataset))[0]
-    batches = list(dataset.evaluation_windows(seq_len, batch_size=batch_size))
-    targets = torch.cat([batch[:, 1:].flatten() for batch in batches])
-    inputs = torch.cat([batch[:, :-1].flatten() for batch in batches])
-    torch.testing.assert_close(targets, stream[1:])
-    torch.testing.assert_close(inputs, stream[:-1])
-    assert all(len(batch) <= batch_size and batch.shape[1] <= seq_len + 1 for batch in batches)
-
-
 LENGTHS = st.lists(st.integers(1, 6), min_size=1, max_size=8)
 
 

@@ -122,3 +122,17 @@ def test_map_state_reaches_every_tensor_and_refuses_the_rest() -> None:
     assert picked[1] is None and picked[2][0].tolist() == [0, 1]
     with pytest.raises(TypeError, match="state: .* found a int"):
         map_state(lambda x: x, (torch.zeros(1), 3))
+
+
+def test_the_content_of_pads_does_not_matter_even_if_it_is_nan():
+    layer, x, mask = Attention(16, 2), torch.randn(2, 6, 16), torch.ones(2, 6, dtype=torch.bool)
+    mask[0, :2] = False
+    expected = layer(x, attention_mask=mask)
+    assert torch.equal(layer(x.masked_fill(~mask.unsqueeze(-1), torch.nan), attention_mask=mask), expected)
+
+
+def test_an_input_of_another_width_is_refused():
+    layer = Attention(16, 2)
+    for call in (lambda x: layer(x), lambda x: layer.step(x, layer.init_state(1))):
+        with pytest.raises(ValueError, match=r"x: wanted shape \(B, T, d_model=16\), got \(1, 3, 12\)"):
+            call(torch.zeros(1, 3, 12))

@@ -213,24 +213,6 @@ class TokenDataset:
                 f"vocabulary of {self.vocab_size}; the file is damaged, prepare the text again"
             )
 
-    def evaluation_windows(self, seq_len: int, *, batch_size: int = 1) -> Iterator[Int[Tensor, "rows T1"]]:
-        """Windows of ``seq_len`` inputs and one more token, in order: each token but the first is a target once.
-
-        A last, shorter window is a batch of its own.
-
-        Raises: ValueError if the split has no target.
-        """
-        check_integer("seq_len", seq_len)
-        check_integer("batch_size", batch_size)
-        if len(self) < 2:
-            raise ValueError(f"the {self.split} split has {len(self)} tokens, at least 2 are wanted")
-        n_whole, rest = divmod(len(self) - 1, seq_len)
-        for starts in (seq_len * torch.arange(n_whole)).split(batch_size):
-            if len(starts):
-                yield self.read(starts, seq_len + 1)
-        if rest:
-            yield self.read(torch.tensor([n_whole * seq_len]), rest + 1)
-
     def packed_rows(self, starts: Int[Tensor, " n"], seq_len: int) -> Iterator[PackedRow]:
         """The windows at ``starts`` with the boundaries of their documents, to train documents in isolation."""
         for start in starts.tolist():

@@ -2,7 +2,7 @@
 
 from typing import final
 
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from helmholtz._checks import check, check_divides, check_integer
@@ -56,8 +56,9 @@ class Attention(AbstractMixer[KVCache]):
         attention_mask: Shaped[Tensor, "..."] | None = None,
         cu_seqlens: Shaped[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "B T D"]:
+        self._check_width(x)
         layout = sequence_layout(x, attention_mask, cu_seqlens)
-        q, k, v = self._project(x, layout.positions)
+        q, k, v = self._project(x, layout)
         read = softmax_attention(
             q, k, v, causal=self.causal, key_mask=layout.mask, cu_seqlens=layout.cu_seqlens
         )
@@ -75,8 +76,9 @@ class Attention(AbstractMixer[KVCache]):
         attention_mask: Shaped[Tensor, "..."] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KVCache]:
         self._check_causal()
+        self._check_width(x)
         layout = sequence_layout(x, attention_mask, position=state.position)
-        q, k, v = self._project(x, layout.positions)
+        q, k, v = self._project(x, layout)
         state = state.append(k, v, layout.mask)
         return self._output(softmax_attention(q, state.k, state.v, key_mask=state.mask), layout), state
 
@@ -84,14 +86,22 @@ class Attention(AbstractMixer[KVCache]):
         if not self.causal:
             raise ValueError("causal: a stream has no future to attend to; only causal attention has a state")
 
+    def _check_width(self, x: Tensor) -> None:
+        width = self.q_proj.in_features
+        if x.ndim != 3 or x.shape[-1] != width:
+            raise ValueError(f"x: wanted shape (B, T, d_model={width}), got {tuple(x.shape)}")
+
     def _project(
-        self, x: Float[Tensor, "B T D"], positions: Int[Tensor, "*BT"]
+        self, x: Float[Tensor, "B T D"], layout: SequenceLayout
     ) -> tuple[Float[Tensor, "B H T K"], Float[Tensor, "B G T K"], Float[Tensor, "B G T K"]]:
+        if layout.mask is not None:  # whatever a pad holds, NaN included
+            x = x.masked_fill(~layout.mask.unsqueeze(-1), 0)
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.d_head)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return rope(q, positions, theta=self.rope_theta), rope(k, positions, theta=self.rope_theta), v
+        q, k = (rope(heads, layout.positions, theta=self.rope_theta) for heads in (q, k))
+        return q, k, v
 
     def _output(self, read: Float[Tensor, "B H T K"], layout: SequenceLayout) -> Float[Tensor, "B T D"]:
         out = self.o_proj(read.transpose(1, 2).flatten(2))
