@@ -12,18 +12,21 @@ from helmholtz.ops.rope import rope
 def textbook(layer: Attention, x: Tensor, visible: Tensor, positions: Tensor) -> Tensor:
     """Attention with explicit scores in float64; ``visible`` is ``B T S``."""
 
-    def heads(proj: nn.Linear) -> Tensor:
-        y = (x.double() @ proj.weight.double().T).unflatten(-1, (-1, layer.d_head)).transpose(1, 2)
+    def heads(weight: Tensor) -> Tensor:
+        y = (x.double() @ weight.double().T).unflatten(-1, (-1, layer.d_head)).transpose(1, 2)
         return y.repeat_interleave(layer.n_heads // y.shape[1], dim=1)
 
-    q, k = (rope(heads(proj), positions, theta=layer.rope_theta) for proj in (layer.q_proj, layer.k_proj))
+    q_weight, k_weight, v_weight = layer.in_proj.weight.split(
+        [n * layer.d_head for n in (layer.n_heads, layer.n_kv_heads, layer.n_kv_heads)]
+    )
+    q, k = (rope(heads(weight), positions, theta=layer.rope_theta) for weight in (q_weight, k_weight))
     scores = (q @ k.transpose(-1, -2) / layer.d_head**0.5).masked_fill(~visible.unsqueeze(1), -torch.inf)
-    read = scores.softmax(-1).nan_to_num() @ heads(layer.v_proj)
+    read = scores.softmax(-1).nan_to_num() @ heads(v_weight)
     return read.transpose(1, 2).flatten(2) @ layer.o_proj.weight.double().T
 
 
 def livened(layer: Attention) -> Attention:
-    for proj in (layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj):
+    for proj in (layer.in_proj, layer.o_proj):
         nn.init.normal_(proj.weight, std=proj.in_features**-0.5)
     return layer
 
@@ -49,7 +52,7 @@ def test_at_equal_positions_it_is_multihead_attention() -> None:
     layer = livened(Attention(2 * 4, 4, rope_theta=1e4, causal=False))
     other = nn.MultiheadAttention(8, 4, bias=False, batch_first=True)
     with torch.no_grad():
-        other.in_proj_weight.copy_(torch.cat([layer.q_proj.weight, layer.k_proj.weight, layer.v_proj.weight]))
+        other.in_proj_weight.copy_(layer.in_proj.weight)
         other.out_proj.weight.copy_(layer.o_proj.weight)
     x = torch.randn(2, 1, 8)
     torch.testing.assert_close(layer(x), other(x, x, x)[0])

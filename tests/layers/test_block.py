@@ -6,6 +6,7 @@ from torch import nn
 from helmholtz.layers.attention import Attention
 from helmholtz.layers.block import Block
 from helmholtz.layers.mlp import SwiGLU
+from helmholtz.layers.sequence import sequence_layout
 
 
 def block(dropout: float = 0.0) -> Block:
@@ -32,8 +33,9 @@ def test_is_two_residual_branches_behind_norms() -> None:
 def test_steps_equal_the_whole() -> None:
     layer, x = block(), torch.randn(2, 7, 16)
     mask = torch.tensor([[0, 1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 0, 1]])
-    first, state = layer.step(x[:, :4], layer.init_state(2), attention_mask=mask[:, :4])
-    second, _ = layer.step(x[:, 4:], state, attention_mask=mask[:, 4:])
+    state = layer.init_state(2)
+    first, state = layer.extend(x[:, :4], state, sequence_layout(x[:, :4], mask[:, :4], None, state.position))
+    second, _ = layer.extend(x[:, 4:], state, sequence_layout(x[:, 4:], mask[:, 4:], None, state.position))
     whole = layer(x, attention_mask=mask)
     real = mask.bool()
     torch.testing.assert_close(torch.cat([first, second], dim=1)[real], whole[real], rtol=1e-5, atol=1e-6)

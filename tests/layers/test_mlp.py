@@ -10,10 +10,10 @@ from helmholtz.layers.mlp import SwiGLU
 
 def test_matches_the_equation() -> None:
     layer, x = SwiGLU(8, 12), torch.randn(2, 3, 8)
-    for proj in (layer.gate_proj, layer.up_proj, layer.down_proj):
+    for proj in (layer.gate_up_proj, layer.down_proj):
         nn.init.normal_(proj.weight)
-    gate = x.double() @ layer.gate_proj.weight.double().T
-    hidden = gate / (1 + (-gate).exp()) * (x.double() @ layer.up_proj.weight.double().T)
+    gate, up = (x.double() @ layer.gate_up_proj.weight.double().T).chunk(2, dim=-1)
+    hidden = gate / (1 + (-gate).exp()) * up
     expected = hidden @ layer.down_proj.weight.double().T
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
 

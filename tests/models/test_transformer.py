@@ -24,7 +24,9 @@ def turned(x: Tensor, theta: float) -> Tensor:
 
 def attention(x: Tensor, w: dict[str, Tensor], name: str, c: TransformerConfig) -> Tensor:
     width, reads = c.d_model // c.n_heads, []
-    q, k, v = (x @ w[f"{name}.{letter}_proj.weight"].T for letter in "qkv")
+    q, k, v = (x @ w[f"{name}.in_proj.weight"].T).split(
+        [width * n for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads)], -1
+    )
     for head in range(c.n_heads):
         group = head // (c.n_heads // c.n_kv_heads)
         mine, shared = slice(head * width, (head + 1) * width), slice(group * width, (group + 1) * width)
@@ -41,7 +43,7 @@ def llama(tokens: list[int], w: dict[str, Tensor], c: TransformerConfig) -> Tens
         name = f"blocks.{layer}"
         x = x + attention(rms_norm(x, w[f"{name}.mixer_norm.weight"], c.norm_eps), w, f"{name}.mixer", c)
         y = rms_norm(x, w[f"{name}.mlp_norm.weight"], c.norm_eps)
-        gate, up = y @ w[f"{name}.mlp.gate_proj.weight"].T, y @ w[f"{name}.mlp.up_proj.weight"].T
+        gate, up = (y @ w[f"{name}.mlp.gate_up_proj.weight"].T).chunk(2, dim=-1)
         x = x + (gate * gate.sigmoid() * up) @ w[f"{name}.mlp.down_proj.weight"].T
     output = w["embed.weight"] if c.tie_embeddings else w["unembed.weight"]
     return rms_norm(x, w["norm.weight"], c.norm_eps) @ output.T
@@ -78,7 +80,7 @@ def test_initialisation_is_small_and_scaled_by_depth() -> None:
     torch.manual_seed(0)
     model = Transformer(TransformerConfig(vocab_size=500, d_model=128, n_layers=8))
     block = model.blocks[3]
-    for weight in (model.embed.weight, block.mixer.q_proj.weight, block.mlp.up_proj.weight):
+    for weight in (model.embed.weight, block.mixer.in_proj.weight, block.mlp.gate_up_proj.weight):
         assert weight.std().item() == pytest.approx(0.02, rel=0.03)
     for weight in (block.mixer.o_proj.weight, block.mlp.down_proj.weight):
         assert weight.std().item() == pytest.approx(0.02 / 4, rel=0.03)

@@ -2,16 +2,19 @@
 
 from typing import final
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from helmholtz._checks import check, check_divides, check_integer
 from helmholtz.layers.base import AbstractMixer
 from helmholtz.layers.init import init_normal
+from helmholtz.layers.linear import apply_linear
 from helmholtz.layers.sequence import SequenceLayout, sequence_layout
 from helmholtz.layers.state import KVCache
 from helmholtz.ops.attention import softmax_attention
-from helmholtz.ops.rope import rope
+from helmholtz.ops.rope import rotate
 
 
 @final
@@ -43,9 +46,7 @@ class Attention(AbstractMixer[KVCache]):
         check_heads(d_model, n_heads, n_kv_heads)
         self.n_heads, self.n_kv_heads, self.d_head = n_heads, n_kv_heads, d_model // n_heads
         self.rope_theta, self.causal = rope_theta, causal
-        self.q_proj = nn.Linear(d_model, d_model, bias=False)
-        self.k_proj = nn.Linear(d_model, n_kv_heads * self.d_head, bias=False)
-        self.v_proj = nn.Linear(d_model, n_kv_heads * self.d_head, bias=False)
+        self.in_proj = nn.Linear(d_model, (n_heads + 2 * n_kv_heads) * self.d_head, bias=False)
         self.o_proj = nn.Linear(d_model, d_model, bias=False)
         init_normal(self)
 
@@ -53,12 +54,20 @@ class Attention(AbstractMixer[KVCache]):
         self,
         x: Float[Tensor, "B T D"],
         *,
+        source: Float[Tensor, "B T D"] | None = None,
         attention_mask: Shaped[Tensor, "..."] | None = None,
         cu_seqlens: Shaped[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "B T D"]:
+        """Mix a whole sequence.
+
+        Args:
+            source: what keys and values are made of, in place of ``x``; token by token in the same places.
+            attention_mask: bool or integer, non-zero where a token is real; any pattern.
+            cu_seqlens: bounds of sequences packed end to end in one row.
+        """
         self._check_width(x)
         layout = sequence_layout(x, attention_mask, cu_seqlens)
-        q, k, v = self._project(x, layout)
+        q, k, v = self._project(x, source, layout)
         read = softmax_attention(
             q, k, v, causal=self.causal, key_mask=layout.mask, cu_seqlens=layout.cu_seqlens
         )
@@ -66,19 +75,19 @@ class Attention(AbstractMixer[KVCache]):
 
     def init_state(self, batch_size: int) -> KVCache:
         self._check_causal()
-        return KVCache.empty(batch_size, self.n_kv_heads, self.d_head, self.d_head, self.k_proj.weight)
+        return KVCache.empty(batch_size, self.n_kv_heads, self.d_head, self.d_head, self.o_proj.weight)
 
-    def step(
+    def extend(
         self,
         x: Float[Tensor, "B T D"],
         state: KVCache,
+        layout: SequenceLayout,
         *,
-        attention_mask: Shaped[Tensor, "..."] | None = None,
+        source: Float[Tensor, "B T D"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KVCache]:
         self._check_causal()
         self._check_width(x)
-        layout = sequence_layout(x, attention_mask, position=state.position)
-        q, k, v = self._project(x, layout)
+        q, k, v = self._project(x, source, layout)
         state = state.append(k, v, layout.mask)
         return self._output(softmax_attention(q, state.k, state.v, key_mask=state.mask), layout), state
 
@@ -87,24 +96,32 @@ class Attention(AbstractMixer[KVCache]):
             raise ValueError("causal: a stream has no future to attend to; only causal attention has a state")
 
     def _check_width(self, x: Tensor) -> None:
-        width = self.q_proj.in_features
+        width = self.n_heads * self.d_head
         if x.ndim != 3 or x.shape[-1] != width:
             raise ValueError(f"x: wanted shape (B, T, d_model={width}), got {tuple(x.shape)}")
 
     def _project(
-        self, x: Float[Tensor, "B T D"], layout: SequenceLayout
+        self, x: Float[Tensor, "B T D"], source: Float[Tensor, "B T D"] | None, layout: SequenceLayout
     ) -> tuple[Float[Tensor, "B H T K"], Float[Tensor, "B G T K"], Float[Tensor, "B G T K"]]:
+        """Queries of ``x``, keys and values of ``source``; queries and keys rotated by their positions."""
+        heads, groups = self.n_heads, self.n_kv_heads
         if layout.mask is not None:  # whatever a pad holds, NaN included
             x = x.masked_fill(~layout.mask.unsqueeze(-1), 0)
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.d_head)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = (rope(heads, layout.positions, theta=self.rope_theta) for heads in (q, k))
+        if source is None:
+            joint = apply_linear(self.in_proj, x)
+        else:
+            if layout.mask is not None:
+                source = source.masked_fill(~layout.mask.unsqueeze(-1), 0)
+            border = heads * self.d_head
+            q_weight, kv_weight = self.in_proj.weight[:border], self.in_proj.weight[border:]
+            joint = torch.cat([F.linear(x, q_weight), F.linear(source, kv_weight)], dim=-1)
+        joint = joint.unflatten(-1, (-1, self.d_head)).transpose(1, 2)
+        turned, v = joint.split([heads + groups, groups], dim=1)
+        q, k = rotate(turned, *layout.rotation(self.d_head, self.rope_theta)).split([heads, groups], dim=1)
         return q, k, v
 
     def _output(self, read: Float[Tensor, "B H T K"], layout: SequenceLayout) -> Float[Tensor, "B T D"]:
-        out = self.o_proj(read.transpose(1, 2).flatten(2))
+        out = apply_linear(self.o_proj, read.transpose(1, 2).flatten(2))
         return out if layout.mask is None else out.masked_fill(~layout.mask.unsqueeze(-1), 0)
 
 

@@ -1,12 +1,24 @@
 """The contract of everything that lets tokens look at each other."""
 
 import abc
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-StateT = TypeVar("StateT")
+from helmholtz.layers.sequence import SequenceLayout, sequence_layout
+
+
+@runtime_checkable
+class Positioned(Protocol):
+    """What every mixer's state tells."""
+
+    @property
+    def position(self) -> Int[Tensor, "B"]:
+        """Real tokens each row has seen."""
+
+
+StateT = TypeVar("StateT", bound=Positioned)
 
 
 class AbstractMixer(nn.Module, abc.ABC, Generic[StateT]):
@@ -38,7 +50,13 @@ class AbstractMixer(nn.Module, abc.ABC, Generic[StateT]):
         """The state before the first token. Raises: ValueError if the mixer is not causal."""
 
     @abc.abstractmethod
+    def extend(
+        self, x: Float[Tensor, "B T D"], state: StateT, layout: SequenceLayout
+    ) -> tuple[Float[Tensor, "B T D"], StateT]:
+        """``step``, with the layout of the call already worked out: by a model, once for all its layers."""
+
     def step(
         self, x: Float[Tensor, "B T D"], state: StateT, *, attention_mask: Shaped[Tensor, "..."] | None = None
     ) -> tuple[Float[Tensor, "B T D"], StateT]:
         """Mix the next one or many tokens of a stream; the state given is left unchanged."""
+        return self.extend(x, state, sequence_layout(x, attention_mask, position=state.position))

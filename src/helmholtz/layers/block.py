@@ -1,14 +1,14 @@
 """One layer of a decoder: a mixer and a feed-forward, each behind a norm and around a residual."""
 
-from typing import Generic, TypeVar
+from typing import Generic
 
+import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from helmholtz.layers.base import AbstractMixer
+from helmholtz.layers.base import AbstractMixer, StateT
 from helmholtz.layers.mlp import SwiGLU
-
-StateT = TypeVar("StateT")
+from helmholtz.layers.sequence import SequenceLayout
 
 
 class Block(nn.Module, Generic[StateT]):
@@ -34,7 +34,7 @@ class Block(nn.Module, Generic[StateT]):
         self.mixer = mixer
         self.mlp_norm = nn.RMSNorm(d_model, eps=norm_eps)
         self.mlp = mlp
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
 
     def forward(
         self,
@@ -44,16 +44,20 @@ class Block(nn.Module, Generic[StateT]):
         cu_seqlens: Shaped[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "B T D"]:
         mixed = self.mixer(self.mixer_norm(x), attention_mask=attention_mask, cu_seqlens=cu_seqlens)
-        return self._feed_forward(x + self.dropout(mixed))
+        return self._feed_forward(x + self._drop(mixed))
 
     def init_state(self, batch_size: int) -> StateT:
         return self.mixer.init_state(batch_size)
 
-    def step(
-        self, x: Float[Tensor, "B T D"], state: StateT, *, attention_mask: Shaped[Tensor, "..."] | None = None
+    def extend(
+        self, x: Float[Tensor, "B T D"], state: StateT, layout: SequenceLayout
     ) -> tuple[Float[Tensor, "B T D"], StateT]:
-        mixed, state = self.mixer.step(self.mixer_norm(x), state, attention_mask=attention_mask)
-        return self._feed_forward(x + self.dropout(mixed)), state
+        """The next one or many tokens of a stream, which lie as ``layout`` says."""
+        mixed, state = self.mixer.extend(self.mixer_norm(x), state, layout)
+        return self._feed_forward(x + self._drop(mixed)), state
 
     def _feed_forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return x + self._drop(self.mlp(self.mlp_norm(x)))
+
+    def _drop(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x

@@ -130,18 +130,13 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
         position = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
         return MixerState(position, self.prior.init_state(batch_size, weight), None)
 
-    def step(
-        self,
-        x: Float[Tensor, "B T D"],
-        state: MixerState,
-        *,
-        attention_mask: Shaped[Tensor, "..."] | None = None,
+    def extend(
+        self, x: Float[Tensor, "B T D"], state: MixerState, layout: SequenceLayout
     ) -> tuple[Float[Tensor, "B T D"], MixerState]:
         """Mix one or many further tokens; any split of a sequence into steps equals ``forward``."""
         self._check_width("x", x)
         if not self.config.causal:
             raise ValueError("step: a mixer with causal=False reads the whole sequence at once; call forward")
-        layout = sequence_layout(x, attention_mask, None, state.position)
         return self._mix(x, None, layout, layout, state)
 
     def project(

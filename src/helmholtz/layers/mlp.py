@@ -5,22 +5,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from helmholtz.layers.init import init_normal
+from helmholtz.layers.linear import apply_linear
 
 
 class SwiGLU(nn.Module):
     r"""Gated feed-forward: :math:`W_{down}(\mathrm{silu}(W_{gate} x) \odot W_{up} x)`.
 
-    Without biases: 0 goes to 0, so a pad stays 0. ``3 D d_ff`` parameters.
+    Without biases: 0 goes to 0, so a pad stays 0. ``3 D d_ff`` parameters; gate and up are one product.
 
     Source: Shazeer, "GLU Variants Improve Transformer", 2020, eq. 6.
     """
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.gate_up_proj = nn.Linear(d_model, 2 * d_ff, bias=False)
         self.down_proj = nn.Linear(d_ff, d_model, bias=False)
         init_normal(self)
 
     def forward(self, x: Float[Tensor, "*BT D"]) -> Float[Tensor, "*BT D"]:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = apply_linear(self.gate_up_proj, x).chunk(2, dim=-1)
+        return apply_linear(self.down_proj, F.silu(gate) * up)

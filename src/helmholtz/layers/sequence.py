@@ -1,10 +1,12 @@
 """Which tokens of a batch are real, where sequences start, and where each token stands."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+
+from helmholtz.ops.rope import rope_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +21,18 @@ class SequenceLayout:
     """Boundaries of the packed sequences, as the caller gave them."""
     positions: Int[Tensor, "*BT"]
     """Position of each token among the real tokens of its sequence: ``T``, or ``B T`` where rows differ."""
+    _rotations: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+
+    def rotation(
+        self, width: int, theta: float
+    ) -> tuple[Float[Tensor, "*BT half"], Float[Tensor, "*BT half"]]:
+        """The ``rope_table`` of these positions, made once for all layers that share the layout."""
+        key = (width, theta)
+        if key not in self._rotations:
+            self._rotations[key] = rope_table(self.positions, width, theta=theta)
+        return self._rotations[key]
 
     def advance(self, position: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
         """Real tokens seen once this call is over, given those seen before it."""

@@ -2,8 +2,13 @@
 
 from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.fem_lm import FEMLM
+from helmholtz.models.free_transformer import FreeTransformer
 from helmholtz.models.transformer import Transformer
 
-__all__ = ["FEMLM", "MODELS", "Transformer"]
+__all__ = ["FEMLM", "MODELS", "FreeTransformer", "Transformer"]
 
-MODELS: dict[str, type[AbstractDecoder]] = {"transformer": Transformer, "fem_lm": FEMLM}
+MODELS: dict[str, type[AbstractDecoder]] = {
+    "transformer": Transformer,
+    "fem_lm": FEMLM,
+    "free_transformer": FreeTransformer,
+}

@@ -209,7 +209,7 @@ class AbstractDecoder(nn.Module, abc.ABC):
         x, layout = self._embed(tokens, attention_mask, None, state.position)
         states = []
         for block, block_state in zip(self.blocks, state.blocks, strict=True):
-            x, block_state = block.step(x, block_state, attention_mask=layout.mask)
+            x, block_state = block.extend(x, block_state, layout)
             states.append(block_state)
         return LMOutput(self.unembed(self.norm(x)), LMState(tuple(states), layout.advance(state.position)))
 

@@ -1,0 +1,146 @@
+"""Latent plans: the encoder that reads text into bits, the table that turns codes into vectors, the block they enter."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor, nn
+
+from helmholtz._checks import check
+from helmholtz.layers.attention import Attention
+from helmholtz.layers.block import Block
+from helmholtz.layers.init import STANDARD_DEVIATION, init_normal
+from helmholtz.layers.linear import apply_linear
+from helmholtz.layers.sequence import SequenceLayout
+from helmholtz.layers.state import KVCache
+from helmholtz.ops.binary_latent import bits_to_code, code_lookup, code_to_bits, sample_bits
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A latent code per token, and the bit logits it was drawn from: the way of the gradient back to the encoder."""
+
+    code: Int[Tensor, "B T"]
+    """Integers in ``[0, 2**H)``; bit ``h`` has the weight ``2**h``."""
+    logits: Float[Tensor, "B T H"] | None = None
+    """None for codes that come from no encoder: the prior's, or given ones."""
+
+    def given(self, code: Int[Tensor, "B T"], where: Bool[Tensor, "B T"]) -> "Plan":
+        """This plan with ``code`` instead ``where`` it is given; from there no gradient reaches the encoder."""
+        check(code.shape == self.code.shape, "code", tuple(code.shape), f"of shape {tuple(self.code.shape)}")
+        logits = self.logits
+        if logits is not None:
+            logits = torch.where(where.unsqueeze(-1), logits.detach(), logits)
+        return Plan(torch.where(where, code, self.code), logits)
+
+
+def sample_plan(logits: Float[Tensor, "B T H"], *, generator: torch.Generator) -> Plan:
+    """Independent bits under the encoder's logits; the same in training and evaluation."""
+    return Plan(bits_to_code(sample_bits(logits, generator=generator)), logits)
+
+
+@final
+class LatentEncoder(nn.Module):
+    r"""Bit logits of every token from the whole text, :math:`L = W\,\mathrm{norm}(\mathrm{block}(\zeta, x))`.
+
+    One pre-norm block without a causal mask whose residual stream starts at the learned query ``zeta``, the same for
+    all tokens; keys and values come from ``x``. Only the rotary positions of queries and keys tell positions apart.
+    Each token's logits depend on all real tokens of its own sequence.
+
+    Args:
+        block: a block whose attention is not causal.
+
+    Source: Fleuret, "The Free Transformer", 2025, algorithm 2, lines 6-8.
+    """
+
+    def __init__(self, block: "SourceBlock", d_model: int, n_latent_bits: int, *, norm_eps: float) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(d_model) * STANDARD_DEVIATION)
+        self.block = block
+        self.norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.readout = nn.Linear(d_model, n_latent_bits, bias=False)
+        init_normal(self.readout)
+
+    def forward(self, x: Float[Tensor, "B T D"], layout: SequenceLayout) -> Float[Tensor, "B T H"]:
+        query = self.query.to(x.dtype).expand_as(x)
+        read = self.block(query, source=x, attention_mask=layout.mask, cu_seqlens=layout.cu_seqlens)
+        logits = self.readout(self.norm(read))
+        return logits if layout.mask is None else logits.masked_fill(~layout.mask.unsqueeze(-1), 0)
+
+
+@final
+class SourceBlock(Block[KVCache]):
+    """A block of attention that can take its keys and values from another stream, behind the same norm.
+
+    ``h = x + attention(norm(x), source=norm(source))``, ``y = h + mlp(norm(h))``.
+    """
+
+    mixer: Attention
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        *,
+        source: Float[Tensor, "B T D"] | None = None,
+        attention_mask: Shaped[Tensor, "..."] | None = None,
+        cu_seqlens: Shaped[Tensor, "..."] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        source = None if source is None else self.mixer_norm(source)
+        mixed = self.mixer(
+            self.mixer_norm(x), source=source, attention_mask=attention_mask, cu_seqlens=cu_seqlens
+        )
+        return self._feed_forward(x + self._drop(mixed))
+
+    def extend(
+        self,
+        x: Float[Tensor, "B T D"],
+        state: KVCache,
+        layout: SequenceLayout,
+        *,
+        source: Float[Tensor, "B T D"] | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], KVCache]:
+        source = None if source is None else self.mixer_norm(source)
+        mixed, state = self.mixer.extend(self.mixer_norm(x), state, layout, source=source)
+        return self._feed_forward(x + self._drop(mixed)), state
+
+
+@final
+class TablePostSampler(nn.Module):
+    """A vector per code, ``2**H x D``; the bits' gradient is exact over all codes (``ops.code_lookup``).
+
+    Source: Fleuret 2025, eq. 6-8 and algorithm 2, line 11.
+    """
+
+    def __init__(self, n_latent_bits: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(2**n_latent_bits, d_model))
+        if not self.weight.is_meta:
+            nn.init.normal_(self.weight, std=STANDARD_DEVIATION)
+
+    def forward(self, plan: Plan) -> Float[Tensor, "B T D"]:
+        if plan.logits is None:
+            return F.embedding(plan.code, self.weight)
+        return code_lookup(self.weight, plan.code, plan.logits)
+
+
+@final
+class BitsPostSampler(nn.Module):
+    r"""A vector per bit, ``H x D``: :math:`r = W (2 b - 1)`, where :math:`b` passes its gradient on as
+    :math:`\sigma(L)`.
+
+    Bits add up here, where the table knows every combination; in return it is ``2**H / H`` times smaller.
+    """
+
+    def __init__(self, n_latent_bits: int, d_model: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(n_latent_bits, d_model, bias=False)
+        init_normal(self.proj)
+
+    def forward(self, plan: Plan) -> Float[Tensor, "B T D"]:
+        bits = code_to_bits(plan.code, self.proj.in_features).to(self.proj.weight.dtype)
+        if plan.logits is not None:
+            p = plan.logits.to(bits.dtype).sigmoid()
+            bits = bits + (p - p.detach())
+        return apply_linear(self.proj, 2 * bits - 1)
