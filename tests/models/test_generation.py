@@ -8,7 +8,8 @@ from hypothesis import given, strategies
 from torch import Tensor
 
 from helmholtz.models.base import AbstractDecoder
-from helmholtz.models.generation import SamplingSettings, draw, generate, sampling_probabilities
+from helmholtz.models.generation import generate
+from helmholtz.models.sampling import SamplingSettings, draw, sampling_probabilities
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5]]
 SETTINGS = SamplingSettings(max_new_tokens=10, temperature=0.8, top_k=12, top_p=0.9, seed=11)

@@ -1,4 +1,4 @@
-"""Latent plans: the encoder that reads text into bits, the table that turns codes into vectors, the block they enter."""
+"""Latent plans: the encoder that reads bits from text, the table of vectors per code, the block they enter."""
 
 from dataclasses import dataclass
 from typing import final

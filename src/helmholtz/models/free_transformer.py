@@ -107,6 +107,13 @@ class FreeTransformer(AbstractDecoder):
         assert self.config.split_layer is not None
         return self.config.split_layer
 
+    @property
+    def middle(self) -> SourceBlock:
+        """The block whose keys and values see the plan."""
+        block = self.blocks[self.split_layer]
+        assert isinstance(block, SourceBlock)
+        return block
+
     def build_mixer(self, layer: int) -> Attention:
         return self._attention(causal=True)
 
@@ -174,31 +181,32 @@ class FreeTransformer(AbstractDecoder):
         return self._upper(half, z)
 
     def _upper(self, half: Halfway, z: Plan) -> LMOutput:
-        x, state = self._upper_blocks(half, z)
+        if half.before is None:
+            return LMOutput(self.unembed(self.norm(self._upper_blocks(half, z))))
+        x, state = self.extend_upper(half, z)
         return LMOutput(self.unembed(self.norm(x)), state)
 
-    def _upper_blocks(self, half: Halfway, z: Plan) -> tuple[Float[Tensor, "B T D"], PlannedState | None]:
-        x, layout = half.x, half.layout
-        planned = x + self.post_sampler(z)
-        if half.before is None:
-            for index in range(self.split_layer, self.config.n_layers):
-                source = {"source": planned} if index == self.split_layer else {}
-                x = self.blocks[index](x, attention_mask=layout.mask, cu_seqlens=layout.cu_seqlens, **source)
-            return x, None
-        states = half.lower_states
-        before, middle = half.before, self.split_layer
-        block = self.blocks[middle]
-        assert isinstance(block, SourceBlock)
-        x, state = block.extend(x, before.blocks[middle], layout, source=planned)
-        x, rest = self._extend(x, layout, before, middle + 1, self.config.n_layers)
-        after = PlannedState(
-            blocks=(*states, state, *rest),
+    def _upper_blocks(self, half: Halfway, z: Plan) -> Float[Tensor, "B T D"]:
+        x, masks = half.x, {"attention_mask": half.layout.mask, "cu_seqlens": half.layout.cu_seqlens}
+        x = self.middle(x, source=x + self.post_sampler(z), **masks)
+        for block in self.blocks[self.split_layer + 1 :]:
+            x = block(x, **masks)
+        return x
+
+    def extend_upper(self, half: Halfway, z: Plan) -> tuple[Float[Tensor, "B T D"], PlannedState]:
+        """The blocks above for a stream, without the output matrix, and its next state; the plan is not checked."""
+        assert half.before is not None
+        x, layout, before = half.x, half.layout, half.before
+        source = x + self.post_sampler(z)
+        x, state = self.middle.extend(x, before.blocks[self.split_layer], layout, source=source)
+        x, rest = self._extend(x, layout, before, self.split_layer + 1, self.config.n_layers)
+        return x, PlannedState(
+            blocks=(*half.lower_states, state, *rest),
             position=layout.advance(before.position),
             code=torch.cat([before.code, z.code], dim=1),
             hidden=torch.cat([before.hidden, half.x], dim=1),
             mask=_joined_mask(before, half),
         )
-        return x, after
 
     def forward(
         self,
