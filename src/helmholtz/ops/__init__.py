@@ -11,6 +11,7 @@ from helmholtz.ops.binary_latent import (
     kl_per_token,
     sample_bits,
 )
+from helmholtz.ops.code_usage import CodeUsage, code_probabilities, code_usage
 from helmholtz.ops.free_energy import (
     free_energy_from_mixed,
     free_energy_read,
@@ -28,11 +29,14 @@ from helmholtz.ops.scan import first_order_scan
 from helmholtz.ops.selective_scan import selective_scan
 
 __all__ = [
+    "CodeUsage",
     "RNNSoftmaxState",
     "bits_to_code",
     "bits_to_nats",
     "code_lookup",
+    "code_probabilities",
     "code_to_bits",
+    "code_usage",
     "cross_entropy",
     "first_order_scan",
     "free_bits",

@@ -1,6 +1,7 @@
 """Binary latents in float64 by enumeration of every code, as their equations stand."""
 
 import math
+from collections import Counter
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -59,3 +60,18 @@ def free_bits(
     """``sum_t max(0, KL_t - kappa) / T`` over the ``T`` tokens that count."""
     tokens = kl.double().flatten() if mask is None else kl.double()[mask]
     return sum((t - kappa for t in tokens.unbind() if t > kappa), kl.double().sum() * 0) / max(1, len(tokens))
+
+
+def code_usage(
+    logits: Float[Tensor, "*batch H"], code: Int[Tensor, "*batch"], mask: Bool[Tensor, "*batch"] | None = None
+) -> tuple[tuple[float, ...], int, int, float, float, float]:
+    """Mean KL per bit, bits above 0.01, codes, perplexity, ``(1/N) sum_t sum_d G_td ln(G_td / mean_d)``, mean KL."""
+    counts = torch.ones_like(code, dtype=torch.bool) if mask is None else mask
+    tokens, codes = logits.double()[counts], code[counts].tolist()
+    per_bit = tuple(kl_per_bit(tokens).mean(0).tolist())
+    g = code_probabilities(tokens)
+    information = (torch.special.xlogy(g, g) - torch.special.xlogy(g, g.mean(0))).sum(-1).mean().item()
+    shares = [n / len(codes) for n in Counter(codes).values()]
+    perplexity = math.exp(-sum(share * math.log(share) for share in shares))
+    active = sum(kl > 0.01 for kl in per_bit)
+    return per_bit, active, len(shares), perplexity, information, kl_per_token(tokens).mean().item()
