@@ -7,8 +7,11 @@ import torch
 from hypothesis import given, strategies
 from torch import Tensor
 
+from helmholtz.layers.latent import Plan
 from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.free_transformer import FreeTransformer
 from helmholtz.models.generation import generate
+from helmholtz.models.planning import generate_planned
 from helmholtz.models.sampling import SamplingSettings, draw, sampling_probabilities
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5]]
@@ -18,11 +21,14 @@ SETTINGS = SamplingSettings(max_new_tokens=10, temperature=0.8, top_k=12, top_p=
 def sampled_from_full_passes(
     model: AbstractDecoder, prompt: list[int], settings: SamplingSettings
 ) -> list[int]:
-    """One prompt, no state: the whole sequence is read again for every token."""
+    """One prompt, no state: the whole sequence is read again for every token, under the plan that is reported."""
     generator = torch.Generator().manual_seed(settings.seed)
-    sequence = list(prompt)
+    sequence, given = list(prompt), {}
     for _ in range(settings.max_new_tokens):
-        logits = model(torch.tensor([sequence])).logits[:, -1]
+        if isinstance(model, FreeTransformer):
+            codes = generate_planned(model, [prompt], settings)[0].codes
+            given = {"z": Plan(torch.tensor([codes[: len(sequence)]]))}
+        logits = model(torch.tensor([sequence]), **given).logits[:, -1]
         uniform = torch.rand(1, 1, generator=generator, dtype=torch.float64)
         token = int(draw(sampling_probabilities(logits, settings), uniform))
         if token in settings.stop_tokens:
