@@ -46,16 +46,10 @@ def evaluate_language(
 
     Raises: ValueError for an overlap that leaves nothing to predict, or a window the model cannot take.
     """
-    check_integer("seq_len", seq_len)
-    check(
-        seq_len <= model.config.max_seq_len,
-        "seq_len",
-        seq_len,
-        f"at most the model's {model.config.max_seq_len}",
-    )
+    check_window(model, seq_len)
     overlap = seq_len // 2 if overlap is None else overlap
     check(0 <= overlap < seq_len, "overlap", overlap, f"in [0, seq_len = {seq_len})")
-    stream = torch.cat([torch.tensor([data.eos_id]), data.read(torch.tensor([0]), len(data))[0]])
+    stream = text_stream(data)
     device, nats = model.embed.weight.device, 0.0
     with evaluation_mode(model):
         for tokens, targets in _windows(stream, seq_len, overlap, batch_size):
@@ -69,6 +63,18 @@ def evaluate_language(
         n_tokens=len(data),
         n_bytes=data.n_bytes,
     )
+
+
+def check_window(model: AbstractDecoder, seq_len: int) -> None:
+    """Raises: ValueError if the model cannot take windows of ``seq_len`` tokens."""
+    check_integer("seq_len", seq_len)
+    longest = model.config.max_seq_len
+    check(seq_len <= longest, "seq_len", seq_len, f"at most the model's {longest}")
+
+
+def text_stream(data: TokenDataset) -> Int[Tensor, " n"]:
+    """The tokens of a split, preceded by an end token."""
+    return torch.cat([torch.tensor([data.eos_id]), data.read(torch.tensor([0]), len(data))[0]])
 
 
 def _windows(

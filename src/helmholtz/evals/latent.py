@@ -1,0 +1,201 @@
+"""What a model with a latent plan pays for a text: bounds on its own likelihood, and what the plan is used for."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from helmholtz._checks import check, check_integer
+from helmholtz.data.tokens import TokenDataset
+from helmholtz.evals.language import check_window, text_stream
+from helmholtz.layers.latent import Plan, sample_plan
+from helmholtz.models.base import evaluation_mode
+from helmholtz.models.free_transformer import FreeTransformer, Halfway
+from helmholtz.ops.binary_latent import code_to_bits, kl_per_token
+from helmholtz.ops.code_usage import CodeUsage, code_usage
+
+PRIOR_DRAWS = 4
+"""Plans per window over which the prior cross-entropy is averaged."""
+
+
+@dataclass(frozen=True, slots=True)
+class LatentBounds:
+    """Nats per token. Three upper bounds of the model's own; the posterior cross-entropy alone is not one."""
+
+    posterior_cross_entropy: float
+    """LEAKS: given plans that were read from the very text that is predicted. Not a language-model loss."""
+    prior_cross_entropy: float
+    """Given plans drawn from the prior: an upper bound."""
+    kl: float
+    """Of the posterior from the uniform prior: what the plans of the posterior cross-entropy cost."""
+    elbo: float
+    """``posterior_cross_entropy + kl``: an upper bound."""
+    importance_weighted: float
+    """From ``n_samples`` posterior plans per window: an upper bound, in expectation the tighter the more there are."""
+    effective_samples: float
+    """Mean over windows of the effective number of the ``n_samples`` plans; near 1, one plan has all the weight."""
+    n_samples: int
+    n_windows: int
+    n_tokens: int
+    usage: CodeUsage
+    """Of the code over these windows."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """A batch of windows: totals of each in nats, in float64, and its tokens' codes."""
+
+    posterior: Float[Tensor, "B"]
+    prior: Float[Tensor, "B"]
+    weighted: Float[Tensor, "B"]
+    effective: Float[Tensor, "B"]
+    logits: Float[Tensor, "BT H"]
+    code: Int[Tensor, "BT"]
+
+
+def evaluate_bounds(
+    model: FreeTransformer,
+    data: TokenDataset,
+    *,
+    seq_len: int,
+    batch_size: int = 16,
+    n_samples: int = 64,
+    n_windows: int | None = None,
+    seed: int = 0,
+) -> LatentBounds:
+    r"""Bounds on :math:`-\log p(x)` per token, where :math:`p(x) = \sum_z p(z)\, p(x | z)` for each window ``x``.
+
+    .. math:: \mathrm{ELBO} = \mathbb E_q[-\log p(x|z)] + \mathrm{KL}(q \,\|\, p), \qquad
+              \mathrm{IW}_K = -\log \frac1K \sum_{k=1}^K \frac{p(x|z_k)\, p(z_k)}{q(z_k|x)}, \quad z_k \sim q(z|x)
+
+    Convention: stream, windows and predicted tokens are those of ``evaluate_language`` with ``overlap=0``, so that the
+    number of a decoder without a plan from there and these are of the same tokens in the same context. A plan belongs
+    to one window, so windows cannot share context: a later part of a text given an earlier one has no such bound.
+    The last window may be shorter; it is read without pads.
+
+    Args:
+        n_samples: posterior plans per window, ``K``.
+        n_windows: only so many, evenly spaced; None reads the whole split.
+        seed: of the plans. Each window has generators of its own: ``batch_size`` changes nothing but rounding.
+
+    Accuracy: weights, sums and logarithms in float64; each bound is estimated, its noise is that of the plans drawn.
+    Cost: lower half and encoder once, upper half ``n_samples + 4`` times per window, in batches of ``batch_size`` rows.
+    Raises: ValueError for a window that the model cannot take, or counts below 1.
+    Source: Burda, Grosse & Salakhutdinov, "Importance Weighted Autoencoders", 2016, eq. 8.
+    """
+    check_window(model, seq_len)
+    for name, value in (("batch_size", batch_size), ("n_samples", n_samples)):
+        check_integer(name, value)
+    check_integer("seed", seed, minimum=0)
+    stream = text_stream(data)
+    indices = _chosen(-(-len(data) // seq_len), n_windows)
+    with evaluation_mode(model):
+        parts = [
+            _measure(model, rows, here, n_samples, seed)
+            for here, rows in _batches(stream, indices, seq_len, batch_size)
+        ]
+    return _summed(parts, n_samples)
+
+
+def report(bounds: LatentBounds, data: TokenDataset) -> dict[str, Any]:
+    """The bounds as JSON values: nats per token, bits per byte of what bounds the model's own; the leak is named one.
+
+    Bits per byte count the bytes of the split per token, also where only some windows were read.
+    """
+    values = asdict(bounds)
+    leak = {"posterior_cross_entropy_leaks": values.pop("posterior_cross_entropy")}
+    names = ("prior_cross_entropy", "elbo", "importance_weighted")
+    return leak | values | {f"{name}_bits_per_byte": data.bits_per_byte(values[name]) for name in names}
+
+
+def _chosen(available: int, wanted: int | None) -> list[int]:
+    if wanted is None:
+        return list(range(available))
+    check_integer("n_windows", wanted)
+    check(wanted <= available, "n_windows", wanted, f"at most the split's {available}")
+    return [index * available // wanted for index in range(wanted)]
+
+
+def _batches(
+    stream: Int[Tensor, " n"], indices: list[int], seq_len: int, batch_size: int
+) -> list[tuple[list[int], Int[Tensor, "B T1"]]]:
+    """Numbers of windows and their tokens, one more than they predict; a shorter last window comes alone."""
+    whole = [index for index in indices if (index + 1) * seq_len < len(stream)]
+    groups = [whole[first : first + batch_size] for first in range(0, len(whole), batch_size)]
+    groups += [[index] for index in indices[len(whole) :]]
+    windows = [[stream[i * seq_len : (i + 1) * seq_len + 1] for i in group] for group in groups]
+    return [(group, torch.stack(rows)) for group, rows in zip(groups, windows, strict=True)]
+
+
+def _measure(
+    model: FreeTransformer, rows: Int[Tensor, "B T1"], indices: list[int], n_samples: int, seed: int
+) -> _Measured:
+    rows = rows.to(model.embed.weight.device)
+    half, targets = model.lower(rows[:, :-1]), rows[:, 1:]
+    n_tokens = targets.shape[1]
+    logits = model.posterior(half).double().cpu()
+    read = [
+        sample_plan(row.expand(n_samples, -1, -1), generator=_generator(seed, index, 0)).code
+        for row, index in zip(logits, indices, strict=True)
+    ]
+    drawn = [
+        model.sample_prior(PRIOR_DRAWS, n_tokens, generator=_generator(seed, index, 1)).code
+        for index in indices
+    ]
+    codes = torch.stack(read, 1)  # K B T
+    losses = torch.stack([_loss(model, half, code, targets) for code in codes])
+    prior = torch.stack([_loss(model, half, code, targets) for code in torch.stack(drawn, 1)])
+    log_posterior = torch.stack([_log_posterior(logits, code) for code in codes])
+    log_weights = -losses - n_tokens * logits.shape[-1] * math.log(2) - log_posterior
+    total = log_weights.logsumexp(0)
+    return _Measured(
+        posterior=losses.mean(0),
+        prior=prior.mean(0),
+        weighted=math.log(n_samples) - total,
+        effective=(2 * total - (2 * log_weights).logsumexp(0)).exp(),
+        logits=logits.flatten(0, 1),
+        code=codes[0].flatten(),
+    )
+
+
+def _generator(seed: int, window: int, purpose: int) -> torch.Generator:
+    state = np.random.SeedSequence((seed, window, purpose)).generate_state(1)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def _loss(
+    model: FreeTransformer, half: Halfway, code: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]
+) -> Float[Tensor, "B"]:
+    """Nats of each window given a plan, in float64 on the CPU."""
+    logits = model.upper(half, Plan(code.to(targets.device))).logits.float()
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view_as(targets).double().sum(1).cpu()
+
+
+def _log_posterior(logits: Float[Tensor, "B T H"], code: Int[Tensor, "B T"]) -> Float[Tensor, "B"]:
+    on = code_to_bits(code, logits.shape[-1])
+    return F.logsigmoid(torch.where(on, logits, -logits)).sum((1, 2))
+
+
+def _summed(parts: list[_Measured], n_samples: int) -> LatentBounds:
+    logits, code = torch.cat([part.logits for part in parts]), torch.cat([part.code for part in parts])
+    n_tokens, effective = len(code), torch.cat([part.effective for part in parts])
+    posterior = sum(part.posterior.sum().item() for part in parts) / n_tokens
+    kl = kl_per_token(logits).mean().item()
+    return LatentBounds(
+        posterior_cross_entropy=posterior,
+        prior_cross_entropy=sum(part.prior.sum().item() for part in parts) / n_tokens,
+        kl=kl,
+        elbo=posterior + kl,
+        importance_weighted=sum(part.weighted.sum().item() for part in parts) / n_tokens,
+        effective_samples=effective.mean().item(),
+        n_samples=n_samples,
+        n_windows=len(effective),
+        n_tokens=n_tokens,
+        usage=code_usage(logits, code),
+    )
