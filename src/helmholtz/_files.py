@@ -71,3 +71,17 @@ def _flush_one(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Make ``text`` the content of the file ``path``, which at every moment is either the old or the new one."""
+    path = Path(path).absolute()
+    partial = _beside(path, "partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.write_text(text)
+        _flush_one(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    _flush_one(path.parent)

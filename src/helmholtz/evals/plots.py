@@ -14,7 +14,8 @@ SMOOTHING = 25
 """Steps whose training losses are averaged in a curve."""
 
 
-def _matplotlib() -> ModuleType:
+def pyplot() -> ModuleType:
+    """matplotlib without a screen. Raises: ImportError naming the extra."""
     try:
         import matplotlib
     except ImportError as error:
@@ -25,7 +26,8 @@ def _matplotlib() -> ModuleType:
     return plt
 
 
-def _save(figure: Any, file: Path, plt: ModuleType) -> None:
+def save_figure(figure: Any, file: Path, plt: ModuleType) -> None:
+    """Write the picture, its folder included, and forget the figure."""
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
     plt.close(figure)
@@ -34,9 +36,10 @@ def _save(figure: Any, file: Path, plt: ModuleType) -> None:
 def plot_loss_curves(folders: Sequence[str | Path], file: Path) -> None:
     """Bits per byte against training tokens: validation as marked lines, training (a running mean) behind them.
 
+    Of a model with a plan both are the ELBO, an upper bound; its loss, which has seen the text, is not drawn.
     Runs that differ in their seed alone share a colour and a line of the legend.
     """
-    plt = _matplotlib()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     runs = [read_run(folder) for folder in folders]
     curves = [run.series("eval", "validation_bits_per_byte") for run in runs]
@@ -44,7 +47,8 @@ def plot_loss_curves(folders: Sequence[str | Path], file: Path) -> None:
     for run, (tokens, losses), key in zip(runs, curves, keys, strict=True):
         best = [min(curve[1]) for curve, other in zip(curves, keys, strict=True) if other == key]
         count = f", mean of {len(best)} seeds" if len(best) > 1 else ""
-        label = f"{run.name}: {model_label(run.description)}, {statistics.fmean(best):.3f}{count}"
+        sign = "\N{LESS-THAN OR EQUAL TO} " if run.description.get("objective") else ""
+        label = f"{run.name}: {model_label(run.description)}, {sign}{statistics.fmean(best):.3f}{count}"
         colour = f"C{list(dict.fromkeys(keys)).index(key)}"
         first = run is runs[keys.index(key)]
         axes.plot(tokens, losses, color=colour, marker="o", markersize=3, label=label if first else None)
@@ -56,7 +60,7 @@ def plot_loss_curves(folders: Sequence[str | Path], file: Path) -> None:
     axes.set_title("validation (marked) and training (faint)")
     axes.legend(title="run: model, best validation")
     axes.grid(alpha=0.3)
-    _save(figure, file, plt)
+    save_figure(figure, file, plt)
 
 
 def _limit(axes: Any, curves: Sequence[Sequence[float]]) -> None:
@@ -77,7 +81,7 @@ def plot_selection(
     The channels shown are those of ``head`` whose posterior is furthest from the prior. Where the prior has its own
     weights per channel (rnn_softmax, mamba) its row is their mean.
     """
-    plt = _matplotlib()
+    plt = pyplot()
     gap = reading.kl[0, head, -1]
     channels = gap.argsort(descending=True)[:n_channels].tolist()
     prior, posterior = reading.prior[0, head, -1], reading.posterior[0, head, -1]
@@ -90,15 +94,15 @@ def plot_selection(
     figure, axes = plt.subplots(figsize=(width, 0.42 * len(rows) + 2.2), layout="constrained")
     image = axes.imshow([row.tolist() for row in rows], aspect="auto", cmap="viridis", vmin=0)
     axes.set_xticks(
-        range(len(words)), [_visible(word) for word in words], rotation=70, ha="right", fontsize=8
+        range(len(words)), [visible(word) for word in words], rotation=70, ha="right", fontsize=8
     )
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.axhline(0.5, color="white", linewidth=2)
     axes.set_title(title, fontsize=10)
     figure.colorbar(image, ax=axes, label="weight")
-    _save(figure, file, plt)
+    save_figure(figure, file, plt)
 
 
-def _visible(word: str) -> str:
+def visible(word: str) -> str:
     """A token as a tick label: line ends and surrounding blanks shown, the mathtext sign escaped."""
     return word.replace("\n", "\\n").replace(" ", "\N{OPEN BOX}").replace("$", r"\$")

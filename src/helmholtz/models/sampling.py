@@ -107,7 +107,7 @@ def continue_rows(
     callback: TokenCallback | None,
 ) -> list[list[int]]:
     """Sample until every row has ended; the new tokens of each row. Raises: as ``generate``."""
-    _check_prompts(stream.model, prompts, settings)
+    check_prompts(stream.model, prompts, settings)
     results: list[list[int]] = [[] for _ in prompts]
     active, device = set(range(len(prompts))), stream.model.embed.weight.device
     with evaluation_mode(stream.model), torch.inference_mode():
@@ -154,9 +154,10 @@ def _next_tokens(
     return draw(sampling_probabilities(logits, settings), uniform)
 
 
-def _check_prompts(
+def check_prompts(
     model: AbstractDecoder, prompts: Sequence[Sequence[int]], settings: SamplingSettings
 ) -> None:
+    """Raises: ValueError for prompts that the model cannot continue, as ``generate`` says."""
     vocabulary, longest = model.config.vocab_size, model.config.max_seq_len
     if not prompts:
         raise ValueError("prompts: wanted at least one, got none")
