@@ -121,7 +121,7 @@ class TablePostSampler(nn.Module):
 
     def forward(self, plan: Plan) -> Float[Tensor, "B T D"]:
         if plan.logits is None:
-            return F.embedding(plan.code, self.weight)
+            return F.embedding(plan.code.long(), self.weight)
         return code_lookup(self.weight, plan.code, plan.logits)
 
 
