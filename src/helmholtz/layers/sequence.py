@@ -27,7 +27,7 @@ class SequenceLayout:
 
     def rotation(
         self, width: int, theta: float
-    ) -> tuple[Float[Tensor, "*BT half"], Float[Tensor, "*BT half"]]:
+    ) -> tuple[Float[Tensor, "*BT K"], Float[Tensor, "*BT K"]]:
         """The ``rope_table`` of these positions, made once for all layers that share the layout."""
         key = (width, theta)
         if key not in self._rotations:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from helmholtz._checks import check, check_choice, check_integer
 from helmholtz.layers.latent import Plan
+from helmholtz.models.decoding import TokenDecoder, is_plain
 from helmholtz.models.free_transformer import FreeTransformer, PlannedState
 from helmholtz.models.sampling import AbstractStream, SamplingSettings, TokenCallback, continue_rows
 from helmholtz.ops.binary_latent import bits_to_code, sample_bits
@@ -115,13 +116,15 @@ class PlannedStream(AbstractStream):
             given = self.is_given[:, : self.position]
             self.codes[:, : self.position] = torch.where(given, self.codes[:, : self.position], drawn)
         x, self.state = self.model.extend_upper(half, Plan(self.codes[:, : self.position]))
+        self.decoder = TokenDecoder(self.model, self.state, mask) if is_plain(self.model) else None
         return self.model.unembed(self.model.norm(x[:, -1]))
 
     def step(self, tokens: Int[Tensor, "B 1"]) -> Float[Tensor, "B vocab"]:
-        plan = Plan(self.codes[:, self.position : self.position + 1])
-        half = self.model.lower(tokens, self.state)
-        x, self.state = self.model.extend_upper(half, plan)
+        codes = self.codes[:, self.position : self.position + 1]
         self.position += 1
+        if self.decoder is not None:
+            return self.decoder.step(tokens, codes)
+        x, self.state = self.model.extend_upper(self.model.lower(tokens, self.state), Plan(codes))
         return self.model.unembed(self.model.norm(x[:, -1]))
 
     def _from_posterior(self, logits: Float[Tensor, "B T H"]) -> Int[Tensor, "B T"]:

@@ -9,8 +9,10 @@ from helmholtz.ops._compute import compute_dtype
 
 def rope_table(
     positions: Int[Tensor, "*BT"], width: int, *, theta: float = 10000.0
-) -> tuple[Float[Tensor, "*BT half"], Float[Tensor, "*BT half"]]:
+) -> tuple[Float[Tensor, "*BT K"], Float[Tensor, "*BT K"]]:
     """``(cos, sin)`` of the angles ``position * theta^(-2i/width)``, in float32 whatever the model's dtype.
+
+    Both halves of a width hold the same angles; the sine's first half is negated, as it meets the pair's other half.
 
     Accuracy: float32 angles; bfloat16 would merge positions from 256 on.
     Raises: ValueError if ``width`` is odd or ``theta`` is not positive.
@@ -22,7 +24,8 @@ def rope_table(
         raise ValueError(f"theta: wanted a positive base, got {theta}")
     exponent = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
     angles = positions.unsqueeze(-1).to(torch.float32) * theta**-exponent
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 class _Rotate(torch.autograd.Function):
@@ -31,12 +34,11 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cos, sin)
-        wide = x.to(cos.dtype)
-        a, b = wide.chunk(2, dim=-1)
-        out = torch.empty_like(wide)
-        out_a, out_b = out.chunk(2, dim=-1)
-        torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
-        torch.mul(b, cos, out=out_b).addcmul_(a, sin)
+        wide, half = x.to(cos.dtype), x.shape[-1] // 2
+        (a, b), (low, high) = wide.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+        out = torch.mul(wide, cos)
+        out[..., :half].addcmul_(b, low)
+        out[..., half:].addcmul_(a, high)
         return out.to(x.dtype)
 
     @staticmethod
@@ -46,19 +48,20 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(
-    x: Float[Tensor, "B H T K"], cos: Float[Tensor, "*BT half"], sin: Float[Tensor, "*BT half"]
+    x: Float[Tensor, "B H T K"], cos: Float[Tensor, "*BT K"], sin: Float[Tensor, "*BT K"]
 ) -> Float[Tensor, "B H T K"]:
-    """Rotate the pairs ``(x_i, x_{i+K/2})`` by the angles of a ``rope_table`` (``T half`` or ``B T half``)."""
-    if 2 * cos.shape[-1] != x.shape[-1]:
-        raise ValueError(f"cos: a table for width {2 * cos.shape[-1]} cannot rotate x of width {x.shape[-1]}")
+    """Rotate the pairs ``(x_i, x_{i+K/2})`` by the angles of a ``rope_table`` (``T K`` or ``B T K``)."""
+    if cos.shape[-1] != x.shape[-1]:
+        raise ValueError(f"cos: a table for width {cos.shape[-1]} cannot rotate x of width {x.shape[-1]}")
     if cos.ndim == 3:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     wide = compute_dtype(x)
-    cos, sin = cos.to(wide), sin.to(wide)
-    if torch.compiler.is_compiling():  # a compiler fuses the plain formula and cannot trace writes into views
-        a, b = x.to(wide).chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
-    return _Rotate.apply(x, cos, sin)
+    if cos.dtype != wide:
+        cos, sin = cos.to(wide), sin.to(wide)
+    if x.requires_grad and not torch.compiler.is_compiling():  # a compiler cannot trace writes into views
+        return _Rotate.apply(x, cos, sin)
+    y = x.to(wide)
+    return (y * cos + y.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
 def rope(
