@@ -8,10 +8,10 @@ Codes, lookup, KL and free bits (``tests/ops/test_binary_latent.py``)::
                                                                 gradient_is_the_difference_of_conditional_expectations,
                                                                 a_table_linear_in_the_bits... (11, 16 bits)
      4  the table's gradient: the rows drawn, and only those    lookup_and_its_gradients_equal_enumeration; here: 04
-     5  equal to the dense one-hot path; memory                 lookup_in_every_dtype (8, 12 bits), no_tensor_has_tokens...,
+     5  equal to the dense one-hot path; memory                 lookup_in_every_dtype (8, 12 bits), no_tensor_has...,
                                                                 sixteen_bits_at_8_x_1024_tokens_stay_under_500_mb
-     6  KL: zero, limits, enumeration, gradient                 kl_and_its_gradient_equal_enumeration, kl_is_zero_only...,
-                                                                kl_of_certain_bits...
+     6  KL: zero, limits, enumeration, gradient                 kl_and_its_gradient_equal_enumeration,
+                                                                kl_is_zero_only..., kl_of_certain_bits...
      7  free bits: both ends, hinge before the mean, pads       free_bits_at_both_ends, the_hinge_comes_before_the_mean,
                                                                 pads_count_nothing, free_bits_is_the_reference
      8  loss = cross-entropy + hinge, raw KL beside it          tests/training/test_free_bits.py
@@ -28,7 +28,7 @@ The model::
     16  continuations: uniform codes, limits, greedy, stops     tests/models/test_planning.py
     17  speed                                                   measured, not tested: docs/benchmarks.md
     18  what the parameters are                                 tests/models/test_free_transformer.py
-    19  gradients, bfloat16, checkpoints, compilation           19; tests/models/test_decoders.py and test_checkpoint.py,
+    19  gradients, bfloat16, checkpoints, compilation           19; tests/models/test_decoders.py, test_checkpoint.py,
                                                                 tests/layers/test_compile.py
 """
 
