@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a model, or go on training it",
     "evaluate": "bits per byte, perplexity and speed of a trained model",
     "generate": "continue a prompt",
+    "plan": "the latent plan of a text, and what samples share under one",
     "compare": "one table, one result file and pictures for several runs",
     "inspect": "what a model is made of, what it has learned, and how it reads a text",
 }

@@ -1,0 +1,296 @@
+"""``helmholtz plan``."""
+
+import json
+import math
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from helmholtz._checks import check
+from helmholtz._run_folder import TOKENIZER
+from helmholtz.cli.arguments import Parser, make_parser, parse
+from helmholtz.data.tokenizer import AbstractTokenizer, load_tokenizer
+from helmholtz.evals.plan_file import (
+    Edit,
+    PlanFile,
+    ReadPlan,
+    edit_codes,
+    load_plan,
+    model_fingerprint,
+    read_plan,
+)
+from helmholtz.evals.plan_picture import NamedGroup, plot_plans
+from helmholtz.evals.plans import bit_effects, changed, compare_plans, sample_under
+from helmholtz.evals.runs import find_checkpoint
+from helmholtz.models.checkpoint import load_checkpoint, read_config
+from helmholtz.models.free_transformer import FreeTransformer
+from helmholtz.models.planning import PlanSettings
+from helmholtz.models.sampling import SamplingSettings
+from helmholtz.ops.binary_latent import code_to_bits
+
+DESCRIPTION = "Read the plan of a text, or sample under shared, given, edited and independent plans."
+EDIT = re.compile(r"(\d+)(?::(\d+))?=(\d+)")
+HOLD = re.compile(r"(\d+)=([01])")
+END = "<end>"
+
+
+def make_plan_parser() -> Parser:
+    parser = make_parser("plan", DESCRIPTION)
+    option = parser.add_argument
+    option("--checkpoint", type=str, required=True, help="a run (its best weights) or a checkpoint")
+    option("--encode", type=str | None, default=None, help="show the encoder's plan of this text")
+    option(
+        "--save", type=str | None, default=None, help="file for the plan that --encode reads, edits included"
+    )
+    option("--prompt", type=str | None, default=None, help="sample continuations of this text")
+    option(
+        "--plan", type=str | None, default=None, help="a saved plan, used from the prompt's first token on"
+    )
+    option(
+        "--edit", type=str, action="append", default=[], metavar="POSITION:BIT=VALUE",
+        help="change the plan, or with POSITION=CODE a whole code of it; may be repeated",
+    )  # fmt: skip
+    option(
+        "--hold", type=str, action="append", default=[], metavar="BIT=VALUE",
+        help="force a bit in every code that is drawn; may be repeated",
+    )  # fmt: skip
+    option(
+        "--prompt_plan", type=Literal["posterior", "prior"] | None, default=None,
+        help="who draws the prompt's codes; default: posterior",
+    )  # fmt: skip
+    option("--plan_seed", type=int | None, default=None, help="seed of the codes; default: sampling.seed")
+    option("--n_samples", type=int, default=5, help="samples of a group")
+    option("--n_plans", type=int, default=8, help="groups of each kind to measure")
+    option("--bit_effects", action="store_true", help="measure what each bit changes")
+    option("--picture", type=str | None, default=None, help="file for a picture of which samples share what")
+    option("--json", action="store_true", help="print JSON")
+    parser.add_class_arguments(SamplingSettings, "sampling", skip={"stop_tokens"})
+    return parser
+
+
+def run(arguments: list[str], console: Console) -> int:
+    parser = make_plan_parser()
+    values = parse(parser, arguments)
+    _check_combination(values, parser)
+    checkpoint = find_checkpoint(values["checkpoint"])
+    model, tokenizer = load_checkpoint(checkpoint), load_tokenizer(checkpoint / TOKENIZER)
+    if not isinstance(model, FreeTransformer):
+        kind = read_config(checkpoint)[0]
+        raise ValueError(f"checkpoint: {checkpoint} is a {kind}; only a free_transformer has plans")
+    action = _encode if values["prompt"] is None else _sample
+    result = action(model, tokenizer, values, Console(quiet=True) if values["json"] else console)
+    if values["json"]:
+        console.print(json.dumps(result), markup=False)
+    return 0
+
+
+def _check_combination(values: dict[str, Any], parser: Parser) -> None:
+    """Refuse options that would do nothing beside others."""
+    encode, prompt = values["encode"] is not None, values["prompt"] is not None
+    if encode == prompt:
+        raise ValueError("encode and prompt: wanted one of them, to read the plan of a text or to sample")
+    sampling = {f"sampling.{name}" for name in values["sampling"]}
+    others = {"plan", "prompt_plan", "n_samples", "n_plans", "bit_effects", "picture"} | sampling
+    for name in sorted(others) if encode else ["save"]:
+        value = values["sampling"][name[9:]] if name in sampling else values[name]
+        if value != parser.get_default(name):
+            raise ValueError(f"{name} and {'encode' if encode else 'prompt'}: {name} has no meaning here")
+
+
+def _encode(
+    model: FreeTransformer, tokenizer: AbstractTokenizer, values: dict[str, Any], console: Console
+) -> dict[str, Any]:
+    """Read the plan of a text, change it as asked, show it and save it."""
+    check(bool(values["encode"]), "encode", values["encode"], "a text that is not empty")
+    tokens, n_bits, seed = (
+        _document(tokenizer, values["encode"]),
+        model.config.n_latent_bits,
+        values["plan_seed"] or 0,
+    )
+    read = read_plan(model, tokens, seed=seed)
+    held = [Edit(place, bit, value) for bit, value in _held(values, model) for place in range(len(tokens))]
+    codes = edit_codes(read.codes, held + _edits(values), n_bits)
+    plan = PlanFile(
+        n_latent_bits=n_bits,
+        codes=codes,
+        tokens=tuple(tokens),
+        texts=tuple(_spell(tokenizer, token) for token in tokens),
+        seed=seed,
+        fingerprint=model_fingerprint(model),
+    )
+    console.print(_plan_table(plan, read))
+    console.print(
+        f"{read.kl.sum() / math.log(2):.2f} bits about the text in {len(codes)} codes of {n_bits} bits",
+        markup=False,
+    )
+    if values["save"] is not None:
+        plan.save(values["save"])
+        console.print(f"wrote {values['save']}", markup=False)
+    return asdict(plan) | {"probability": read.probability.tolist(), "kl": read.kl.tolist()}
+
+
+def _plan_table(plan: PlanFile, read: ReadPlan) -> Table:
+    title = "Plan: a code per token; bits from bit 0 on, and how likely the encoder holds each bit to be 1"
+    table = Table("position", "token", "code", "bits", "P(bit = 1), %", "KL, bits", title=title)
+    bits = code_to_bits(torch.tensor(plan.codes), plan.n_latent_bits).int().tolist()
+    rows = zip(plan.texts, plan.codes, bits, read.probability, read.kl, strict=True)
+    for place, (text, code, row, probability, kl) in enumerate(rows):
+        percent = " ".join(f"{100 * p:3.0f}" for p in probability.tolist())
+        spelled = "".join(map(str, row))
+        table.add_row(str(place), Text(text), str(code), spelled, percent, f"{kl / math.log(2):.3f}")
+    return table
+
+
+def _sample(
+    model: FreeTransformer, tokenizer: AbstractTokenizer, values: dict[str, Any], console: Console
+) -> dict[str, Any]:
+    """Sample in groups, show two shared plans and the first group of independent ones, and measure all groups."""
+    settings = SamplingSettings(**values["sampling"], stop_tokens=(tokenizer.eos_id,))
+    prompt, n_samples, n_plans = (
+        _document(tokenizer, values["prompt"]),
+        values["n_samples"],
+        values["n_plans"],
+    )
+    plan = _plan_settings(model, values, len(prompt) + settings.max_new_tokens, console)
+    found = compare_plans(model, prompt, settings, plan, n_samples=n_samples, n_plans=n_plans)
+    groups = [
+        NamedGroup("independent plans", found.independent[0], False),
+        NamedGroup("plan A", found.shared[0], True),
+    ]
+    result: dict[str, Any] = {"prompt": values["prompt"], "n_samples": n_samples, "n_plans": n_plans}
+    if edits := _edits(values):
+        edited = edit_codes(found.plans[0], edits, model.config.n_latent_bits)
+        groups.append(
+            NamedGroup("plan A, edited", sample_under(model, prompt, settings, [edited] * n_samples), True)
+        )
+        result["changed_by_edit"] = asdict(changed(groups[1].samples, groups[2].samples))
+    else:
+        groups.append(NamedGroup("plan B", found.shared[1], True))
+    result |= {
+        "one_plan": asdict(found.sharing),
+        "a_plan_each": asdict(found.independent_sharing),
+        "gap": asdict(found.gap),
+        "groups": [_described(group, tokenizer) for group in groups],
+    }
+    if values["bit_effects"]:
+        effects = bit_effects(model, prompt, settings, plan, n_samples=n_plans)
+        result["changed_by_bit"] = [asdict(effect) for effect in effects]
+    _print(result, console)
+    if values["picture"] is not None:
+        plot_plans(
+            groups,
+            found,
+            Path(values["picture"]),
+            title=values["prompt"],
+            n_prompt=len(prompt),
+            spell=lambda token: _spell(tokenizer, token),
+        )
+        console.print(f"wrote {values['picture']}", markup=False)
+    return result
+
+
+def _plan_settings(
+    model: FreeTransformer, values: dict[str, Any], n_codes: int, console: Console
+) -> PlanSettings:
+    codes: tuple[int, ...] = ()
+    held = _held(values, model)
+    if values["plan"] is not None:
+        codes = load_plan(values["plan"], model).codes
+        if held and len(codes) >= n_codes:
+            raise ValueError(
+                f"hold and plan: {values['plan']} gives all {n_codes} codes and none is drawn; change them with --edit"
+            )
+        console.print(
+            f"plan: {min(len(codes), n_codes)} of {n_codes} codes from {values['plan']}, which has {len(codes)}",
+            markup=False,
+        )
+    return PlanSettings(
+        prompt=values["prompt_plan"] or "posterior", codes=(codes,), held_bits=held, seed=values["plan_seed"]
+    )
+
+
+def _described(group: NamedGroup, tokenizer: AbstractTokenizer) -> dict[str, Any]:
+    samples = [
+        {"text": tokenizer.decode(row.tokens), "tokens": row.tokens, "codes": row.codes}
+        for row in group.samples
+    ]
+    return {"name": group.name, "one_plan": group.is_shared, "samples": samples}
+
+
+def _print(result: dict[str, Any], console: Console) -> None:
+    for group in result["groups"]:
+        console.print(group["name"], style="bold", markup=False)
+        for number, sample in enumerate(group["samples"], 1):
+            console.print(f"{number:>3}  {_one_line(result['prompt'] + sample['text'])}", markup=False)
+    table = Table("", "same token, %", "longest common run, %", title="What two samples of a group share")
+    for name, kind in (("one plan", "one_plan"), ("a plan each", "a_plan_each")):
+        table.add_row(name, _percent(result[kind]["agreement"]), _percent(result[kind]["common_run"]))
+    table.add_row("difference", _percent(result["gap"]), "")
+    console.print(table)
+    console.print(
+        f"{result['n_plans']} groups of {result['n_samples']} samples of each kind; \u00b1 is the standard error over "
+        "the groups"
+    )
+    if "changed_by_edit" in result:
+        change = result["changed_by_edit"]
+        console.print(
+            f"the edit changes {_percent(change)} % of the tokens ({change['n']} samples of plan A)"
+        )
+    if "changed_by_bit" in result:
+        pairs = result["changed_by_bit"][0]["n"]
+        bits = Table(
+            "bit", "tokens changed, %", title=f"A bit 1 in all codes against 0, {pairs} pairs of samples"
+        )
+        for bit, change in enumerate(result["changed_by_bit"]):
+            bits.add_row(str(bit), _percent(change))
+        console.print(bits)
+
+
+def _percent(value: dict[str, Any]) -> str:
+    return f"{100 * value['mean']:.1f} \u00b1 {100 * value['standard_error']:.1f}"
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", "\\n")
+
+
+def _document(tokenizer: AbstractTokenizer, text: str) -> list[int]:
+    """A document begins after the end of another: so do a prompt and a text whose plan is read."""
+    return [tokenizer.eos_id, *tokenizer.encode(text)]
+
+
+def _spell(tokenizer: AbstractTokenizer, token: int) -> str:
+    return END if token == tokenizer.eos_id else tokenizer.decode([token])
+
+
+def _edits(values: dict[str, Any]) -> list[Edit]:
+    edits = []
+    for text in values["edit"]:
+        position, bit, value = _parts(
+            EDIT, "edit", text, "POSITION:BIT=VALUE or POSITION=CODE, whole numbers"
+        )
+        edits.append(Edit(int(position), None if bit is None else int(bit), int(value)))
+    return edits
+
+
+def _held(values: dict[str, Any], model: FreeTransformer) -> tuple[tuple[int, int], ...]:
+    n_bits = model.config.n_latent_bits
+    held: dict[int, int] = {}
+    for text in values["hold"]:
+        bit, value = map(int, _parts(HOLD, "hold", text, "BIT=0 or BIT=1"))
+        check(bit < n_bits, "hold", text, f"of a bit below the model's {n_bits}")
+        check(held.setdefault(bit, value) == value, "hold", values["hold"], f"one value for bit {bit}")
+    return tuple(held.items())
+
+
+def _parts(pattern: re.Pattern[str], name: str, text: str, wanted: str) -> tuple[str, ...]:
+    match = pattern.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{name} must be {wanted}, got {text!r}")
+    return match.groups()
