@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from helmholtz.evals.compare import compare, inequalities, model_label
+from helmholtz.evals.compare import Row, compare, inequalities, leaders, model_label, same_model
 from helmholtz.evals.plots import plot_loss_curves
 from helmholtz.evals.runs import Run, read_run
 from helmholtz.training.run import train
@@ -18,6 +18,51 @@ def run(name, *, parameters=1000, tokens=500, data="a", **settings):
         "train": {"seed": 0, "steps": 10, "lr": 0.1} | settings,
     }
     return Run(Path(name), description, "data", {"parameters": parameters, "tokens": tokens}, [])
+
+
+def row(name, kind, bits_per_byte):
+    return Row(
+        name=name, model="m", seed=0, parameters=1, tokens=1, kind=kind, validation_bits_per_byte=bits_per_byte,
+        validation_perplexity=1.0, bounds=None, train_tokens_per_second=1.0, decode_tokens_per_second=1.0,
+        peak_memory_bytes=1, parts={},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("numbers", "best"),
+    [
+        ([("exact", 2.0), ("exact", 1.0)], {"1"}),
+        ([("exact", 2.0), ("bound", 1.9), ("exact", 2.1)], {"1"}),
+        (
+            [("exact", 2.0), ("bound", 2.1)],
+            {"0"},
+        ),  # the bound decides nothing: the lowest exact number is marked
+        ([("exact", 2.0), ("bound", 2.0)], {"0"}),
+        (
+            [("bound", 1.8), ("exact", 2.0), ("bound", 1.9)],
+            {"0", "2"},
+        ),  # both win; which is better is unknown
+        ([("bound", 1.8), ("bound", 1.9)], set()),
+    ],
+)
+def test_a_bound_is_marked_only_where_it_is_below_every_exact_number(numbers, best):
+    assert leaders([row(str(index), *number) for index, number in enumerate(numbers)]) == best
+
+
+def objective(name, kappa_bits):
+    free = run(name)
+    free.description["objective"] = {"kappa_bits": kappa_bits} if kappa_bits else None
+    return free
+
+
+def test_an_objective_is_no_budget_but_tells_models_apart():
+    plain, half, one = objective("a", None), objective("b", 0.5), objective("c", 1.0)
+    assert inequalities([run("d"), plain, half, one]) == []
+    assert len({same_model(r) for r in (plain, half, one)}) == 3
+    assert same_model(plain) == same_model(run("d"))
+    assert model_label(
+        {"architecture": "free_transformer", "model": {}, "objective": {"kappa_bits": 0.125}}
+    ) == ("free_transformer (0.125 bits)")
 
 
 def test_equal_budgets_pass_whatever_the_seed():

@@ -13,6 +13,7 @@ from helmholtz.evals.inspection import (
 )
 from helmholtz.evals.plots import plot_selection
 from helmholtz.models.fem_lm import FEMLM, FEMLMConfig
+from helmholtz.models.free_transformer import FreeTransformer, FreeTransformerConfig
 from helmholtz.models.transformer import Transformer, TransformerConfig
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -30,6 +31,20 @@ def test_parameters_are_counted_once_each(model):
     assert counts["embed"] == 11 * 128
     assert counts["unembed"] == 0  # tied
     assert counts["blocks.2.mixer"] == sum(p.numel() for p in model.blocks[2].mixer.parameters())
+    assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("post_sampler", "size"), [("table", 2**5 * 64), ("bits", 5 * 64)])
+def test_the_parameters_of_a_plan_are_listed(post_sampler, size):
+    config = FreeTransformerConfig(
+        vocab_size=11, d_model=64, n_layers=3, n_heads=2, n_latent_bits=5, post_sampler=post_sampler
+    )
+    model = FreeTransformer(config)
+    counts = {count.module: count.parameters for count in count_parameters(model)}
+    wanted = {"encoder.query": 64, "encoder.norm": 64, "encoder.readout": 5 * 64, "post_sampler": size}
+    assert counts | wanted == counts
+    for part in ("mixer", "mlp", "mixer_norm", "mlp_norm"):
+        assert counts[f"encoder.block.{part}"] == counts[f"blocks.1.{part}"] > 0
     assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
 
 

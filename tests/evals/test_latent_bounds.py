@@ -190,7 +190,7 @@ def test_a_report_says_what_leaks_and_counts_bits_per_byte_of_bounds_alone(data)
     found = evaluate_bounds(free_transformer(2), data, seq_len=32, n_samples=2)
     values = report(found, data)
     assert "posterior_cross_entropy" not in values
-    assert values["posterior_cross_entropy_leaks"] == found.posterior_cross_entropy
+    assert values["posterior_cross_entropy_leaking"] == found.posterior_cross_entropy
     assert values["elbo_bits_per_byte"] == data.bits_per_byte(found.elbo)
     assert {name for name in values if name.endswith("per_byte")} == {
         f"{name}_bits_per_byte" for name in ("prior_cross_entropy", "elbo", "importance_weighted")

@@ -6,15 +6,18 @@ from rich.console import Console
 from rich.table import Table
 
 from helmholtz.cli.arguments import make_parser, parse
-from helmholtz.evals.compare import Comparison, compare, write_results
+from helmholtz.evals.compare import POSTERIOR_SAMPLES, Comparison, Group, Row, compare, leaders, write_results
 from helmholtz.evals.plots import plot_loss_curves
 
 DESCRIPTION = "Compare finished runs at equal budgets: a table, results.json and the loss curves."
 
+WIDTH = 120
+"""Columns that the table may take where the terminal has fewer: a wrapped line is better than a cut number."""
+
 
 def comparison_table(comparison: Comparison) -> Table:
     title = "Comparison" if not comparison.inequalities else "Comparison at UNEQUAL budgets"
-    table = Table(title=title, box=None, padding=(0, 1, 0, 0))  # fits 80 columns
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
     for column in ("run", "model"):
         table.add_column(column, no_wrap=True)
     for column in (
@@ -25,18 +28,37 @@ def comparison_table(comparison: Comparison) -> Table:
         "peak\nmemory",
     ):
         table.add_column(column, justify="right", no_wrap=True)
-    best = min(row.validation_bits_per_byte for row in comparison.rows)
+    best = leaders(comparison.rows)
     for row in comparison.rows:
         table.add_row(
             row.name,
             row.model,
             f"{row.parameters:,}",
-            f"{row.validation_bits_per_byte:.4f}" + (" *" if row.validation_bits_per_byte == best else "  "),
+            _number(row, row.validation_bits_per_byte) + (" *" if row.name in best else "  "),
             f"{row.train_tokens_per_second:,.0f}",
             f"{row.decode_tokens_per_second:,.0f}",
             f"{row.peak_memory_bytes / 2**20:,.0f} MiB",
         )
     return table
+
+
+def _number(of: Row | Group, value: float) -> str:
+    return ("<= " if of.kind == "bound" else "") + f"{value:.4f}"
+
+
+def footnotes(comparison: Comparison) -> list[str]:
+    """What the numbers are, and where the parameters of models with a plan are."""
+    lines = [f"bits/byte: whole validation split, windows of {comparison.window} tokens without overlap"]
+    if not any(row.kind == "bound" for row in comparison.rows):
+        return lines
+    lines.append(
+        f"<=: importance-weighted upper bound, {POSTERIOR_SAMPLES} plans per window. Below every exact number it is a "
+        "win (*); above one it decides nothing"
+    )
+    for row in comparison.rows:
+        parts = ", ".join(f"{name} {size:,}" for name, size in row.parts.items() if size)
+        lines.append(f"parameters of {row.name}: {parts}")
+    return lines
 
 
 def run(arguments: list[str], console: Console) -> int:
@@ -51,11 +73,14 @@ def run(arguments: list[str], console: Console) -> int:
     comparison = compare(values["runs"], allow_unequal=values["allow_unequal"])
     write_results(comparison, values["runs"], output / "results.json")
     plot_loss_curves(values["runs"], output / "loss.png")
+    console.width = max(console.width, WIDTH)
     console.print(comparison_table(comparison))
+    for line in footnotes(comparison):
+        console.print(line, markup=False)
     for group in comparison.groups:
         if group.deviation is not None:
             console.print(
-                f"{group.model}: {group.mean_bits_per_byte:.4f} ± {group.deviation:.4f} bits/byte "
+                f"{group.model}: {_number(group, group.mean_bits_per_byte)} ± {group.deviation:.4f} bits/byte "
                 f"over seeds {', '.join(map(str, group.seeds))}"
             )
     for inequality in comparison.inequalities:

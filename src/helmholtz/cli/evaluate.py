@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 
@@ -11,10 +12,57 @@ from helmholtz.cli.arguments import make_parser, parse
 from helmholtz.cli.checkpoints import check_same_tokenizer
 from helmholtz.data.tokens import TokenDataset
 from helmholtz.evals.language import decode_tokens_per_second, evaluate_language
+from helmholtz.evals.latent import evaluate_bounds, report
 from helmholtz.evals.runs import find_checkpoint, training_data
+from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.checkpoint import load_checkpoint
+from helmholtz.models.free_transformer import FreeTransformer
 
-DESCRIPTION = "Bits per byte and perplexity over a whole split, and the speed of decoding."
+DESCRIPTION = (
+    "Bits per byte and perplexity over a whole split, and the speed of decoding; of a free_transformer, bounds of its "
+    "nats per token and the usage of its plan."
+)
+NOTES = {
+    "posterior_cross_entropy_leaking": "leaks: not a language-model loss",
+    "prior_cross_entropy": "upper bound",
+    "kl": "price of the posterior's plan",
+    "elbo": "upper bound: posterior cross-entropy + KL",
+    "importance_weighted": "upper bound, the tightest with enough samples",
+    "effective_samples": "of n_samples; near 1, more samples would help",
+    "active_bits": "bits that carry more than 0.01 nats",
+    "mutual_information": "nats that the code says about its token",
+}
+
+
+def _quality(model: AbstractDecoder, data: TokenDataset, values: dict[str, Any]) -> dict[str, Any]:
+    plan_options = {key: values[key] for key in ("n_samples", "n_windows") if values[key] is not None}
+    seq_len = model.config.max_seq_len if values["seq_len"] is None else values["seq_len"]
+    batch_size = values["batch_size"]
+    if isinstance(model, FreeTransformer):
+        if values["overlap"]:
+            raise ValueError(
+                "overlap: the windows of a free_transformer have none, each has a plan of its own"
+            )
+        bounds = evaluate_bounds(model, data, seq_len=seq_len, batch_size=batch_size, **plan_options)
+        return report(bounds, data)
+    for name in plan_options:
+        raise ValueError(f"{name}: only a free_transformer has it, this model's number is exact")
+    overlap = values["overlap"]
+    return asdict(evaluate_language(model, data, seq_len=seq_len, overlap=overlap, batch_size=batch_size))
+
+
+def _lines(result: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, value in result.items():
+        if isinstance(value, dict):
+            lines += _lines(value)
+        elif isinstance(value, tuple):
+            lines.append(f"{name:<37}{' '.join(f'{item:.4f}' for item in value)}")
+        else:
+            number = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
+            note = f"({NOTES[name]})" if name in NOTES else ""
+            lines.append(f"{name:<37}{number:<10}{note}".rstrip())
+    return lines
 
 
 def run(arguments: list[str], console: Console) -> int:
@@ -33,24 +81,32 @@ def run(arguments: list[str], console: Console) -> int:
         "--seq_len", type=int | None, default=None, help="window; default: the model's longest"
     )
     parser.add_argument(
-        "--overlap", type=int | None, default=None, help="context tokens of a window; default: half"
+        "--overlap",
+        type=int | None,
+        default=None,
+        help="context tokens of a window; default: half, none for a free_transformer",
     )
     parser.add_argument("--batch_size", type=int, default=16, help="windows per pass")
+    parser.add_argument(
+        "--n_samples",
+        type=int | None,
+        default=None,
+        help="free_transformer only: plans per window in the importance-weighted bound; default: 64",
+    )
+    parser.add_argument(
+        "--n_windows",
+        type=int | None,
+        default=None,
+        help="free_transformer only: so many windows, evenly spaced; default: all",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     values = parse(parser, arguments)
     checkpoint = find_checkpoint(values["checkpoint"])
     folder = values["data"] or training_data(values["checkpoint"])
     model, data = load_checkpoint(checkpoint), TokenDataset(folder, values["split"])
     check_same_tokenizer(checkpoint / TOKENIZER, data.tokenizer_folder)
-    quality = evaluate_language(
-        model,
-        data,
-        seq_len=values["seq_len"] or model.config.max_seq_len,
-        overlap=values["overlap"],
-        batch_size=values["batch_size"],
-    )
     n_tokens = min(128, model.config.max_seq_len // 2)
-    result = asdict(quality) | {
+    result = _quality(model, data, values) | {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "decode_tokens_per_second": decode_tokens_per_second(model, n_tokens=n_tokens),
         "peak_memory_bytes": peak_memory_bytes(),
@@ -58,6 +114,6 @@ def run(arguments: list[str], console: Console) -> int:
     if values["json"]:
         console.print(json.dumps(result), markup=False)
     else:
-        for name, value in result.items():
-            console.print(f"{name:<26}{value:,.4f}" if isinstance(value, float) else f"{name:<26}{value:,}")
+        for line in _lines(result):
+            console.print(line, markup=False)
     return 0

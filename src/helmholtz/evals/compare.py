@@ -1,21 +1,29 @@
 """Runs side by side: quality, speed and memory at equal budgets."""
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from helmholtz._hardware import describe_hardware, git_commit
 from helmholtz.data.tokens import TokenDataset
+from helmholtz.evals.inspection import count_parameters
 from helmholtz.evals.language import decode_tokens_per_second, evaluate_language
+from helmholtz.evals.latent import evaluate_bounds, report
 from helmholtz.evals.runs import Run, read_run
+from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.checkpoint import load_checkpoint
+from helmholtz.models.free_transformer import FreeTransformer
 
 BUDGET_TOLERANCE = 0.02
 DECODE_REPEATS = 3
+POSTERIOR_SAMPLES = 16
+"""Plans per window in the bound of a model with a plan: fixed, so that no run chooses the number that suits it."""
+Kind = Literal["exact", "bound"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +36,20 @@ class Row:
     parameters: int
     tokens: int
     """Training tokens."""
+    kind: Kind
+    """Whether the validation numbers are the model's own or an upper bound of them (a model with a plan)."""
     validation_bits_per_byte: float
-    """Over the whole validation split, with the weights of lowest validation loss."""
+    """Over the whole validation split, in windows without overlap, with the weights of lowest validation loss."""
     validation_perplexity: float
+    bounds: dict[str, Any] | None
+    """Every bound of a model with a plan (``evals.latent.report``); ``kind`` "bound" is the importance-weighted one."""
     train_tokens_per_second: float
     decode_tokens_per_second: float
     """Greedy, one sequence."""
     peak_memory_bytes: int
     """Of the training process."""
+    parts: dict[str, int]
+    """Where the parameters are: embedding, blocks, and encoder and table of a plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +58,7 @@ class Group:
 
     model: str
     seeds: tuple[int, ...]
+    kind: Kind
     mean_bits_per_byte: float
     deviation: float | None
     """Sample standard deviation over seeds; None for a single one."""
@@ -52,14 +67,16 @@ class Group:
 @dataclass(frozen=True, slots=True)
 class Comparison:
     rows: tuple[Row, ...]
+    window: int
+    """Tokens of the windows that every row was evaluated on: the shortest that a run was trained on."""
     groups: tuple[Group, ...]
     inequalities: tuple[str, ...]
     """Why the comparison is not at equal budgets; empty if it is."""
 
 
 def inequalities(runs: Sequence[Run]) -> list[str]:
-    """Every way in which the runs' budgets differ: parameters by more than 2 %, tokens, data, or any setting but
-    the seed."""
+    """Every way in which the runs' budgets differ: parameters by more than 2 %, tokens, data, or any setting of
+    the training but the seed. What a model is and what it minimises are no budgets."""
     found = []
     sizes = {run.name: run.summary["parameters"] for run in runs}
     if max(sizes.values()) > (1 + BUDGET_TOLERANCE) * min(sizes.values()):
@@ -93,14 +110,15 @@ def compare(folders: Sequence[str | Path], *, allow_unequal: bool = False) -> Co
     unequal = inequalities(runs)
     if unequal and not allow_unequal:
         raise ValueError("these runs cannot be compared fairly: " + "; ".join(unequal))
-    rows = tuple(_row(run) for run in runs)
-    return Comparison(rows, _groups(runs, rows), tuple(unequal))
+    window = min(run.description["train"]["seq_len"] for run in runs)
+    rows = tuple(_row(run, window) for run in runs)
+    return Comparison(rows, window, _groups(runs, rows), tuple(unequal))
 
 
-def _row(run: Run) -> Row:
+def _row(run: Run, window: int) -> Row:
     model, train = load_checkpoint(run.checkpoint), run.description["train"]
     data = TokenDataset(run.data_folder, "validation")
-    quality = evaluate_language(model, data, seq_len=train["seq_len"], batch_size=train["batch_size"])
+    nats, bounds = _quality(model, data, window, train["batch_size"])
     n_tokens = min(128, model.config.max_seq_len // 2)
     speeds = [decode_tokens_per_second(model, n_tokens=n_tokens) for _ in range(DECODE_REPEATS)]
     return Row(
@@ -109,24 +127,61 @@ def _row(run: Run) -> Row:
         seed=train["seed"],
         parameters=run.summary["parameters"],
         tokens=run.summary["tokens"],
-        validation_bits_per_byte=quality.bits_per_byte,
-        validation_perplexity=quality.perplexity,
+        kind="bound" if bounds else "exact",
+        validation_bits_per_byte=data.bits_per_byte(nats),
+        validation_perplexity=math.exp(min(nats, 700.0)),
+        bounds=bounds,
         train_tokens_per_second=run.train_tokens_per_second(),
         decode_tokens_per_second=statistics.median(speeds),
         peak_memory_bytes=run.summary["peak_memory_bytes"],
+        parts=_parts(model),
     )
 
 
+def _quality(
+    model: AbstractDecoder, data: TokenDataset, window: int, batch_size: int
+) -> tuple[float, dict[str, Any] | None]:
+    """Nats per token, and all bounds where that is one of them."""
+    if not isinstance(model, FreeTransformer):
+        quality = evaluate_language(model, data, seq_len=window, overlap=0, batch_size=batch_size)
+        return quality.nats_per_token, None
+    bounds = evaluate_bounds(model, data, seq_len=window, batch_size=batch_size, n_samples=POSTERIOR_SAMPLES)
+    return bounds.importance_weighted, report(bounds, data)
+
+
+def _parts(model: AbstractDecoder) -> dict[str, int]:
+    parts: dict[str, int] = {}
+    for count in count_parameters(model):
+        name = count.module.split(".")[0]
+        parts[name] = parts.get(name, 0) + count.parameters
+    return parts
+
+
+def leaders(rows: Sequence[Row]) -> set[str]:
+    """Names of the rows known to be at or below every exact number: the lowest exact one, or all bounds below that.
+
+    A bound above it decides nothing: its row may be the best of all. Which of several bounds is best is not known.
+    """
+    exact = {row.name: row.validation_bits_per_byte for row in rows if row.kind == "exact"}
+    lowest = min(exact.values(), default=-math.inf)
+    wins = {row.name for row in rows if row.kind == "bound" and row.validation_bits_per_byte < lowest}
+    return wins or {name for name, value in exact.items() if value == lowest}
+
+
 def model_label(description: dict[str, Any]) -> str:
-    """Architecture, with the priors of a FEM model: ``fem_lm (softmax)``."""
+    """Architecture, with the priors of a FEM model, ``fem_lm (softmax)``, or the free bits of a plan's training."""
+    objective = description.get("objective")
+    if objective:
+        return f"{description['architecture']} ({objective['kappa_bits']:g} bits)"
     prior = description["model"].get("prior")
     names = prior if isinstance(prior, str) else ", ".join(dict.fromkeys(prior or ()))
     return f"{description['architecture']} ({names})" if names else description["architecture"]
 
 
 def same_model(run: Run) -> str:
-    """Equal for runs of one model: architecture and configuration."""
-    return json.dumps([run.description["architecture"], run.description["model"]], sort_keys=True)
+    """Equal for runs of one model: architecture, configuration and objective."""
+    parts = ("architecture", "model", "objective")
+    return json.dumps([run.description.get(part) for part in parts], sort_keys=True)
 
 
 def _groups(runs: Sequence[Run], rows: Sequence[Row]) -> tuple[Group, ...]:
@@ -141,6 +196,7 @@ def _group(rows: Sequence[Row]) -> Group:
     return Group(
         model=rows[0].model,
         seeds=tuple(row.seed for row in rows),
+        kind=rows[0].kind,
         mean_bits_per_byte=statistics.mean(values),
         deviation=statistics.stdev(values) if len(values) > 1 else None,
     )

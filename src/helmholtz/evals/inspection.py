@@ -10,6 +10,7 @@ from helmholtz.layers.fem import FreeEnergyMixer
 from helmholtz.layers.fem_reading import Reading, inspect_read
 from helmholtz.layers.sizing import attention_parameters
 from helmholtz.models.base import AbstractDecoder, evaluation_mode
+from helmholtz.models.free_transformer import FreeTransformer
 from helmholtz.models.transformer import TransformerConfig
 
 
@@ -40,24 +41,30 @@ class ReadSummary:
 
 
 def count_parameters(model: AbstractDecoder) -> list[ParameterCount]:
-    """Embedding, each block's mixer, feed-forward and norms, final norm and output matrix, in order."""
-    parts: list[tuple[str, nn.Module]] = [("embed", model.embed)]
+    """Embedding, each block's mixer, feed-forward and norms, encoder and table of a plan, final norm, output matrix."""
+    parts: list[tuple[str, nn.Module | nn.Parameter]] = [("embed", model.embed)]
     for index, block in enumerate(model.blocks):
-        children = [
-            (name, child) for name, child in block.named_children() if any(True for _ in child.parameters())
-        ]
-        parts += [(f"blocks.{index}.{name}", child) for name, child in children]
+        parts += _children(f"blocks.{index}", block)
+    if isinstance(model, FreeTransformer):
+        parts.append(("encoder.query", model.encoder.query))
+        for name, child in model.encoder.named_children():
+            parts += _children("encoder.block", child) if name == "block" else [(f"encoder.{name}", child)]
+        parts.append(("post_sampler", model.post_sampler))
     parts += [("norm", model.norm), ("unembed", model.unembed)]
     seen: set[int] = set()
     counts = []
     for name, part in parts:
-        own = {
-            id(parameter): parameter.numel() for parameter in part.parameters() if id(parameter) not in seen
-        }
+        found = [part] if isinstance(part, nn.Parameter) else part.parameters()
+        own = {id(parameter): parameter.numel() for parameter in found if id(parameter) not in seen}
         seen |= own.keys()
         counts.append(ParameterCount(name, sum(own.values())))
     assert sum(count.parameters for count in counts) == sum(p.numel() for p in model.parameters())
     return counts
+
+
+def _children(name: str, module: nn.Module) -> list[tuple[str, nn.Module | nn.Parameter]]:
+    children = module.named_children()
+    return [(f"{name}.{key}", child) for key, child in children if any(True for _ in child.parameters())]
 
 
 def baseline_block_parameters(model: AbstractDecoder) -> int:

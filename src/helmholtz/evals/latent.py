@@ -108,7 +108,8 @@ def report(bounds: LatentBounds, data: TokenDataset) -> dict[str, Any]:
     Bits per byte count the bytes of the split per token, also where only some windows were read.
     """
     values = asdict(bounds)
-    leak = {"posterior_cross_entropy_leaks": values.pop("posterior_cross_entropy")}
+    values["usage"].pop("kl")  # the one of the bounds
+    leak = {"posterior_cross_entropy_leaking": values.pop("posterior_cross_entropy")}
     names = ("prior_cross_entropy", "elbo", "importance_weighted")
     return leak | values | {f"{name}_bits_per_byte": data.bits_per_byte(values[name]) for name in names}
 

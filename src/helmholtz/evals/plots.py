@@ -93,9 +93,7 @@ def plot_selection(
     width = max(6.0, 0.32 * len(words) + 3.5)
     figure, axes = plt.subplots(figsize=(width, 0.42 * len(rows) + 2.2), layout="constrained")
     image = axes.imshow([row.tolist() for row in rows], aspect="auto", cmap="viridis", vmin=0)
-    axes.set_xticks(
-        range(len(words)), [visible(word) for word in words], rotation=70, ha="right", fontsize=8
-    )
+    axes.set_xticks(range(len(words)), [visible(word) for word in words], rotation=70, ha="right", fontsize=8)
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.axhline(0.5, color="white", linewidth=2)
     axes.set_title(title, fontsize=10)
