@@ -2,8 +2,15 @@
 
 from helmholtz.data.corpus import Document, documents, find_files, shakespeare_files
 from helmholtz.data.prepare import DataConfig, PreparedData, prepare
+from helmholtz.data.rows import write_rows
 from helmholtz.data.split import Split, SplitRule
-from helmholtz.data.tokenizer import AbstractTokenizer, BPETokenizer, ByteTokenizer, load_tokenizer
+from helmholtz.data.tokenizer import (
+    AbstractTokenizer,
+    BPETokenizer,
+    ByteTokenizer,
+    IdTokenizer,
+    load_tokenizer,
+)
 from helmholtz.data.tokens import Metadata, PackedRow, SplitCounts, TokenDataset
 
 __all__ = [
@@ -12,6 +19,7 @@ __all__ = [
     "ByteTokenizer",
     "DataConfig",
     "Document",
+    "IdTokenizer",
     "Metadata",
     "PackedRow",
     "PreparedData",
@@ -24,4 +32,5 @@ __all__ = [
     "load_tokenizer",
     "prepare",
     "shakespeare_files",
+    "write_rows",
 ]

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,10 +38,10 @@ class DataConfig:
     """Text files (.txt .text .md .rst), JSON Lines (.jsonl .ndjson), folders of them; none: Shakespeare."""
     text_field: str = "text"
     """Field of a JSON line that holds its text."""
-    tokenizer: Literal["bytes", "bpe"] = "bpe"
-    """Raw bytes, or a byte-level BPE trained on the training split."""
+    tokenizer: Literal["bytes", "bpe", "ids"] = "bpe"
+    """Raw bytes, a byte-level BPE trained on the training split, or rows of ids (``write_rows``), as they are."""
     vocab_size: int | None = None
-    """Tokens of the BPE with the end-of-document token, at most; default 2048. Bytes always have 257."""
+    """Tokens of the BPE with the end-of-document token, at most; default 2048. Bytes have 257, ids what was written."""
     validation_fraction: float = 0.05
     """Part of the text kept for validation, in (0, 1)."""
     split_by: Literal["auto", "document", "tail"] = "auto"
@@ -52,20 +52,30 @@ class DataConfig:
     def __post_init__(self) -> None:
         check(bool(self.folder), "folder", self.folder, "the path of a folder")
         check(not isinstance(self.sources, str), "sources", self.sources, "a list of paths")
-        check_choice("tokenizer", self.tokenizer, ("bytes", "bpe"))
+        check_choice("tokenizer", self.tokenizer, ("bytes", "bpe", "ids"))
         check_choice("split_by", self.split_by, ("auto", "document", "tail"))
         check_fraction("validation_fraction", self.validation_fraction)
         check(self.validation_fraction > 0, "validation_fraction", self.validation_fraction, "in (0, 1)")
         check_integer("seed", self.seed, minimum=0)
-        if self.vocab_size is None:
+        if self.tokenizer == "ids":
+            self._check_unused()
+        elif self.vocab_size is None:
             object.__setattr__(self, "vocab_size", BYTES + 1 if self.tokenizer == "bytes" else 2048)
         elif self.tokenizer == "bytes":
             check(self.vocab_size == BYTES + 1, "vocab_size", self.vocab_size, "257 for tokenizer=bytes")
         else:
             check_integer("vocab_size", self.vocab_size, minimum=BYTES + 2)
 
+    def _check_unused(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("folder", "tokenizer") and value != field.default:
+                raise ValueError(f"{field.name}: got {value!r}, but tokenizer='ids' takes rows as they are")
+
     def settings(self) -> dict[str, Any]:
         """What the tokens depend on, besides the contents of the sources: everything but where files are."""
+        if self.tokenizer == "ids":
+            return {"tokenizer": "ids"}
         return {name: value for name, value in asdict(self).items() if name not in ("folder", "sources")}
 
 
@@ -106,6 +116,7 @@ def prepare(config: DataConfig, *, overwrite: bool = False, console: Console | N
             left as it was.
         ImportError: a missing package, with the command that installs it.
     """
+    check(config.tokenizer != "ids", "tokenizer", "ids", "'bytes' or 'bpe' for text (write_rows writes ids)")
     files = find_files(config.sources) if config.sources else shakespeare_files()
     folder, fingerprint = complete_folder(config.folder), _fingerprint(files)
     found = _existing(folder, config, fingerprint, overwrite=overwrite)

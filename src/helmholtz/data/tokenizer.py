@@ -1,4 +1,4 @@
-"""Text to token ids and back: raw bytes, or a byte-level BPE. Either way any UTF-8 text survives exactly."""
+"""Text to token ids and back: raw bytes, a byte-level BPE (any UTF-8 text survives both exactly), or ids as text."""
 
 import abc
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from helmholtz._checks import check_choice, check_integer
+from helmholtz._checks import check, check_choice, check_integer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -105,6 +105,30 @@ class BPETokenizer(AbstractTokenizer):
         self._tokenizer.save(str(Path(folder) / "tokenizer.json"))
 
 
+class IdTokenizer(AbstractTokenizer):
+    """Sequences that never were text: an id is written in decimal, ids are separated by a space.
+
+    Args:
+        n_ids: ids of the sequences; ``vocab_size`` has the end-of-document token besides.
+    """
+
+    def __init__(self, n_ids: int) -> None:
+        check_integer("n_ids", n_ids)
+        self.vocab_size = n_ids + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Raises: ValueError for a word that is no id."""
+        for word in text.split():
+            check(word.isdecimal() and int(word) < self.eos_id, "text", word, f"ids below {self.eos_id}")
+        return [int(word) for word in text.split()]
+
+    def _decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        _save_kind(folder, "ids", n_ids=self.eos_id)
+
+
 def load_tokenizer(folder: str | os.PathLike[str]) -> AbstractTokenizer:
     """The tokenizer that ``save`` wrote into ``folder``.
 
@@ -112,12 +136,15 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> AbstractTokenizer:
     """
     path = Path(folder) / "kind.json"
     try:
-        kind = json.loads(path.read_text())["kind"]
+        saved = json.loads(path.read_text())
+        kind = saved["kind"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: wanted the kind of a saved tokenizer, got {error!r}") from error
-    check_choice(f"kind in {path}", kind, ("bytes", "bpe"))
+    check_choice(f"kind in {path}", kind, ("bytes", "bpe", "ids"))
     if kind == "bytes":
         return ByteTokenizer()
+    if kind == "ids":
+        return IdTokenizer(saved.get("n_ids"))
     return BPETokenizer(_load_bpe(Path(folder) / "tokenizer.json"))
 
 
@@ -129,9 +156,9 @@ def _load_bpe(path: Path) -> "Tokenizer":
         raise ValueError(f"{path}: not a readable tokenizer ({error})") from error
 
 
-def _save_kind(folder: str | os.PathLike[str], kind: str) -> None:
+def _save_kind(folder: str | os.PathLike[str], kind: str, **values: int) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / "kind.json").write_text(json.dumps({"kind": kind}) + "\n")
+    (Path(folder) / "kind.json").write_text(json.dumps({"kind": kind, **values}) + "\n")
 
 
 def _library() -> ModuleType:

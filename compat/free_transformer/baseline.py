@@ -1,0 +1,5 @@
+"""The original ``free_transformer.baseline``."""
+
+from helmholtz.interop.seeds.free_transformer.baseline import TransformerBaseline
+
+__all__ = ["TransformerBaseline"]

@@ -1,0 +1,5 @@
+"""The original ``free_transformer.encoder``."""
+
+from helmholtz.interop.seeds.free_transformer.encoder import EncoderBlock
+
+__all__ = ["EncoderBlock"]

@@ -1,0 +1,5 @@
+"""The original ``free_transformer.injection``."""
+
+from helmholtz.interop.seeds.free_transformer.injection import InjectionMechanism
+
+__all__ = ["InjectionMechanism"]

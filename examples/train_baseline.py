@@ -1,0 +1,53 @@
+"""Train the decoder without a plan.
+
+    python examples/train_baseline.py --config configs/baseline.yaml --output-dir checkpoints/baseline
+
+The YAML is this library's, as for ``helmholtz train``, or the original's (model, training, data), which is translated
+and what it means differently is said. Run again, an interrupted training goes on.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+
+from helmholtz.cli.main import main as helmholtz
+from helmholtz.interop.seeds.free_transformer.config import read_yaml
+from helmholtz.interop.seeds.free_transformer.convert import convert_config
+
+
+def train(architecture: str, output_dir: str) -> int:
+    """Read the command line and train; ``output_dir`` is the default of ``--output-dir``."""
+    parser = argparse.ArgumentParser(description=f"Train the architecture {architecture}.")
+    parser.add_argument("--config", required=True, help="YAML of the run")
+    parser.add_argument("--output-dir", default=output_dir, help="folder of the run")
+    arguments = parser.parse_args()
+    try:
+        values = read_yaml(arguments.config)
+        if "training" in values:
+            values = _translated(values, architecture, arguments)
+        found = values.get("model", {}).get("architecture")
+        if found != architecture:
+            raise ValueError(f"model.architecture: got {found!r}, this script trains {architecture!r}")
+    except ValueError as error:
+        sys.exit(f"train: error: {arguments.config}: {error}")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "run.yaml"
+        file.write_text(yaml.safe_dump(values))
+        output = f"--train.output_dir={arguments.output_dir}"
+        return helmholtz(["train", f"--config={file}", output, "--train.resume=auto"])
+
+
+def _translated(values: dict, architecture: str, arguments: argparse.Namespace) -> dict:
+    converted, notes = convert_config(values, architecture=architecture, output_dir=arguments.output_dir)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    for note in notes:
+        console.print(f"{arguments.config}: {note}", style="yellow", markup=False)
+    return converted
+
+
+if __name__ == "__main__":
+    sys.exit(train("transformer", "checkpoints/baseline"))

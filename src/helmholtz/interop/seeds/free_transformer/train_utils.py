@@ -1,0 +1,165 @@
+"""Training steps, schedule and checkpoints, in the original names. New code: ``helmholtz.training``."""
+
+import abc
+import json
+import os
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from helmholtz._checks import check, check_non_negative, check_positive
+from helmholtz._files import atomic_folder, complete_folder
+from helmholtz.interop.seeds.free_transformer.baseline import TransformerBaseline
+from helmholtz.interop.seeds.free_transformer.model import FreeTransformer
+from helmholtz.models import checkpoint
+from helmholtz.models.base import evaluation_mode
+from helmholtz.training.config import TrainConfig
+from helmholtz.training.optim import learning_rate
+from helmholtz.training.state import Progress, load_progress, load_training_state, save_training_state
+
+Model = FreeTransformer | TransformerBaseline
+METADATA = "metadata.json"
+
+
+class Trainer(abc.ABC):
+    """Single steps of training and evaluation; a subclass says what the loss of a batch is.
+
+    Args:
+        use_amp: autocast to bfloat16, on any device and without a gradient scaler (the original: float16 on CUDA, and
+            nothing elsewhere).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        use_amp: bool = False,
+    ) -> None:
+        self.model, self.optimizer, self.device, self.use_amp = model, optimizer, device, use_amp
+        self.step = 0
+
+    @abc.abstractmethod
+    def _compute_loss(self, batch: Any) -> tuple[Float[Tensor, ""], dict[str, float]]:
+        """The loss of a batch and the metrics to report."""
+
+    def train_step(self, batch: Any, grad_clip: float | None = None) -> dict[str, float]:
+        """One optimizer step; the metrics of its batch."""
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            loss, metrics = self._compute_loss(batch)
+        loss.backward()
+        if grad_clip is not None:
+            check_positive("grad_clip", grad_clip)
+            nn.utils.clip_grad_norm_(self.model.parameters(), grad_clip)
+        self.optimizer.step()
+        self.step += 1
+        return metrics
+
+    def eval_step(self, batch: Any) -> dict[str, float]:
+        """The metrics of a batch, without gradients; the model stays in the mode it was in."""
+        with evaluation_mode(self.model), self._autocast():
+            return self._compute_loss(batch)[1]
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.use_amp)
+
+
+class LRScheduler:
+    """Linear warm-up to ``max_lr``, then a half cosine that reaches ``min_lr`` at step ``max_steps``.
+
+    The original has no ``max_steps`` and repeats its cosine with the period of the warm-up.
+
+    Raises: ValueError if the warm-up is not shorter than ``max_steps``, or ``min_lr`` exceeds ``max_lr``.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        warmup_steps: int,
+        max_lr: float,
+        min_lr: float = 0.0,
+        *,
+        max_steps: int,
+    ) -> None:
+        check_positive("max_lr", max_lr)
+        check_non_negative("min_lr", min_lr)
+        check(min_lr <= max_lr, "min_lr", min_lr, f"at most max_lr = {max_lr}")
+        self.optimizer, self.step_count = optimizer, 0
+        self._config = TrainConfig(
+            steps=max_steps, warmup_steps=warmup_steps, lr=max_lr, min_lr_ratio=min_lr / max_lr
+        )
+
+    def step(self) -> float:
+        """Set and return the learning rate of the next optimizer step; the first call is that of the first step."""
+        lr = learning_rate(self.step_count, self._config)
+        self.step_count += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+
+def setup_distributed() -> tuple[int, int, int]:
+    """``(rank, world size, local rank)`` of a single process: ``(0, 1, 0)``.
+
+    Raises: ValueError if a launcher has started more processes: there is no distributed training yet.
+    """
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    check(world_size == "1", "WORLD_SIZE", world_size, "1: training runs in one process")
+    return 0, 1, 0
+
+
+def cleanup_distributed() -> None:
+    """End the process group if the caller has started one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable numbers, those of tied weights once."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def save_checkpoint(
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    path: str | os.PathLike[str],
+    metadata: dict[str, Any] | None = None,
+) -> None:
+    """Make the folder ``path`` a checkpoint of model, optimizer, step and random state.
+
+    Safetensors and JSON; nothing is pickled. The commands of ``helmholtz`` take the folder. ``metadata`` (JSON values)
+    is stored beside.
+    """
+    check(isinstance(model, Model), "model", type(model).__name__, "a FreeTransformer or TransformerBaseline")
+    with atomic_folder(path) as partial:
+        checkpoint.write_checkpoint(model.model, partial)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        save_training_state(partial, optimizer, scaler, Progress(step=step))
+        (partial / METADATA).write_text(json.dumps(metadata or {}, indent=2) + "\n")
+
+
+def load_checkpoint(
+    model: Model, optimizer: torch.optim.Optimizer | None, path: str | os.PathLike[str]
+) -> int:
+    """Restore the model and, unless the optimizer is None, it and the random state of torch, numpy and Python.
+
+    Returns: the step.
+
+    Raises: ValueError if the checkpoint is of another architecture or other sizes, or is a pickled file
+        (``convert`` reads those).
+    """
+    check(isinstance(model, Model), "model", type(model).__name__, "a FreeTransformer or TransformerBaseline")
+    folder = complete_folder(path)
+    check(folder.is_dir(), "path", os.fspath(path), "a folder; convert.py reads the original's files")
+    _, found = checkpoint.read_config(folder)
+    check(found == model.model.config, "model", model.model.config, f"of the checkpoint's config {found}")
+    model.model.load_state_dict(checkpoint.load_checkpoint(folder).state_dict())
+    if optimizer is None:
+        return load_progress(folder).step
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return load_training_state(folder, optimizer, scaler).step
