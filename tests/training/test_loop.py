@@ -17,7 +17,7 @@ from helmholtz.models.fem_lm import FEMLMConfig
 from helmholtz.models.transformer import Transformer
 from helmholtz.training.callbacks import Callback
 from helmholtz.training.loop import NonFiniteError, Trainer
-from helmholtz.training.objectives import Objective, next_token
+from helmholtz.training.objectives import Objective, Report, next_token
 from helmholtz.training.run import train
 from tiny_runs import prepare_text, tiny_run
 
@@ -55,13 +55,14 @@ class Crash(Callback):
 
 class Record(Callback):
     def __init__(self):
-        self.events = []
+        self.events, self.evaluations = [], []
 
     def on_step(self, record):
         self.events.append(("step", record.step))
 
     def on_eval(self, record):
         self.events.append(("eval", record.step))
+        self.evaluations.append(record)
 
     def on_checkpoint(self, folder, step):
         self.events.append((folder.name, step))
@@ -242,11 +243,11 @@ def poisoned(at):
     """The next-token objective, not finite from call ``at`` on."""
     calls = 0
 
-    def objective(model, tokens):
+    def objective(model, tokens, step):
         nonlocal calls
         calls += 1
-        result = next_token(model, tokens)
-        return Objective(result.loss * (math.nan if calls >= at else 1.0))
+        result = next_token(model, tokens, step)
+        return replace(result, loss=result.loss * (math.nan if calls >= at else 1.0))
 
     return objective
 
@@ -262,8 +263,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(d
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(data, tmp_path):
-    def objective(model, tokens):  # sqrt has an infinite slope at 0
-        return Objective(next_token(model, tokens).loss + (model.norm.weight[0] - 1).square().sqrt())
+    def objective(model, tokens, step):  # sqrt has an infinite slope at 0
+        result = next_token(model, tokens, step)
+        return replace(result, loss=result.loss + (model.norm.weight[0] - 1).square().sqrt())
 
     loop = trainer(data, tmp_path, objective=objective)
     before = {name: tensor.clone() for name, tensor in loop.model.state_dict().items()}
@@ -278,8 +280,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(data, tmp
 def test_an_fp16_step_whose_gradient_overflows_is_skipped_and_counted(data, tmp_path):
     scale = iter([1.0, 1.0, 1e35, 1e35] + [1.0] * 100)  # the second step's two micro-batches
 
-    def objective(model, tokens):
-        return Objective(next_token(model, tokens).loss * next(scale))
+    def objective(model, tokens, step):
+        result = next_token(model, tokens, step)
+        return replace(result, loss=result.loss * next(scale))
 
     loop = trainer(data, tmp_path, objective=objective, precision="fp16")
     assert not loop.step().skipped
@@ -295,12 +298,55 @@ def test_an_fp16_step_whose_gradient_overflows_is_skipped_and_counted(data, tmp_
 
 
 def test_endless_overflow_in_fp16_ends_the_run(data, tmp_path):
-    loop = trainer(
-        data, tmp_path, objective=lambda m, t: Objective(next_token(m, t).loss * 1e37), precision="fp16"
-    )
+    def objective(model, tokens, step):
+        result = next_token(model, tokens, step)
+        return replace(result, loss=result.loss * 1e37)
+
+    loop = trainer(data, tmp_path, objective=objective, precision="fp16")
     with pytest.raises(NonFiniteError, match="the gradient norm is"):
         loop.fit()
     assert loop.progress.step == 0
+
+
+def other(model, tokens, step):
+    """A loss that is not the bound, and no draw alike in training."""
+    loss = next_token(model, tokens, step).loss
+    return Objective(3 * loss, {"noise": torch.rand(())}, loss.detach() + torch.rand(()))
+
+
+def test_bits_per_byte_and_the_validation_loss_are_those_of_the_bound(data, tmp_path):
+    record = trainer(data, tmp_path, objective=other).step()
+    nats = record.bits_per_byte * math.log(2)  # bytes are the tokens, but for the end of a text
+    assert record.loss / 3 < nats < record.loss / 3 + 1
+    loop = trainer(data, tmp_path, objective=other)
+    plain = trainer(data, tmp_path).validation_loss()
+    assert plain < loop.validation_loss() < plain + 1
+
+
+def test_an_evaluation_draws_the_same_each_time_and_nothing_from_the_training(data, tmp_path):
+    loop = trainer(data, tmp_path, objective=other)
+    before = torch.get_rng_state()
+    first, torch_seed = loop.evaluate(), torch.initial_seed()
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(77)
+    assert loop.evaluate().validation_loss == first.validation_loss
+    assert trainer(data, tmp_path, objective=other, seed=1).validation_loss() != first.validation_loss
+    assert torch_seed == 0
+
+
+def test_the_report_is_recorded_and_warns_only_after_the_warm_up(data, tmp_path):
+    def report(model, batches, step):
+        assert not model.training and not torch.is_grad_enabled()
+        return Report({"windows": float(sum(map(len, batches))), "step": float(step)}, {"odd": f"at {step}"})
+
+    loop = trainer(data, tmp_path, steps=6, warmup_steps=3, eval_every=2)
+    loop.report = report
+    records = Record()
+    loop.fit([records])
+    assert [e.statistics for e in records.evaluations] == [
+        {"windows": 10.0, "step": float(s)} for s in (2, 4, 6)
+    ]
+    assert [e.warnings for e in records.evaluations] == [{}, {"odd": "at 4"}, {"odd": "at 6"}]
 
 
 def test_tensorboard_events_are_written(data, tmp_path):

@@ -8,7 +8,9 @@ from helmholtz.cli.arguments import Parser, config_files, make_parser, parse, re
 from helmholtz.data.prepare import DataConfig
 from helmholtz.data.tokens import TokenDataset
 from helmholtz.models import MODELS
+from helmholtz.models.free_transformer import FreeTransformer
 from helmholtz.training.config import TrainConfig
+from helmholtz.training.free_bits import FreeBitsConfig
 from helmholtz.training.run import RunConfig
 
 DEFAULT_ARCHITECTURE = "fem_lm"
@@ -18,7 +20,7 @@ ARCHITECTURE = "--model.architecture"
 def run_parser(command: str, description: str, arguments: list[str]) -> Parser:
     """Groups ``data``, ``model`` and ``train``, so that one YAML file serves both commands.
 
-    The vocabulary size is no option: it is the data's.
+    A Free Transformer has the group ``objective`` as well. The vocabulary size is no option: it is the data's.
     """
     parser = make_parser(command, description)
     name = _architecture(arguments)
@@ -26,6 +28,8 @@ def run_parser(command: str, description: str, arguments: list[str]) -> Parser:
     parser.add_argument(ARCHITECTURE, type=str, default=name, help=f"one of {', '.join(MODELS)}")
     _add_config(parser, MODELS[name].config_class, "model", {"vocab_size"})
     parser.add_class_arguments(TrainConfig, "train")
+    if MODELS[name] is FreeTransformer:
+        parser.add_class_arguments(FreeBitsConfig, "objective")
     return parser
 
 
@@ -50,6 +54,7 @@ def run_config(parser: Parser, arguments: list[str]) -> RunConfig:
         model=MODELS[name].config_class.from_dict(model | {"vocab_size": vocab_size}),
         data=data,
         train=TrainConfig(**values["train"]),
+        objective=FreeBitsConfig(**values["objective"]) if "objective" in values else None,
     )
 
 

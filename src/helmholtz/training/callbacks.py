@@ -12,7 +12,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One optimizer step. ``loss`` (nats per token) is the value before the update."""
+    """One optimizer step. ``loss`` (nats per token) is the value before the update.
+
+    ``bits_per_byte`` is the objective's bound of the model's own cross-entropy: not of a loss that has seen the text.
+    """
 
     step: int
     """Steps applied, this one included."""
@@ -31,7 +34,7 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class EvalRecord:
-    """One evaluation on validation text. ``statistics`` holds what the model has learned (beta, lambda)."""
+    """One evaluation on validation text. ``statistics`` holds what the model has learned (beta, lambda; the plan)."""
 
     step: int
     tokens: int
@@ -40,6 +43,8 @@ class EvalRecord:
     best: bool
     """Lowest validation loss so far."""
     statistics: dict[str, float] = field(default_factory=dict)
+    warnings: dict[str, str] = field(default_factory=dict)
+    """By name: ``collapsed`` if a Free Transformer's plan is not used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +145,11 @@ class TensorBoard(Callback):
 
 
 class ProgressBar(Callback):
-    """A live bar on a terminal; one line per evaluation elsewhere."""
+    """A live bar on a terminal; one line per evaluation elsewhere. Each warning is shown once."""
 
     def __init__(self, console: Console, *, start: int, total: int) -> None:
         self.console, self.total = console, total
+        self.warned = set[str]()
         columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
         self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self.task = self.progress.add_task("", total=total, completed=start)
@@ -159,6 +165,10 @@ class ProgressBar(Callback):
             f"step {record.step}/{self.total}: validation {record.validation_bits_per_byte:.4f} bits/byte{mark}",
             highlight=False,
         )
+        for name in record.warnings.keys() - self.warned:
+            self.warned.add(name)
+            text = f"warning: {name} at step {record.step}: {record.warnings[name]}"
+            self.progress.console.print(text, style="bold yellow", highlight=False, markup=False)
 
     def on_end(self, result: RunResult) -> None:
         self.progress.stop()

@@ -5,7 +5,8 @@ import math
 import random
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,13 +19,12 @@ from torch import Tensor, nn
 from helmholtz._hardware import peak_memory_bytes
 from helmholtz._run_folder import BEST, LAST
 from helmholtz.data.tokens import TokenDataset
-from helmholtz.layers.fem_reading import read_statistics
 from helmholtz.models.base import AbstractDecoder, evaluation_mode
 from helmholtz.training.callbacks import Callback, EvalRecord, RunResult, StepRecord
 from helmholtz.training.checkpoint import save_run
 from helmholtz.training.config import TrainConfig
-from helmholtz.training.objectives import ObjectiveFunction, next_token
-from helmholtz.training.optim import learning_rate, make_optimizer
+from helmholtz.training.objectives import ObjectiveFunction, Report, ReportFunction, learned, next_token
+from helmholtz.training.optim import NO_FACTORS, learning_rate, make_optimizer
 from helmholtz.training.order import window_starts
 from helmholtz.training.state import Progress, load_training_state
 
@@ -72,6 +72,11 @@ class Trainer:
 
     Interrupted at any moment, by a signal or by the loss of the machine, and resumed, a run gives the same losses
     to the bit as an uninterrupted one on the same hardware and thread count.
+
+    Args:
+        objective: what a step minimises; its ``bound`` is what is validated.
+        report: what an evaluation tells beside it.
+        lr_factors: by prefix of parameters' names, their learning rate over that of the rest.
     """
 
     def __init__(
@@ -82,8 +87,10 @@ class Trainer:
         config: TrainConfig,
         *,
         objective: ObjectiveFunction = next_token,
+        report: ReportFunction = learned,
+        lr_factors: Mapping[str, float] = NO_FACTORS,
     ) -> None:
-        self.config, self.objective = config, objective
+        self.config, self.objective, self.report = config, objective, report
         self.train, self.validation = train, validation
         self.n_validation_windows = min(config.eval_tokens, len(validation) - 1) // config.seq_len
         if self.n_validation_windows < 1:
@@ -98,7 +105,7 @@ class Trainer:
         self.device = torch.device("cuda" if cuda else "cpu")
         self.model = model.to(self.device)
         self.folder = Path(config.output_dir)
-        self.optimizer = make_optimizer(self.model, config)
+        self.optimizer = make_optimizer(self.model, config, lr_factors)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.progress = Progress()
 
@@ -116,20 +123,21 @@ class Trainer:
         starts = window_starts(first, c.batch_size, n_tokens=len(self.train), seq_len=c.seq_len, seed=c.seed)
         return self.train.read(starts, c.seq_len + 1).to(self.device)
 
-    def _backward(self) -> tuple[float, dict[str, float]]:
-        """Mean loss and terms over the step's micro-batches; their mean gradient is left in the parameters."""
-        total, terms = 0.0, dict[str, float]()
+    def _backward(self) -> tuple[float, float, dict[str, float]]:
+        """Mean loss, bound and terms over the step's micro-batches; the mean gradient is left in the parameters."""
+        total, bound, terms = 0.0, 0.0, dict[str, float]()
         for index in range(self.config.accumulation):
             with self._autocast():
-                objective = self.objective(self.model, self._micro_batch(index))
+                objective = self.objective(self.model, self._micro_batch(index), self.progress.step)
             loss = objective.loss.item()
             if not math.isfinite(loss):
                 raise NonFiniteError(self._failure(f"the loss is {loss}"))
             self.scaler.scale(objective.loss / self.config.accumulation).backward()
             total += loss / self.config.accumulation
+            bound += objective.bound.item() / self.config.accumulation
             for name, value in objective.terms.items():
                 terms[name] = terms.get(name, 0.0) + value.item() / self.config.accumulation
-        return total, terms
+        return total, bound, terms
 
     def _failure(self, what: str) -> str:
         last = self.folder / LAST
@@ -145,9 +153,9 @@ class Trainer:
         c, progress, begin = self.config, self.progress, time.perf_counter()
         lr = learning_rate(progress.step, c)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         self.optimizer.zero_grad(set_to_none=True)
-        loss, terms = self._backward()
+        loss, bound, terms = self._backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm).item()
         skipped = not math.isfinite(norm)
@@ -162,7 +170,7 @@ class Trainer:
             step=progress.step,
             tokens=progress.windows * c.seq_len,
             loss=loss,
-            bits_per_byte=self.train.bits_per_byte(loss),
+            bits_per_byte=self.train.bits_per_byte(bound),
             grad_norm=norm,
             lr=lr,
             tokens_per_second=c.tokens_per_step / seconds,
@@ -182,26 +190,38 @@ class Trainer:
         for rows in (torch.arange(self.n_validation_windows) * c.seq_len).split(c.batch_size):
             yield self.validation.read(rows, c.seq_len + 1).to(self.device)
 
+    @contextlib.contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """Each time the same draws; none is taken from the generators of the training."""
+        cuda = range(torch.cuda.device_count())
+        with torch.random.fork_rng(cuda), evaluation_mode(self.model), self._autocast():
+            torch.manual_seed(self.config.seed)
+            yield
+
     def validation_loss(self) -> float:
-        """Nats per token over the first ``eval_tokens`` of the validation split, in windows of ``seq_len``."""
-        total = 0.0
-        with evaluation_mode(self.model), self._autocast():
+        """The objective's bound, nats per token, over the first ``eval_tokens`` of the validation split.
+
+        The windows of ``seq_len`` tokens and any random draws are the same each time.
+        """
+        total, step = 0.0, self.progress.step
+        with self._evaluation():
             for tokens in self._validation_batches():
-                total += len(tokens) * self.objective(self.model, tokens).loss.item()
+                total += len(tokens) * self.objective(self.model, tokens, step).bound.item()
         return total / self.n_validation_windows
 
-    def learned_statistics(self) -> dict[str, float]:
-        """Learned temperatures and gates of the model's mixers, the gates on the first validation batch."""
-        tokens = next(self._validation_batches())[:, :-1]
-        with evaluation_mode(self.model), self._autocast():
-            return read_statistics(self.model, lambda: self.model(tokens))
+    def _report(self) -> Report:
+        """The report on the validation batches, without warnings while the learning rate warms up."""
+        step = self.progress.step
+        with self._evaluation():
+            report = self.report(self.model, list(self._validation_batches()), step)
+        return report if step >= self.config.warmup_steps else replace(report, warnings={})
 
     def evaluate(self) -> EvalRecord:
-        """Validation loss and learned statistics; a new best value is noted in the progress."""
+        """Validation loss and report; a new best value is noted in the progress."""
         loss, progress = self.validation_loss(), self.progress
         if not math.isfinite(loss):
             raise NonFiniteError(self._failure(f"the validation loss is {loss}"))
-        best = loss < progress.best
+        best, report = loss < progress.best, self._report()
         progress.best = min(loss, progress.best)
         return EvalRecord(
             step=progress.step,
@@ -209,7 +229,8 @@ class Trainer:
             validation_loss=loss,
             validation_bits_per_byte=self.validation.bits_per_byte(loss),
             best=best,
-            statistics=self.learned_statistics(),
+            statistics=report.statistics,
+            warnings=report.warnings,
         )
 
     def _save(self, name: str, callbacks: Sequence[Callback]) -> None:

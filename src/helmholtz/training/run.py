@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from helmholtz.data.tokens import TokenDataset
 from helmholtz.models import MODELS
 from helmholtz.models.base import AbstractDecoder, ModelConfig
 from helmholtz.models.checkpoint import load_checkpoint
+from helmholtz.models.free_transformer import FreeTransformer
 from helmholtz.training.callbacks import Callback, JSONLMetrics, ProgressBar, RunResult, TensorBoard
 from helmholtz.training.checkpoint import can_resume, claim, first_difference
 from helmholtz.training.config import TrainConfig
+from helmholtz.training.free_bits import FreeBitsConfig, FreeBitsObjective
 from helmholtz.training.loop import Trainer, seed_everything
 
 
@@ -34,12 +36,26 @@ class RunConfig:
     data: DataConfig
     """The text; ``data.folder`` must have been prepared with these settings."""
     train: TrainConfig
+    objective: FreeBitsConfig | None = None
+    """Of a Free Transformer, and of no other model; None there means ``FreeBitsConfig()``."""
 
     def __post_init__(self) -> None:
         check_choice("model.architecture", self.architecture, MODELS)
         longest = self.model.max_seq_len
         wanted = f"at most model.max_seq_len = {longest}"
         check(self.train.seq_len <= longest, "train.seq_len", self.train.seq_len, wanted)
+        self._check_objective()
+
+    def _check_objective(self) -> None:
+        if MODELS[self.architecture] is not FreeTransformer:
+            absent = f"absent for {self.architecture}: only a free_transformer has one"
+            check(self.objective is None, "objective", self.objective, absent)
+            return
+        if self.objective is None:
+            object.__setattr__(self, "objective", FreeBitsConfig())
+        for name in ("kappa_steps", "kl_warmup_steps"):
+            steps, wanted = getattr(self.objective, name), f"at most train.steps = {self.train.steps}"
+            check(steps <= self.train.steps, f"objective.{name}", steps, wanted)
 
 
 class Summary(Callback):
@@ -86,7 +102,7 @@ def train(
         torch.set_num_threads(config.train.threads)
     folder, identity = Path(config.train.output_dir), _identity(config, train_data)
     resumed = can_resume(folder, identity, resume=config.train.resume == "auto")
-    trainer = Trainer(_model(config, resumed), train_data, validation, config.train)
+    trainer = _trainer(config, _model(config, resumed), train_data, validation)
     if resumed:
         trainer.restore(complete_folder(folder / LAST))
     claim(folder, identity, config.data.folder)
@@ -112,6 +128,7 @@ def _identity(config: RunConfig, data: TokenDataset) -> dict[str, Any]:
         "model": config.model.to_dict(),
         "data": {"fingerprint": data.metadata.fingerprint, "settings": config.data.settings()},
         "train": config.train.numerics(),
+        "objective": None if config.objective is None else asdict(config.objective),
     }
     identity: dict[str, Any] = json.loads(json.dumps(values))
     return identity
@@ -122,6 +139,23 @@ def _model(config: RunConfig, resumed: bool) -> AbstractDecoder:
         return load_checkpoint(Path(config.train.output_dir) / LAST)
     seed_everything(config.train.seed)
     return MODELS[config.architecture](config.model)
+
+
+def _trainer(
+    config: RunConfig, model: AbstractDecoder, train_data: TokenDataset, validation: TokenDataset
+) -> Trainer:
+    if config.objective is None:
+        return Trainer(model, train_data, validation, config.train)
+    objective = FreeBitsObjective(config.objective, seed=config.train.seed)
+    return Trainer(
+        model,
+        train_data,
+        validation,
+        config.train,
+        objective=objective,
+        report=objective.report,
+        lr_factors={"encoder.": config.objective.encoder_lr_factor},
+    )
 
 
 def _built_in(config: TrainConfig, trainer: Trainer, console: Console | None) -> list[Callback]:
