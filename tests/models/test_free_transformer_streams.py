@@ -174,6 +174,11 @@ def test_a_stream_ends_at_the_longest_sequence(model: FreeTransformer) -> None:
             call(tokens_of(1, 5), state)
 
 
+def test_packed_documents_are_no_stream(model: FreeTransformer) -> None:
+    with pytest.raises(ValueError, match="cu_seqlens must be None with a state: its rows are one sequence each"):
+        model.lower(tokens_of(1, 6), model.init_state(1), cu_seqlens=torch.tensor([0, 2, 6]))
+
+
 @torch.no_grad()
 def test_autocast_keeps_codes_and_streams_as_it_reads(model: FreeTransformer) -> None:
     tokens, code = tokens_of(2, 10), codes_of(2, 10)
