@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from helmholtz._checks import check
+from helmholtz._checks import check, check_integer
 from helmholtz._run_folder import TOKENIZER
 from helmholtz.cli.arguments import Parser, make_parser, parse
 from helmholtz.data.tokenizer import AbstractTokenizer, load_tokenizer
@@ -101,6 +101,8 @@ def _check_combination(values: dict[str, Any], parser: Parser) -> None:
         value = values["sampling"][name[9:]] if name in sampling else values[name]
         if value != parser.get_default(name):
             raise ValueError(f"{name} and {'encode' if encode else 'prompt'}: {name} has no meaning here")
+    if values["plan_seed"] is not None:
+        check_integer("plan_seed", values["plan_seed"], minimum=0)
 
 
 def _encode(
@@ -108,11 +110,8 @@ def _encode(
 ) -> dict[str, Any]:
     """Read the plan of a text, change it as asked, show it and save it."""
     check(bool(values["encode"]), "encode", values["encode"], "a text that is not empty")
-    tokens, n_bits, seed = (
-        _document(tokenizer, values["encode"]),
-        model.config.n_latent_bits,
-        values["plan_seed"] or 0,
-    )
+    tokens, seed = _document(tokenizer, values["encode"]), values["plan_seed"] or 0
+    n_bits = model.config.n_latent_bits
     read = read_plan(model, tokens, seed=seed)
     held = [Edit(place, bit, value) for bit, value in _held(values, model) for place in range(len(tokens))]
     codes = edit_codes(read.codes, held + _edits(values), n_bits)
@@ -164,7 +163,7 @@ def _sample(
         NamedGroup("plan A", found.shared[0], True),
     ]
     result: dict[str, Any] = {"prompt": values["prompt"], "n_samples": n_samples, "n_plans": n_plans}
-    if edits := _edits(values):
+    if edits:
         edited = edit_codes(found.plans[0], edits, model.config.n_latent_bits)
         groups.append(
             NamedGroup("plan A, edited", sample_under(model, prompt, settings, [edited] * n_samples), True)

@@ -48,10 +48,7 @@ class PlanFile:
             check(length == wanted, name, f"{length} of them", f"as many as codes, {wanted}")
         for token in self.tokens:
             check_integer("tokens", token, minimum=0)
-        check(all(isinstance(text, str) for text in self.texts), "texts", self.texts, "strings")
         check_integer("seed", self.seed, minimum=0)
-        known = self.fingerprint is None or isinstance(self.fingerprint, str)
-        check(known, "fingerprint", self.fingerprint, "a string or null")
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write JSON, atomically."""
@@ -90,10 +87,16 @@ def _parse(content: Any) -> PlanFile:
     for name in names:
         if name not in content:
             raise ValueError(f"a plan needs the key {name!r}")
-    for name in ("codes", "tokens", "texts"):
-        check(isinstance(content[name], list), name, content[name], "a list")
-        content[name] = tuple(content[name])
-    return PlanFile(**content)
+    lists = {"codes": int, "tokens": int, "texts": str}
+    for name, kind in lists.items():
+        value = content[name]
+        fits = isinstance(value, list) and all(type(item) is kind for item in value)
+        check(fits, name, value, f"a list of {'integers' if kind is int else 'strings'}")
+    for name in ("n_latent_bits", "seed"):
+        check_integer(name, content[name], minimum=0)
+    fits = content["fingerprint"] is None or isinstance(content["fingerprint"], str)
+    check(fits, "fingerprint", content["fingerprint"], "a string or null")
+    return PlanFile(**content | {name: tuple(content[name]) for name in lists})
 
 
 def model_fingerprint(model: FreeTransformer) -> str:
@@ -163,6 +166,5 @@ def set_bit(code: int, bit: int, value: int) -> int:
     return code | (1 << bit) if value else code & ~(1 << bit)
 
 
-def _check_code(name: str, code: object, n_latent_bits: int) -> None:
-    inside = isinstance(code, int) and not isinstance(code, bool) and 0 <= code < 2**n_latent_bits
-    check(inside, name, code, f"integers in [0, {2**n_latent_bits})")
+def _check_code(name: str, code: int, n_latent_bits: int) -> None:
+    check(0 <= code < 2**n_latent_bits, name, code, f"in [0, {2**n_latent_bits})")

@@ -1,5 +1,6 @@
 """A picture of which samples share what: groups under independent plans above groups under one plan each."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from helmholtz.evals.plans import Group, PlanComparison, padded
+from helmholtz.evals.plans import Group, PlanComparison, agreement, padded
 from helmholtz.evals.plots import pyplot, save_figure, visible
 
 CELL, ROW = 0.17, 0.24
@@ -45,10 +46,10 @@ def plot_plans(
     n_prompt: int,
     spell: Callable[[int], str],
 ) -> None:
-    """Draw each sample of ``groups`` as a row, its tokens darker the more of its group have them at this place.
+    """Draw each sample of ``groups`` as a row, its tokens darker the more of its group have them at this position.
 
     Blue groups have a plan per sample, green ones one plan. Below, the agreement along the text, over all groups of
-    the comparison. Places count from the first of the ``n_prompt`` tokens of the prompt, as codes of a plan do.
+    the comparison. Positions count from the first of the ``n_prompt`` tokens of the prompt, as codes of a plan do.
     """
     plt = pyplot()
     longest = max(1, max(len(sample.tokens) for group in groups for sample in group.samples))
@@ -61,8 +62,10 @@ def plot_plans(
         _draw_group(axes, group, n_prompt, spell if longest <= SHOWN_TEXT else None)
     _draw_curves(panels[-1, 0], comparison, n_prompt)
     panels[-1, 0].set_xlim(n_prompt - 0.5, n_prompt + longest - 0.5)
-    figure.suptitle(visible(title), fontsize=10)
-    save_figure(figure, file, plt)
+    figure.suptitle(f"{visible(title)}\ndarker: more samples of the group have this token here", fontsize=9)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as a box, as it should be
+        save_figure(figure, file, plt)
 
 
 def _draw_group(axes: Any, group: NamedGroup, n_prompt: int, spell: Callable[[int], str] | None) -> None:
@@ -81,16 +84,12 @@ def _draw_group(axes: Any, group: NamedGroup, n_prompt: int, spell: Callable[[in
                 )
     axes.set_yticks([])
     kind = "one plan" if group.is_shared else "a plan each"
-    alike = 100 * torch.nan_to_num(shade).sum() / shade.isfinite().sum().clamp(min=1)
-    axes.set_title(
-        f"{group.name} ({kind}): {alike:.0f} % of another sample's tokens are the same",
-        fontsize=8,
-        loc="left",
-    )
+    share = f"two samples have {100 * agreement(group.samples):.0f} % of their tokens in common"
+    axes.set_title(f"{group.name} ({kind}): {share}", fontsize=8, loc="left")
 
 
 def _short(text: str) -> str:
-    text = visible(text)
+    text = visible("".join(c if c.isprintable() or c == "\n" else "\N{MIDDLE DOT}" for c in text))
     return text if len(text) <= 2 else f"{text[0]}\N{HORIZONTAL ELLIPSIS}"
 
 
@@ -100,8 +99,9 @@ def _draw_curves(axes: Any, comparison: PlanComparison, n_prompt: int) -> None:
         places = range(n_prompt, n_prompt + len(sharing.curve))
         axes.plot(places, sharing.curve, color=colour, linewidth=1, label=name)
     axes.set_ylim(-0.05, 1.05)
-    axes.set_xlabel("place in the text (0: the prompt's first token)", fontsize=8)
+    axes.set_xlabel("position in the text (0: the prompt's first token)", fontsize=8)
     axes.set_ylabel("agreement", fontsize=8)
     axes.set_title(f"pairs of samples, {len(comparison.shared)} groups of each kind", fontsize=8, loc="left")
     axes.legend(fontsize=7, loc="upper right")
+    axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)

@@ -120,7 +120,7 @@ def compare_plans(
     repeated = [codes for codes in plans for _ in range(n_samples)]
     shared = _groups(sample_under(model, prompt, settings, repeated), n_samples)
     independent = _groups(sample_under(model, prompt, settings, own_plans), n_samples)
-    gaps = [_agreement(a) - _agreement(b) for a, b in zip(shared, independent, strict=True)]
+    gaps = [agreement(a) - agreement(b) for a, b in zip(shared, independent, strict=True)]
     return PlanComparison(plans, shared, independent, sharing(shared), sharing(independent), estimate(gaps))
 
 
@@ -164,16 +164,21 @@ def sharing(groups: Sequence[Group]) -> Sharing:
     """What the samples of the same group have in common."""
     tokens = [padded([row.tokens for row in group]) for group in groups]
     longest = max(rows.shape[1] for rows in tokens)
-    same, running = torch.zeros(longest), torch.zeros(longest)
+    same, running = torch.zeros(2, longest, dtype=torch.float64)
     for rows in tokens:
         first, second = _pairs(rows)
         same[: rows.shape[1]] += _same(first, second).sum(0)
         running[: rows.shape[1]] += _running(first, second).sum(0)
     return Sharing(
-        agreement=estimate([_agreement(group) for group in groups]),
+        agreement=estimate([agreement(group) for group in groups]),
         common_run=estimate([_common_run(*_pairs(rows)) for rows in tokens]),
         curve=tuple((same / running).tolist()),
     )
+
+
+def agreement(group: Group) -> float:
+    """Part of the positions at which two samples of the group have the same token, over all pairs."""
+    return _pair_agreement(*_pairs(padded([row.tokens for row in group]))).mean().item()
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -182,14 +187,14 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(statistics.fmean(values), deviation / math.sqrt(len(values)), len(values))
 
 
-def _groups(rows: Group, size: int) -> tuple[Group, ...]:
-    return tuple(rows[start : start + size] for start in range(0, len(rows), size))
-
-
 def padded(rows: Sequence[Sequence[int]]) -> Int[Tensor, "n T"]:
     """Rows of ids as one tensor, -1 after the end of the shorter ones."""
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[ENDED] * (longest - len(row))] for row in rows], dtype=torch.long)
+
+
+def _groups(rows: Group, size: int) -> tuple[Group, ...]:
+    return tuple(rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def _pairs(rows: Int[Tensor, "n T"]) -> tuple[Int[Tensor, "pairs T"], Int[Tensor, "pairs T"]]:
@@ -208,11 +213,7 @@ def _running(a: Int[Tensor, "pairs T"], b: Int[Tensor, "pairs T"]) -> Bool[Tenso
 def _pair_agreement(a: Int[Tensor, "pairs T"], b: Int[Tensor, "pairs T"]) -> Tensor:
     """Two texts that both end at once agree wholly."""
     count = _running(a, b).sum(1)
-    return torch.where(count > 0, _same(a, b).sum(1) / count.clamp(min=1), 1.0)
-
-
-def _agreement(group: Group) -> float:
-    return _pair_agreement(*_pairs(padded([row.tokens for row in group]))).mean().item()
+    return torch.where(count > 0, _same(a, b).sum(1).double() / count.clamp(min=1), 1.0)
 
 
 def _common_run(a: Int[Tensor, "pairs T"], b: Int[Tensor, "pairs T"]) -> float:
@@ -225,4 +226,4 @@ def _common_run(a: Int[Tensor, "pairs T"], b: Int[Tensor, "pairs T"]) -> float:
         run = torch.where(equal, before + 1, 0)
         best = torch.maximum(best, run.amax(1))
     longer = _running(a, b).sum(1)
-    return torch.where(longer > 0, best / longer.clamp(min=1), 1.0).mean().item()
+    return torch.where(longer > 0, best.double() / longer.clamp(min=1), 1.0).mean().item()
