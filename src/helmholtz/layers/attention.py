@@ -112,12 +112,13 @@ class Attention(AbstractMixer[KVCache]):
         else:
             if layout.mask is not None:
                 source = source.masked_fill(~layout.mask.unsqueeze(-1), 0)
-            border = heads * self.d_head
-            q_weight, kv_weight = self.in_proj.weight[:border], self.in_proj.weight[border:]
+            widths = [heads * self.d_head, 2 * groups * self.d_head]
+            q_weight, kv_weight = self.in_proj.weight.split(widths)
             joint = torch.cat([F.linear(x, q_weight), F.linear(source, kv_weight)], dim=-1)
         joint = joint.view(*joint.shape[:2], -1, self.d_head).transpose(1, 2)
-        turned = rotate(joint[:, : heads + groups], *layout.rotation(self.d_head, self.rope_theta))
-        return turned[:, :heads], turned[:, heads:], joint[:, heads + groups :]
+        plain, v = joint.split([heads + groups, groups], dim=1)
+        q, k = rotate(plain, *layout.rotation(self.d_head, self.rope_theta)).split([heads, groups], dim=1)
+        return q, k, v
 
     def _output(self, read: Float[Tensor, "B H T K"], layout: SequenceLayout) -> Float[Tensor, "B T D"]:
         out = apply_linear(self.o_proj, read.transpose(1, 2).flatten(2))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from helmholtz.layers.base import AbstractMixer, StateT
 from helmholtz.layers.mlp import SwiGLU
+from helmholtz.layers.norm import RMSNorm
 from helmholtz.layers.sequence import SequenceLayout
 
 
@@ -30,9 +31,9 @@ class Block(nn.Module, Generic[StateT]):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.mixer_norm = RMSNorm(d_model, eps=norm_eps)
         self.mixer = mixer
-        self.mlp_norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.mlp_norm = RMSNorm(d_model, eps=norm_eps)
         self.mlp = mlp
         self.dropout = dropout
 

@@ -13,6 +13,7 @@ from helmholtz.layers.attention import Attention
 from helmholtz.layers.block import Block
 from helmholtz.layers.init import STANDARD_DEVIATION, init_normal
 from helmholtz.layers.linear import apply_linear
+from helmholtz.layers.norm import RMSNorm
 from helmholtz.layers.sequence import SequenceLayout
 from helmholtz.layers.state import KVCache
 from helmholtz.ops.binary_latent import bits_to_code, code_lookup, code_to_bits, sample_bits
@@ -59,7 +60,7 @@ class LatentEncoder(nn.Module):
         super().__init__()
         self.query = nn.Parameter(torch.randn(d_model) * STANDARD_DEVIATION)
         self.block = block
-        self.norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.norm = RMSNorm(d_model, eps=norm_eps)
         self.readout = nn.Linear(d_model, n_latent_bits, bias=False)
         init_normal(self.readout)
 

@@ -25,9 +25,7 @@ class SequenceLayout:
         default_factory=dict, compare=False, repr=False
     )
 
-    def rotation(
-        self, width: int, theta: float
-    ) -> tuple[Float[Tensor, "*BT K"], Float[Tensor, "*BT K"]]:
+    def rotation(self, width: int, theta: float) -> tuple[Float[Tensor, "*BT K"], Float[Tensor, "*BT K"]]:
         """The ``rope_table`` of these positions, made once for all layers that share the layout."""
         key = (width, theta)
         if key not in self._rotations:

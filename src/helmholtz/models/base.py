@@ -25,6 +25,7 @@ from helmholtz.layers.base import AbstractMixer
 from helmholtz.layers.block import Block
 from helmholtz.layers.init import init_normal, scale_residual
 from helmholtz.layers.mlp import SwiGLU
+from helmholtz.layers.norm import RMSNorm
 from helmholtz.layers.sequence import SequenceLayout, sequence_layout
 
 ConfigT = TypeVar("ConfigT", bound="ModelConfig")
@@ -147,7 +148,7 @@ class AbstractDecoder(nn.Module, abc.ABC):
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         blocks = [self._block(config, layer) for layer in range(config.n_layers)]
         self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.unembed = nn.Linear(config.d_model, config.vocab_size, bias=False)
         init_normal(self.embed)
         init_normal(self.unembed)

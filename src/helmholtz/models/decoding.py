@@ -16,6 +16,7 @@ from helmholtz.layers.attention import Attention
 from helmholtz.layers.block import Block
 from helmholtz.layers.latent import BitsPostSampler, LatentEncoder, Plan, SourceBlock, TablePostSampler
 from helmholtz.layers.mlp import SwiGLU
+from helmholtz.layers.norm import RMSNorm
 from helmholtz.models.base import AbstractDecoder, LMState
 from helmholtz.models.free_transformer import FreeTransformer
 from helmholtz.models.transformer import Transformer
@@ -23,7 +24,7 @@ from helmholtz.ops.rope import rope_table
 
 _PLAIN = {
     *(Transformer, FreeTransformer, Block, SourceBlock, Attention, SwiGLU, LatentEncoder),
-    *(TablePostSampler, BitsPostSampler, nn.ModuleList, nn.Linear, nn.RMSNorm, nn.Embedding),
+    *(TablePostSampler, BitsPostSampler, nn.ModuleList, nn.Linear, RMSNorm, nn.Embedding),
 }
 
 
@@ -121,7 +122,7 @@ class TokenDecoder:
 
 def _weights(block: Block) -> _Weights:
     mixer, mlp = block.mixer, block.mlp
-    assert isinstance(mixer, Attention) and block.mixer_norm.eps is not None
+    assert isinstance(mixer, Attention)
     return _Weights(
         mixer_norm=block.mixer_norm.weight,
         in_proj=mixer.in_proj.weight,

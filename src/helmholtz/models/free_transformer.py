@@ -156,7 +156,9 @@ class FreeTransformer(AbstractDecoder):
             for block in self.blocks[: self.split_layer]:
                 x = block(x, attention_mask=layout.mask, cu_seqlens=layout.cu_seqlens)
             return Halfway(x, layout, None)
-        check(cu_seqlens is None, "cu_seqlens", cu_seqlens, "None with a state: its rows are one sequence each")
+        check(
+            cu_seqlens is None, "cu_seqlens", cu_seqlens, "None with a state: its rows are one sequence each"
+        )
         x, layout = self._embed(tokens, attention_mask, None, state.position)
         x, states = self._extend(x, layout, state, 0, self.split_layer)
         return Halfway(x, layout, state, states)

@@ -23,6 +23,7 @@ from helmholtz.ops.gated_read import gated_read
 from helmholtz.ops.linear_attention import linear_attention, recurrent_linear_attention
 from helmholtz.ops.losses import cross_entropy
 from helmholtz.ops.modulation import modulated_linear
+from helmholtz.ops.rms_norm import rms_norm
 from helmholtz.ops.rnn_softmax import RNNSoftmaxState, rnn_softmax
 from helmholtz.ops.rope import rope
 from helmholtz.ops.scan import first_order_scan
@@ -50,6 +51,7 @@ __all__ = [
     "modulated_linear",
     "posterior",
     "recurrent_linear_attention",
+    "rms_norm",
     "rnn_softmax",
     "rope",
     "sample_bits",

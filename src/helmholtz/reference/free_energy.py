@@ -7,6 +7,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """Zhang & Sennrich 2019, eq. 4."""
+    x, weight = x.double(), weight.double()
+    return weight * x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+
 def rope(x: Float[Tensor, "B H T K"], positions: Int[Tensor, "B T"], *, theta: float = 10000.0) -> Tensor:
     """Pairs (i, i + K/2) as complex numbers, multiplied by exp(1j position theta^(-2i/K))."""
     half = x.shape[-1] // 2
