@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from decoder_cases import codes_of, make_free, tokens_of
 from helmholtz.layers import Attention, FreeEnergyMixer, FreeEnergyMixerConfig
+from helmholtz.layers.latent import Plan
 
 # the compiler itself warns about what it does
 pytestmark = [pytest.mark.compile, pytest.mark.filterwarnings("ignore")]
@@ -41,3 +43,15 @@ def test_a_mixer_compiles_with_its_own_gradients_beside_the_graph(prior):
     assert layer.tdc is not None
     nn.init.normal_(layer.tdc.out_proj.weight, std=0.1)
     assert_compiled_equals_eager(layer, fullgraph=False)
+
+
+def test_a_free_transformer_compiles_under_a_given_plan():
+    model, tokens = make_free(n_layers=2), tokens_of(2, 12)
+    bits = torch.randn(2, 12, 5, requires_grad=True)
+    plan, leaves = Plan(codes_of(2, 12), bits), [bits, model.embed.weight, model.post_sampler.weight]
+    results = []
+    for run in (torch.compile(model, backend="aot_eager"), model):
+        logits = run(tokens, z=plan).logits
+        results.append([logits, *torch.autograd.grad(logits.square().mean(), leaves)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
