@@ -30,6 +30,24 @@ def test_matrices_decay_and_vectors_do_not():
     assert len(decayed["params"]) == 2  # the tied weight once
 
 
+def test_a_factor_makes_groups_of_its_own_and_keeps_the_rule_of_decay():
+    model = Tied()
+    groups = parameter_groups(model, 0.3, {"hidden.": 0.5, "norm.": 2.0})
+    found = [(g["lr_factor"], g["weight_decay"], {id(p) for p in g["params"]}) for g in groups]
+    assert found == [
+        (1.0, 0.3, {id(model.embed.weight)}),
+        (1.0, 0.0, set()),
+        (0.5, 0.3, {id(model.hidden.weight)}),
+        (0.5, 0.0, {id(model.hidden.bias)}),
+        (2.0, 0.3, set()),
+        (2.0, 0.0, {id(model.norm.weight)}),
+    ]
+    with pytest.raises(
+        ValueError, match="lr_factors must be the prefix of a trained parameter's name, got 'enc'"
+    ):
+        parameter_groups(model, 0.3, {"enc": 0.5})
+
+
 def test_temperatures_and_decay_rates_stored_as_tables_do_not_decay():
     mixers = [
         FreeEnergyMixer(FreeEnergyMixerConfig(d_model=32, n_heads=2, prior=prior))
