@@ -113,7 +113,7 @@ def test_compare_shows_a_bound_as_a_bound_and_never_the_number_that_leaks(worksp
     plain, planned = results["rows"]
     assert (plain["kind"], plain["bounds"], planned["kind"]) == ("exact", None, "bound")
     bounds = planned["bounds"]
-    assert planned["validation_bits_per_byte"] == bounds["importance_weighted_bits_per_byte"]
+    assert planned["validation_bits_per_byte"] == bounds["mixture_weighted_bits_per_byte"]
     assert bounds["n_tokens"] == len(TokenDataset(workspace / "data", "validation"))
     assert f"<= {planned['validation_bits_per_byte']:.4f}" in out
     assert f"{plain['validation_bits_per_byte']:.4f}" in out

@@ -63,6 +63,13 @@ def test_every_number_is_within_its_noise_of_the_sum_over_all_plans(data, n_late
     assert 0.01 < noise < 0.2
     # the average weight is unbiased: this is the bound itself, not only its limit
     assert math.exp(-found.importance_weighted * seq_len - exact.item()) == pytest.approx(1, abs=4 * noise)
+    # the same of the mixture, from both kinds of plans
+    mixed = (log_x + log_p - exact).exp() * (k + PRIOR_DRAWS) / (k * q + PRIOR_DRAWS * prior)
+    assert (k * q + PRIOR_DRAWS * prior) @ mixed == pytest.approx(k + PRIOR_DRAWS)
+    variances = [(w * mixed**2).sum() - (w * mixed).sum() ** 2 for w in (q, prior)]
+    deviation = (k * variances[0] + PRIOR_DRAWS * variances[1]).sqrt().item() / (k + PRIOR_DRAWS)
+    assert 0.01 < deviation < 0.2
+    assert math.exp(-found.mixture_weighted * seq_len - exact.item()) == pytest.approx(1, abs=4 * deviation)
     assert found.effective_samples / k == pytest.approx(1 / (1 + spread), rel=0.15)
 
     kl = (q * (log_q - log_p)).sum().item()
@@ -121,7 +128,16 @@ def test_a_posterior_that_is_the_prior_pays_nothing_and_weighs_all_plans_by_thei
     assert (found.kl, found.usage.active_bits) == (0, 0)
     assert found.effective_samples == pytest.approx(5)
     assert found.importance_weighted == pytest.approx(plain, rel=1e-6)
+    assert found.mixture_weighted == pytest.approx(plain, rel=1e-6)
     assert found.elbo == pytest.approx(plain, rel=1e-6)
+
+
+def test_the_mixture_is_tight_where_the_posterior_is_sure_of_a_plan_that_says_nothing(data):
+    model = free_transformer(3, table=0.0, readout=3.0)
+    plain = evaluate_language(model, data, seq_len=32, overlap=0).nats_per_token
+    found = evaluate_bounds(model, data, seq_len=32, n_samples=8)
+    assert found.kl > 1 and found.importance_weighted > plain + 0.5
+    assert found.mixture_weighted == pytest.approx(plain, rel=1e-4)
 
 
 def test_the_importance_weighted_bound_starts_at_the_elbo_and_falls_with_more_samples(data):
@@ -152,7 +168,13 @@ def test_the_batch_size_changes_nothing_and_the_seed_something(data, post_sample
     before = torch.get_rng_state()
     one, many = (evaluate_bounds(model, data, seq_len=50, batch_size=size, n_samples=3) for size in (1, 7))
     assert torch.equal(torch.get_rng_state(), before) and model.training
-    for name in ("posterior_cross_entropy", "prior_cross_entropy", "kl", "importance_weighted"):
+    for name in (
+        "posterior_cross_entropy",
+        "prior_cross_entropy",
+        "kl",
+        "importance_weighted",
+        "mixture_weighted",
+    ):
         assert getattr(one, name) == pytest.approx(getattr(many, name), rel=1e-6)
     assert one.effective_samples == pytest.approx(many.effective_samples, rel=1e-4)
     assert one.usage.codes_used == many.usage.codes_used > 4
@@ -193,7 +215,8 @@ def test_a_report_says_what_leaks_and_counts_bits_per_byte_of_bounds_alone(data)
     assert values["posterior_cross_entropy_leaking"] == found.posterior_cross_entropy
     assert values["elbo_bits_per_byte"] == data.bits_per_byte(found.elbo)
     assert {name for name in values if name.endswith("per_byte")} == {
-        f"{name}_bits_per_byte" for name in ("prior_cross_entropy", "elbo", "importance_weighted")
+        f"{name}_bits_per_byte"
+        for name in ("prior_cross_entropy", "elbo", "importance_weighted", "mixture_weighted")
     }
 
 

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from helmholtz.cli.arguments import make_parser, parse
 from helmholtz.evals.compare import POSTERIOR_SAMPLES, Comparison, Group, Row, compare, leaders, write_results
+from helmholtz.evals.latent import PRIOR_DRAWS
 from helmholtz.evals.plots import plot_loss_curves
 
 DESCRIPTION = "Compare finished runs at equal budgets: a table, results.json and the loss curves."
@@ -52,8 +53,8 @@ def footnotes(comparison: Comparison) -> list[str]:
     if not any(row.kind == "bound" for row in comparison.rows):
         return lines
     lines.append(
-        f"<=: importance-weighted upper bound, {POSTERIOR_SAMPLES} plans per window. Below every exact number it is a "
-        "win (*); above one it decides nothing"
+        f"<=: importance-weighted upper bound from {POSTERIOR_SAMPLES} plans of the posterior and {PRIOR_DRAWS} of the "
+        "prior per window. Below every exact number it is a win (*); above one it decides nothing"
     )
     for row in comparison.rows:
         parts = ", ".join(f"{name} {size:,}" for name, size in row.parts.items() if size)
@@ -68,9 +69,16 @@ def run(arguments: list[str], console: Console) -> int:
     parser.add_argument(
         "--allow_unequal", action="store_true", help="compare runs of unequal budgets, and say so"
     )
+    parser.add_argument("--data", type=str, help="where the runs' data are now (default: where they were)")
+    parser.add_argument("--batch_size", type=int, help="windows per forward pass (default: as in training)")
     values = parse(parser, arguments)
     output = Path(values["output"])
-    comparison = compare(values["runs"], allow_unequal=values["allow_unequal"])
+    comparison = compare(
+        values["runs"],
+        allow_unequal=values["allow_unequal"],
+        data_folder=values["data"],
+        batch_size=values["batch_size"],
+    )
     write_results(comparison, values["runs"], output / "results.json")
     plot_loss_curves(values["runs"], output / "loss.png")
     console.width = max(console.width, WIDTH)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from helmholtz._checks import check_integer
 from helmholtz._hardware import describe_hardware, git_commit
 from helmholtz.data.tokens import TokenDataset
 from helmholtz.evals.inspection import count_parameters
@@ -42,7 +43,7 @@ class Row:
     """Over the whole validation split, in windows without overlap, with the weights of lowest validation loss."""
     validation_perplexity: float
     bounds: dict[str, Any] | None
-    """Every bound of a model with a plan (``evals.latent.report``); ``kind`` "bound" is the importance-weighted one."""
+    """Every bound of a model with a plan (``evals.latent.report``); the row shows ``mixture_weighted``."""
     train_tokens_per_second: float
     decode_tokens_per_second: float
     """Greedy, one sequence."""
@@ -99,26 +100,41 @@ def inequalities(runs: Sequence[Run]) -> list[str]:
     return found
 
 
-def compare(folders: Sequence[str | Path], *, allow_unequal: bool = False) -> Comparison:
+def compare(
+    folders: Sequence[str | Path],
+    *,
+    allow_unequal: bool = False,
+    data_folder: str | Path | None = None,
+    batch_size: int | None = None,
+) -> Comparison:
     """Evaluate the best weights of every run on the whole validation split, and its speed, one after another.
 
-    Raises: ValueError if a run is not finished, or if budgets differ and ``allow_unequal`` is false.
+    Args:
+        data_folder: where the runs' data are now; None: where they were in training.
+        batch_size: windows per forward pass, which changes nothing but time and memory; None: as in training.
+
+    Raises: ValueError if a run is not finished, if budgets differ and ``allow_unequal`` is false, or if
+        ``data_folder`` holds other data than a run was trained on.
     """
     if len(folders) < 1:
         raise ValueError("runs: wanted at least one folder, got none")
+    if batch_size is not None:
+        check_integer("batch_size", batch_size)
     runs = [read_run(folder) for folder in folders]
     unequal = inequalities(runs)
     if unequal and not allow_unequal:
         raise ValueError("these runs cannot be compared fairly: " + "; ".join(unequal))
     window = min(run.description["train"]["seq_len"] for run in runs)
-    rows = tuple(_row(run, window) for run in runs)
+    rows = tuple(_row(run, window, data_folder, batch_size) for run in runs)
     return Comparison(rows, window, _groups(runs, rows), tuple(unequal))
 
 
-def _row(run: Run, window: int) -> Row:
+def _row(run: Run, window: int, data_folder: str | Path | None, batch_size: int | None) -> Row:
     model, train = load_checkpoint(run.checkpoint), run.description["train"]
-    data = TokenDataset(run.data_folder, "validation")
-    nats, bounds = _quality(model, data, window, train["batch_size"])
+    data = TokenDataset(data_folder or run.data_folder, "validation")
+    if data_folder and data.metadata.fingerprint != run.description["data"]["fingerprint"]:
+        raise ValueError(f"data: {data_folder} holds other data than {run.name} was trained on")
+    nats, bounds = _quality(model, data, window, batch_size or train["batch_size"])
     n_tokens = min(128, model.config.max_seq_len // 2)
     speeds = [decode_tokens_per_second(model, n_tokens=n_tokens) for _ in range(DECODE_REPEATS)]
     return Row(
@@ -146,7 +162,7 @@ def _quality(
         quality = evaluate_language(model, data, seq_len=window, overlap=0, batch_size=batch_size)
         return quality.nats_per_token, None
     bounds = evaluate_bounds(model, data, seq_len=window, batch_size=batch_size, n_samples=POSTERIOR_SAMPLES)
-    return bounds.importance_weighted, report(bounds, data)
+    return bounds.mixture_weighted, report(bounds, data)
 
 
 def _parts(model: AbstractDecoder) -> dict[str, int]:

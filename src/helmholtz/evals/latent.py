@@ -20,12 +20,12 @@ from helmholtz.ops.binary_latent import code_to_bits, kl_per_token
 from helmholtz.ops.code_usage import CodeUsage, code_usage
 
 PRIOR_DRAWS = 4
-"""Plans per window over which the prior cross-entropy is averaged."""
+"""Plans per window from the prior, ``J``."""
 
 
 @dataclass(frozen=True, slots=True)
 class LatentBounds:
-    """Nats per token. Three upper bounds of the model's own; the posterior cross-entropy alone is not one."""
+    """Nats per token. Four upper bounds of the model's own; the posterior cross-entropy alone is not one."""
 
     posterior_cross_entropy: float
     """LEAKS: given plans that were read from the very text that is predicted. Not a language-model loss."""
@@ -37,6 +37,9 @@ class LatentBounds:
     """``posterior_cross_entropy + kl``: an upper bound."""
     importance_weighted: float
     """From ``n_samples`` posterior plans per window: an upper bound, in expectation the tighter the more there are."""
+    mixture_weighted: float
+    """The same from these and the prior's plans together: an upper bound that also holds tight where the posterior is
+    a worse guess than the prior, as it is of a plan that says nothing."""
     effective_samples: float
     """Mean over windows of the effective number of the ``n_samples`` plans; near 1, one plan has all the weight."""
     n_samples: int
@@ -53,6 +56,7 @@ class _Measured:
     posterior: Float[Tensor, "B"]
     prior: Float[Tensor, "B"]
     weighted: Float[Tensor, "B"]
+    mixture: Float[Tensor, "B"]
     effective: Float[Tensor, "B"]
     logits: Float[Tensor, "BT H"]
     code: Int[Tensor, "BT"]
@@ -73,6 +77,9 @@ def evaluate_bounds(
     .. math:: \mathrm{ELBO} = \mathbb E_q[-\log p(x|z)] + \mathrm{KL}(q \,\|\, p), \qquad
               \mathrm{IW}_K = -\log \frac1K \sum_{k=1}^K \frac{p(x|z_k)\, p(z_k)}{q(z_k|x)}, \quad z_k \sim q(z|x)
 
+    The mixture takes the mean over all :math:`K + J` plans of
+    :math:`p(x|z) p(z) (K + J) / (K q(z|x) + J p(z))`, which is :math:`p(x)` in expectation as well.
+
     Convention: stream, windows and predicted tokens are those of ``evaluate_language`` with ``overlap=0``, so that the
     number of a decoder without a plan from there and these are of the same tokens in the same context. A plan belongs
     to one window, so windows cannot share context: a later part of a text given an earlier one has no such bound.
@@ -86,7 +93,8 @@ def evaluate_bounds(
     Accuracy: weights, sums and logarithms in float64; each bound is estimated, its noise is that of the plans drawn.
     Cost: lower half and encoder once, upper half ``n_samples + 4`` times per window, in batches of ``batch_size`` rows.
     Raises: ValueError for a window that the model cannot take, or counts below 1.
-    Source: Burda, Grosse & Salakhutdinov, "Importance Weighted Autoencoders", 2016, eq. 8.
+    Source: Burda, Grosse & Salakhutdinov, "Importance Weighted Autoencoders", 2016, eq. 8; Veach & Guibas,
+        "Optimally Combining Sampling Techniques for Monte Carlo Rendering", 1995 (balance heuristic).
     """
     check_window(model, seq_len)
     for name, value in (("batch_size", batch_size), ("n_samples", n_samples)):
@@ -110,7 +118,7 @@ def report(bounds: LatentBounds, data: TokenDataset) -> dict[str, Any]:
     values = asdict(bounds)
     values["usage"].pop("kl")  # the one of the bounds
     leak = {"posterior_cross_entropy_leaking": values.pop("posterior_cross_entropy")}
-    names = ("prior_cross_entropy", "elbo", "importance_weighted")
+    names = ("prior_cross_entropy", "elbo", "importance_weighted", "mixture_weighted")
     return leak | values | {f"{name}_bits_per_byte": data.bits_per_byte(values[name]) for name in names}
 
 
@@ -148,16 +156,21 @@ def _measure(
         model.sample_prior(PRIOR_DRAWS, n_tokens, generator=_generator(seed, index, 1)).code
         for index in indices
     ]
-    codes = torch.stack(read, 1)  # K B T
+    codes = torch.cat([torch.stack(read, 1), torch.stack(drawn, 1)])  # K + J, B, T
     losses = torch.stack([_loss(model, half, code, targets) for code in codes])
-    prior = torch.stack([_loss(model, half, code, targets) for code in torch.stack(drawn, 1)])
-    log_posterior = torch.stack([_log_posterior(logits, code) for code in codes])
-    log_weights = -losses - n_tokens * logits.shape[-1] * math.log(2) - log_posterior
+    log_prior = -n_tokens * logits.shape[-1] * math.log(2)
+    log_ratio = torch.stack([_log_posterior(logits, code) for code in codes]) - log_prior
+    log_weights = -losses[:n_samples] - log_ratio[:n_samples]
     total = log_weights.logsumexp(0)
+    # K q + J p, relative to p
+    log_mixture = torch.logaddexp(
+        log_ratio + math.log(n_samples), log_ratio.new_tensor(math.log(PRIOR_DRAWS))
+    )
     return _Measured(
-        posterior=losses.mean(0),
-        prior=prior.mean(0),
+        posterior=losses[:n_samples].mean(0),
+        prior=losses[n_samples:].mean(0),
         weighted=math.log(n_samples) - total,
+        mixture=-(-losses - log_mixture).logsumexp(0),
         effective=(2 * total - (2 * log_weights).logsumexp(0)).exp(),
         logits=logits.flatten(0, 1),
         code=codes[0].flatten(),
@@ -194,6 +207,7 @@ def _summed(parts: list[_Measured], n_samples: int) -> LatentBounds:
         kl=kl,
         elbo=posterior + kl,
         importance_weighted=sum(part.weighted.sum().item() for part in parts) / n_tokens,
+        mixture_weighted=sum(part.mixture.sum().item() for part in parts) / n_tokens,
         effective_samples=effective.mean().item(),
         n_samples=n_samples,
         n_windows=len(effective),
