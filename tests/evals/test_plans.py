@@ -162,9 +162,9 @@ def test_a_read_plan_is_drawn_from_the_posterior_and_says_how_sure_it_was():
     p = read.probability.double()
     kl = math.log(2) + p.xlogy(p) + (1 - p).xlogy(1 - p)
     torch.testing.assert_close(read.kl.double(), kl.sum(1), rtol=1e-4, atol=1e-6)
-    draws = [read_plan(model, PROMPT, seed=seed).codes for seed in range(400)]
+    draws = [read_plan(model, PROMPT, seed=seed).codes for seed in range(200)]
     frequency = code_to_bits(torch.tensor(draws), N_BITS).double().mean(0)
-    assert ((frequency - p).abs() < 4.5 * (p * (1 - p) / 400).sqrt()).all()
+    assert ((frequency - p).abs() < 4.5 * (p * (1 - p) / 200).sqrt()).all()
 
 
 def test_edits_change_what_they_name_in_order():

@@ -1,5 +1,6 @@
 """``helmholtz plan``."""
 
+import functools
 import json
 import math
 import re
@@ -35,7 +36,7 @@ from helmholtz.models.sampling import SamplingSettings
 from helmholtz.ops.binary_latent import code_to_bits
 
 DESCRIPTION = "Read the plan of a text, or sample under shared, given, edited and independent plans."
-EDIT = re.compile(r"(\d+)(?::(\d+))?=(\d+)")
+EDIT = re.compile(r"(?P<position>\d+)(:(?P<bit>\d+))?=(?P<value>\d+)")
 HOLD = re.compile(r"(\d+)=([01])")
 END = "<end>"
 
@@ -149,48 +150,39 @@ def _plan_table(plan: PlanFile, read: ReadPlan) -> Table:
 def _sample(
     model: FreeTransformer, tokenizer: AbstractTokenizer, values: dict[str, Any], console: Console
 ) -> dict[str, Any]:
-    """Sample in groups, show two shared plans and the first group of independent ones, and measure all groups."""
+    """Sample in groups, show the first group of each kind and one to set beside them, and measure all groups."""
+    edits, prompt = _edits(values), _document(tokenizer, values["prompt"])
     settings = SamplingSettings(**values["sampling"], stop_tokens=(tokenizer.eos_id,))
-    prompt, n_samples, n_plans = (
-        _document(tokenizer, values["prompt"]),
-        values["n_samples"],
-        values["n_plans"],
-    )
     plan = _plan_settings(model, values, len(prompt) + settings.max_new_tokens, console)
+    n_samples, n_plans = values["n_samples"], values["n_plans"]
     found = compare_plans(model, prompt, settings, plan, n_samples=n_samples, n_plans=n_plans)
-    groups = [
-        NamedGroup("independent plans", found.independent[0], False),
-        NamedGroup("plan A", found.shared[0], True),
-    ]
-    result: dict[str, Any] = {"prompt": values["prompt"], "n_samples": n_samples, "n_plans": n_plans}
+    last = NamedGroup("plan B", found.shared[1], True)
     if edits:
         edited = edit_codes(found.plans[0], edits, model.config.n_latent_bits)
-        groups.append(
-            NamedGroup("plan A, edited", sample_under(model, prompt, settings, [edited] * n_samples), True)
-        )
-        result["changed_by_edit"] = asdict(changed(groups[1].samples, groups[2].samples))
-    else:
-        groups.append(NamedGroup("plan B", found.shared[1], True))
-    result |= {
+        samples = sample_under(model, prompt, settings, [edited] * n_samples)
+        last = NamedGroup("plan A, edited", samples, True)
+    first = NamedGroup("independent plans", found.independent[0], False)
+    groups = [first, NamedGroup("plan A", found.shared[0], True), last]
+    result = {
+        "prompt": values["prompt"],
+        "n_samples": n_samples,
+        "n_plans": n_plans,
         "one_plan": asdict(found.sharing),
         "a_plan_each": asdict(found.independent_sharing),
         "gap": asdict(found.gap),
         "groups": [_described(group, tokenizer) for group in groups],
     }
+    if edits:
+        result["changed_by_edit"] = asdict(changed(found.shared[0], last.samples))
     if values["bit_effects"]:
         effects = bit_effects(model, prompt, settings, plan, n_samples=n_plans)
         result["changed_by_bit"] = [asdict(effect) for effect in effects]
     _print(result, console)
     if values["picture"] is not None:
-        plot_plans(
-            groups,
-            found,
-            Path(values["picture"]),
-            title=values["prompt"],
-            n_prompt=len(prompt),
-            spell=lambda token: _spell(tokenizer, token),
-        )
-        console.print(f"wrote {values['picture']}", markup=False)
+        file, title = Path(values["picture"]), values["prompt"]
+        spell = functools.partial(_spell, tokenizer)
+        plot_plans(groups, found, file, title=title, n_prompt=len(prompt), spell=spell)
+        console.print(f"wrote {file}", markup=False)
     return result
 
 
@@ -271,10 +263,9 @@ def _spell(tokenizer: AbstractTokenizer, token: int) -> str:
 def _edits(values: dict[str, Any]) -> list[Edit]:
     edits = []
     for text in values["edit"]:
-        position, bit, value = _parts(
-            EDIT, "edit", text, "POSITION:BIT=VALUE or POSITION=CODE, whole numbers"
-        )
-        edits.append(Edit(int(position), None if bit is None else int(bit), int(value)))
+        match = _match(EDIT, "edit", text, "POSITION:BIT=VALUE or POSITION=CODE, whole numbers")
+        bit = None if match["bit"] is None else int(match["bit"])
+        edits.append(Edit(int(match["position"]), bit, int(match["value"])))
     return edits
 
 
@@ -282,14 +273,14 @@ def _held(values: dict[str, Any], model: FreeTransformer) -> tuple[tuple[int, in
     n_bits = model.config.n_latent_bits
     held: dict[int, int] = {}
     for text in values["hold"]:
-        bit, value = map(int, _parts(HOLD, "hold", text, "BIT=0 or BIT=1"))
+        bit, value = map(int, _match(HOLD, "hold", text, "BIT=0 or BIT=1").groups())
         check(bit < n_bits, "hold", text, f"of a bit below the model's {n_bits}")
         check(held.setdefault(bit, value) == value, "hold", values["hold"], f"one value for bit {bit}")
     return tuple(held.items())
 
 
-def _parts(pattern: re.Pattern[str], name: str, text: str, wanted: str) -> tuple[str, ...]:
+def _match(pattern: re.Pattern[str], name: str, text: str, wanted: str) -> re.Match[str]:
     match = pattern.fullmatch(text)
     if match is None:
         raise ValueError(f"{name} must be {wanted}, got {text!r}")
-    return match.groups()
+    return match
