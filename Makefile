@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: setup demo test quality bench docs clean help
+.PHONY: setup demo generate-data generate-data-small train-baseline train-free compare test quality bench docs clean help
 
 setup: $(STAMP)  ## make .venv and install everything the other targets need (they call it themselves)
 
@@ -25,6 +25,23 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## train a baseline and two FEM language models on Shakespeare and compare them (6 minutes on 2 cores)
 	$(BIN)/python examples/demo.py
+
+generate-data: $(STAMP)  ## draw the synthetic sequences (50,000 of 512 tokens; some minutes) into data/synthetic
+	$(BIN)/python examples/generate_data.py --output-dir data/synthetic --overwrite
+
+generate-data-small: $(STAMP)  ## draw few and short ones instead (2,000 of 128 tokens)
+	$(BIN)/python examples/generate_data.py --output-dir data/synthetic --overwrite \
+	  --vocab-size 1000 --seq-length 128 --num-train 2000 --num-val 200
+
+train-baseline: $(STAMP)  ## train the decoder without a plan on them, into checkpoints/baseline
+	$(BIN)/python examples/train_baseline.py --config configs/baseline.yaml --output-dir checkpoints/baseline
+
+train-free: $(STAMP)  ## train a Free Transformer of its size, into checkpoints/free
+	$(BIN)/python examples/train_free.py --config configs/free_transformer.yaml --output-dir checkpoints/free
+
+compare: $(STAMP)  ## compare the two, into results/comparison
+	$(BIN)/python examples/eval_compare.py --baseline-checkpoint checkpoints/baseline \
+	  --free-checkpoint checkpoints/free --data-dir data/synthetic --output-dir results/comparison
 
 test: $(STAMP)  ## import contracts, then all tests: with shape checks, then the compiled ones without
 	$(BIN)/lint-imports
@@ -44,9 +61,9 @@ bench: $(STAMP)  ## correctness gate, then interleaved timings of ops, layers an
 docs: $(STAMP)  ## build the site into site/ (no network)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-clean:  ## remove what the other targets made, except .venv, data/, runs/ and results/
+clean:  ## remove what the other targets made, except .venv, data/, runs/, checkpoints/ and results/
 	rm -rf site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-20s %s\n", $$1, $$2}' Makefile

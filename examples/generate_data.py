@@ -13,11 +13,14 @@ from pathlib import Path
 from rich.console import Console
 
 from helmholtz.data import write_rows
+from helmholtz.interop.seeds.free_transformer.config import DataConfig
 from helmholtz.interop.seeds.free_transformer.synthetic_data import SyntheticDataGenerator, describe
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write synthetic sequences with hidden topics and local copies.")
+    parser = argparse.ArgumentParser(
+        description="Write synthetic sequences with hidden topics and local copies."
+    )
     parser.add_argument("--output-dir", default="data/synthetic", help="folder of the tokens")
     parser.add_argument("--vocab-size", type=int, default=10000)
     parser.add_argument("--seq-length", type=int, default=512)
@@ -28,8 +31,17 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console(highlight=False)
     try:
-        generator = SyntheticDataGenerator(arguments.vocab_size, arguments.seq_length, arguments.seed)
-        train, validation = (generator.generate_dataset(n) for n in (arguments.num_train, arguments.num_val))
+        config = DataConfig(
+            synthetic_vocab_size=arguments.vocab_size,
+            synthetic_seq_length=arguments.seq_length,
+            num_train_samples=arguments.num_train,
+            num_val_samples=arguments.num_val,
+            seed=arguments.seed,
+        )
+        generator = SyntheticDataGenerator.of(config)
+        train, validation = (
+            generator.generate_dataset(n) for n in (config.num_train_samples, config.num_val_samples)
+        )
         folder = Path(arguments.output_dir)
         write_rows(folder, train, validation, n_ids=arguments.vocab_size, overwrite=arguments.overwrite)
     except ValueError as error:
@@ -38,7 +50,9 @@ def main() -> None:
     (folder / "law.json").write_text(json.dumps(law, indent=2) + "\n")
     console.print(f"{folder}: {train.numel():,} training and {validation.numel():,} validation tokens")
     floor, uniform = (law["validation"][f"{name}_nats_per_token"] for name in ("floor", "uniform"))
-    console.print(f"nats per token: {uniform:.4f} for uniform guesses, {floor:.4f} at best (within a sequence)")
+    console.print(
+        f"nats per token: {uniform:.4f} for uniform guesses, {floor:.4f} at best (within a sequence)"
+    )
 
 
 if __name__ == "__main__":

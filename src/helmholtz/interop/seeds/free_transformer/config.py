@@ -22,7 +22,7 @@ ConfigT = TypeVar("ConfigT")
 SECTIONS = ("model", "training", "data")
 
 
-@dataclass(kw_only=True)
+@dataclass
 class ModelConfig:
     """Sizes of a model, in the original names. Mutable: checked when a model is built from it."""
 
@@ -85,7 +85,7 @@ def _check_honoured(config: ModelConfig) -> None:
     check(value == 0, "attention_dropout", value, "0: dropped weights are no distribution; set dropout")
 
 
-@dataclass(kw_only=True)
+@dataclass
 class TrainingConfig:
     """How the original trains, in its names. One process on one device: what asks for more is refused."""
 
@@ -146,7 +146,7 @@ class TrainingConfig:
         Path(path).write_text(yaml.safe_dump({"training": asdict(self)}, sort_keys=False))
 
 
-@dataclass(kw_only=True)
+@dataclass
 class DataConfig:
     """The synthetic data, in the original names: sizes and seed of what ``SyntheticDataGenerator`` draws."""
 

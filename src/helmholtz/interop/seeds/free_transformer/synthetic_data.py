@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from helmholtz._checks import check, check_integer
+from helmholtz.interop.seeds.free_transformer.config import DataConfig
 
 TOPICS, EXPONENT, COPY, LAG = 8, 1.5, 0.5, 2
 CHUNK = 1024
@@ -81,6 +82,11 @@ class SyntheticDataGenerator:
         check_integer("seq_length", seq_length)
         self.vocab_size, self.seq_length, self.seed = vocab_size, seq_length, seed
         self._generator = torch.Generator().manual_seed(seed)
+
+    @classmethod
+    def of(cls, config: DataConfig) -> "SyntheticDataGenerator":
+        """The generator of a config's vocabulary, length and seed."""
+        return cls(config.synthetic_vocab_size, config.synthetic_seq_length, config.seed)
 
     def generate_sample(self) -> Int[Tensor, " T"]:
         """One sequence."""
