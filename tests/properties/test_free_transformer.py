@@ -27,7 +27,8 @@ The model::
     15  prompts: posterior, prior, seed, given codes            tests/models/test_planning.py
     16  continuations: uniform codes, limits, greedy, stops     tests/models/test_planning.py
     17  speed                                                   measured, not tested: docs/benchmarks.md
-    18  what the parameters are                                 tests/models/test_free_transformer.py
+    18  what the parameters are                                 tests/models/test_free_transformer.py,
+                                                                tests/evals/test_inspection.py
     19  gradients, bfloat16, checkpoints, compilation           19; tests/models/test_decoders.py, test_checkpoint.py,
                                                                 tests/layers/test_compile.py
 """
