@@ -126,7 +126,7 @@ def _encode(
     )
     console.print(_plan_table(plan, read))
     console.print(
-        f"{read.kl.sum() / math.log(2):.2f} bits about the text in {len(codes)} codes of {n_bits} bits",
+        f"{read.kl.sum() / math.log(2):.2f} bits from the prior (KL) in {len(codes)} codes of {n_bits} bits",
         markup=False,
     )
     if values["save"] is not None:
@@ -143,7 +143,9 @@ def _plan_table(plan: PlanFile, read: ReadPlan) -> Table:
     for place, (text, code, row, probability, kl) in enumerate(rows):
         percent = " ".join(f"{100 * p:3.0f}" for p in probability.tolist())
         spelled = "".join(map(str, row))
-        table.add_row(str(place), Text(text), str(code), spelled, percent, f"{kl / math.log(2):.3f}")
+        table.add_row(
+            str(place), Text(_one_line(text)), str(code), spelled, percent, f"{kl / math.log(2):.3f}"
+        )
     return table
 
 
@@ -225,7 +227,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
     table.add_row("difference", _percent(result["gap"]), "")
     console.print(table)
     console.print(
-        f"{result['n_plans']} groups of {result['n_samples']} samples of each kind; \u00b1 is the standard error over "
+        f"{result['n_plans']} groups of {result['n_samples']} samples of each kind; ± is the standard error over "
         "the groups"
     )
     if "changed_by_edit" in result:
@@ -244,7 +246,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
 
 
 def _percent(value: dict[str, Any]) -> str:
-    return f"{100 * value['mean']:.1f} \u00b1 {100 * value['standard_error']:.1f}"
+    return f"{100 * value['mean']:.1f} ± {100 * value['standard_error']:.1f}"
 
 
 def _one_line(text: str) -> str:

@@ -116,7 +116,7 @@ class ReadPlan:
     probability: Float[Tensor, "T H"]
     """Posterior probability that a bit is 1."""
     kl: Float[Tensor, " T"]
-    """What each token's code holds of the text, in nats: posterior against fair bits."""
+    """Of the posterior from the prior, in nats per token: what the code could hold of the text at most."""
 
 
 def read_plan(model: FreeTransformer, tokens: Sequence[int], *, seed: int = 0) -> ReadPlan:
