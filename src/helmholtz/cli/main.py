@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": "bits per byte, perplexity and speed of a trained model",
     "generate": "continue a prompt",
     "plan": "the latent plan of a text, and what samples share under one",
+    "synthetic": "the experiment of the Free Transformer on a law whose entropy is known",
     "compare": "one table, one result file and pictures for several runs",
     "inspect": "what a model is made of, what it has learned, and how it reads a text",
 }

@@ -73,7 +73,7 @@ class LetterBounds:
 
 
 def letter_bounds(
-    model: AbstractDecoder, law: LetterLaw, *, generator: torch.Generator, n_sequences: int = N_SEQUENCES
+    model: AbstractDecoder, law: LetterLaw, *, generator: torch.Generator, n_sequences: int
 ) -> LetterBounds:
     """Bounds of a model over ``n_sequences`` fresh sequences, one plan each from the posterior and the prior."""
     sequences = sample_letters(law, n_sequences, generator=generator)
@@ -208,7 +208,7 @@ class LetterResult:
 def measure_letters(model: AbstractDecoder, law: LetterLaw, *, seed: int) -> LetterResult:
     """Bounds over 8192 sequences, and 24 groups of 16 samples under shared and under independent plans."""
     generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
-    bounds = letter_bounds(model, law, generator=generator)
+    bounds = letter_bounds(model, law, generator=generator, n_sequences=N_SEQUENCES)
     letters = torch.randint(N_LETTERS, (N_GROUPS,), generator=generator).tolist()
 
     def statistics(shared: bool) -> GroupStatistics:
@@ -285,12 +285,14 @@ def _kappas(measured: Measured) -> list[float | None]:
 
 
 def _curve(axes: Any, measured: Measured, value: Callable[[LetterResult], float | None], label: str) -> None:
-    points, means = [], []
+    places, numbers, centres, means = [], [], [], []
     for place, kappa in enumerate(_kappas(measured)):
         found = [value(result) for own, result in measured if own == kappa]
         known = [number for number in found if number is not None]
-        points += [(place, number) for number in known]
+        places += [place] * len(known)
+        numbers += known
         if known:
-            means.append((place, statistics.fmean(known)))
-    (line,) = axes.plot(*zip(*means, strict=True), linewidth=1.5, label=label)
-    axes.scatter(*zip(*points, strict=True), s=14, color=line.get_color())
+            centres.append(place)
+            means.append(statistics.fmean(known))
+    (line,) = axes.plot(centres, means, linewidth=1.5, label=label)
+    axes.scatter(places, numbers, s=14, color=line.get_color())

@@ -1,0 +1,116 @@
+"""Training on the synthetic law of ``data.plan_letters``: sizes, schedule, and a loop over fresh sequences."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from helmholtz._checks import check_integer
+from helmholtz.data.plan_letters import ALPHABET, LetterLaw, sample_letters
+from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.free_transformer import FreeTransformer, FreeTransformerConfig
+from helmholtz.models.transformer import Transformer, TransformerConfig
+from helmholtz.training.config import TrainConfig
+from helmholtz.training.free_bits import FreeBitsConfig, FreeBitsObjective
+from helmholtz.training.loop import NonFiniteError, seed_everything
+from helmholtz.training.objectives import ObjectiveFunction, next_token
+from helmholtz.training.optim import learning_rate, make_optimizer
+
+DATA_SEED = 2_000_003
+"""Added to the seed: weights and sequences come from different streams."""
+
+StepCallback = Callable[[int, float], None]
+"""Called with ``(step, loss)`` after each optimizer step, the first being 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LetterExperiment:
+    """Everything that, with kappa and a seed, fixes a trained model."""
+
+    law: LetterLaw
+    d_model: int
+    n_layers: int = 4
+    n_heads: int = 4
+    n_latent_bits: int
+    tie_embeddings: bool = False
+    """Tied, these small models learn to plan the noise several times later."""
+    steps: int
+    batch_size: int = 64
+    lr: float = 2e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+
+    def train_config(self, seed: int) -> TrainConfig:
+        return TrainConfig(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            seq_len=self.law.n_targets,
+            lr=self.lr,
+            warmup_steps=self.warmup_steps,
+            weight_decay=self.weight_decay,
+            seed=seed,
+        )
+
+    def build(self, *, planned: bool) -> AbstractDecoder:
+        """A new Free Transformer, or without a plan the baseline decoder of the same width and depth."""
+        sizes: dict[str, Any] = {
+            "vocab_size": len(ALPHABET),
+            "d_model": self.d_model,
+            "n_layers": self.n_layers,
+            "n_heads": self.n_heads,
+            "max_seq_len": self.law.n_tokens,
+            "tie_embeddings": self.tie_embeddings,
+        }
+        if planned:
+            return FreeTransformer(FreeTransformerConfig(**sizes, n_latent_bits=self.n_latent_bits))
+        return Transformer(TransformerConfig(**sizes))
+
+
+PROFILES = {
+    "ci": LetterExperiment(
+        law=LetterLaw(n_characters=32, run_length=6), d_model=48, n_latent_bits=4, steps=800
+    ),
+    "paper": LetterExperiment(law=LetterLaw(), d_model=64, n_latent_bits=8, steps=1500),
+}
+"""``ci`` takes about a minute of one core per model, ``paper`` (whose law is the paper's) about five."""
+
+
+def train_on_letters(
+    experiment: LetterExperiment,
+    *,
+    kappa_bits: float | None,
+    seed: int,
+    callback: StepCallback | None = None,
+) -> AbstractDecoder:
+    """Train on fresh sequences: a Free Transformer with ``kappa_bits`` free bits per token, or the baseline if None.
+
+    The seed fixes the initial weights, the sequences and the plans drawn; torch's global generators are set.
+
+    Raises: ValueError for a negative kappa, NonFiniteError if the loss is not finite.
+    """
+    check_integer("seed", seed, minimum=0)
+    objective: ObjectiveFunction = next_token
+    if kappa_bits is not None:
+        objective = FreeBitsObjective(FreeBitsConfig(kappa_bits=kappa_bits))
+    config = experiment.train_config(seed)
+    seed_everything(seed)
+    model = experiment.build(planned=kappa_bits is not None)
+    optimizer = make_optimizer(model, config)
+    generator = torch.Generator().manual_seed(DATA_SEED + seed)
+    model.train()
+    for step in range(config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        tokens = sample_letters(experiment.law, config.batch_size, generator=generator)
+        loss = objective(model, tokens, step).loss
+        if not loss.isfinite():
+            raise NonFiniteError(f"step {step + 1}: the loss is {loss.item()}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        optimizer.step()
+        if callback is not None:
+            callback(step + 1, loss.item())
+    return model
