@@ -26,7 +26,7 @@ from helmholtz.training.loop import Trainer
 from helmholtz.training.run import RunConfig, train
 from tiny_runs import prepare_text, tiny_run
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs" / "demo"
 MODEL = FreeTransformerConfig(
     vocab_size=257, d_model=16, n_layers=2, n_heads=2, max_seq_len=32, n_latent_bits=3, dropout=0.1
 )
@@ -363,7 +363,7 @@ def values(file):
 
 def test_the_control_of_the_demo_has_its_parameters():
     free, plain, baseline = (
-        values(name) for name in ("free_transformer_demo.yaml", "control.yaml", "baseline.yaml")
+        values(name) for name in ("free_transformer.yaml", "control.yaml", "baseline.yaml")
     )
     assert free["objective"]["kappa_bits"] == 0.5
     configs = {}
@@ -384,7 +384,7 @@ def test_the_control_of_the_demo_has_its_parameters():
 
 def test_the_demo_s_config_trains_from_the_shell(data, tmp_path, capsys):
     common = [
-        f"--config={CONFIGS / 'free_transformer_demo.yaml'}", f"--data.folder={data.folder}",
+        f"--config={CONFIGS / 'free_transformer.yaml'}", f"--data.folder={data.folder}",
         f"--data.sources={list(data.sources)}", "--data.tokenizer=bytes", "--data.vocab_size=257",
         "--data.validation_fraction=0.1",
         f"--train.output_dir={tmp_path / 'run'}", "--train.steps=2", "--train.batch_size=2", "--train.seq_len=16",
