@@ -200,6 +200,12 @@ def test_fewer_windows_are_spread_over_the_split_and_keep_their_numbers(data):
     assert last == every
 
 
+def test_every_window_draws_plans_of_its_own(data):
+    model = free_transformer(12, readout=0.0)  # uniform codes: hardly one comes twice
+    usage = evaluate_bounds(model, data, seq_len=4, n_samples=1, n_windows=20).usage
+    assert 70 < usage.codes_used <= 80
+
+
 def test_the_usage_is_that_of_the_posterior(data):
     found = evaluate_bounds(free_transformer(3), data, seq_len=32, n_samples=1)
     usage = found.usage

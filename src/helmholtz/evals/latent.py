@@ -148,15 +148,7 @@ def _measure(
     half, targets = model.lower(rows[:, :-1]), rows[:, 1:]
     n_tokens = targets.shape[1]
     logits = model.posterior(half).double().cpu()
-    read = [
-        sample_plan(row.expand(n_samples, -1, -1), generator=_generator(seed, index, 0)).code
-        for row, index in zip(logits, indices, strict=True)
-    ]
-    drawn = [
-        model.sample_prior(PRIOR_DRAWS, n_tokens, generator=_generator(seed, index, 1)).code
-        for index in indices
-    ]
-    codes = torch.cat([torch.stack(read, 1), torch.stack(drawn, 1)])  # K + J, B, T
+    codes = _draw(model, logits, indices, n_samples, seed)
     losses = torch.stack([_loss(model, half, code, targets) for code in codes])
     log_prior = -n_tokens * logits.shape[-1] * math.log(2)
     log_ratio = torch.stack([_log_posterior(logits, code) for code in codes]) - log_prior
@@ -175,6 +167,18 @@ def _measure(
         logits=logits.flatten(0, 1),
         code=codes[0].flatten(),
     )
+
+
+def _draw(
+    model: FreeTransformer, logits: Float[Tensor, "B T H"], indices: list[int], n_samples: int, seed: int
+) -> Int[Tensor, "KJ B T"]:
+    """Plans of each window: ``n_samples`` of the posterior, then ``PRIOR_DRAWS`` of the prior."""
+    windows = []
+    for row, index in zip(logits, indices, strict=True):
+        read = sample_plan(row.expand(n_samples, -1, -1), generator=_generator(seed, index, 0)).code
+        drawn = model.sample_prior(PRIOR_DRAWS, len(row), generator=_generator(seed, index, 1)).code
+        windows.append(torch.cat([read, drawn.cpu()]))
+    return torch.stack(windows, 1)
 
 
 def _generator(seed: int, window: int, purpose: int) -> torch.Generator:
