@@ -19,6 +19,7 @@ from helmholtz._hardware import describe_hardware, git_commit
 from helmholtz.cli.arguments import make_parser, parse
 from helmholtz.data.plan_letters import LetterLaw, letters_to_text, noise_floor, vanilla_floor
 from helmholtz.evals.plan_letters import (
+    GroupStatistics,
     LetterResult,
     kappa_label,
     law_statistics,
@@ -100,9 +101,8 @@ def read_cell(file: Path, experiment: LetterExperiment) -> Cell | None:
     return cell
 
 
-def result_table(cells: Sequence[Cell], law: LetterLaw) -> Table:
-    """A row per model; a plan's bits per token and sequence, and what samples under a shared plan have in common."""
-    own = law_statistics(law, generator=torch.Generator().manual_seed(0))
+def result_table(cells: Sequence[Cell], law: LetterLaw, own: GroupStatistics) -> Table:
+    """A row per model, and one for the law, whose own sequences measure as ``own``."""
     floors = f"floor {vanilla_floor(law):.4f}, noise {noise_floor(law):.4f}"
     title = f"Nats per token ({floors}); samples under a shared plan"
     table = Table(title=title, box=None, padding=(0, 1, 0, 0))
@@ -146,7 +146,7 @@ def cells_of(
     """The cells in order, each computed and written unless it is there."""
     for seed in seeds:
         for kappa in kappas:
-            name = "vanilla" if kappa is None else f"{kappa:g}"
+            name = "vanilla" if kappa is None else repr(kappa)
             file = folder / "cells" / f"{name}-{seed}.json"
             cell = read_cell(file, experiment)
             if cell is None:
@@ -157,9 +157,8 @@ def cells_of(
             yield cell
 
 
-def summary(cells: Sequence[Cell], profile: str, law: LetterLaw) -> dict[str, Any]:
-    """All cells in one, the settings they share and what the law itself would give."""
-    own = law_statistics(law, generator=torch.Generator().manual_seed(0))
+def summary(cells: Sequence[Cell], profile: str, law: LetterLaw, own: GroupStatistics) -> dict[str, Any]:
+    """All cells in one, the settings they share and what the law itself gives."""
     return {
         "profile": profile,
         "experiment": cells[0]["experiment"],
@@ -170,7 +169,8 @@ def summary(cells: Sequence[Cell], profile: str, law: LetterLaw) -> dict[str, An
     }
 
 
-def run(arguments: list[str], console: Console) -> int:
+def options(arguments: list[str]) -> dict[str, Any]:
+    """Values of the command line. Raises: ValueError naming the option that is wrong."""
     parser = make_parser("synthetic", DESCRIPTION)
     parser.add_argument(
         "--kappas",
@@ -182,9 +182,7 @@ def run(arguments: list[str], console: Console) -> int:
     parser.add_argument("--profile", type=str, default="ci", help=f"sizes: {', '.join(PROFILES)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each gives every model anew")
     parser.add_argument("--output", type=str, default="results/synthetic", help="folder of the result")
-    parser.add_argument(
-        "--threads", type=int, default=1, help="of the CPU; these models gain little from more"
-    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; more help these models little")
     values = parse(parser, arguments)
     check_choice("profile", values["profile"], PROFILES)
     check_integer("threads", values["threads"])
@@ -192,16 +190,21 @@ def run(arguments: list[str], console: Console) -> int:
         check_non_negative("kappas", kappa)
     for seed in values["seeds"]:
         check_integer("seeds", seed, minimum=0)
+    return values
+
+
+def run(arguments: list[str], console: Console) -> int:
+    values = options(arguments)
     torch.set_num_threads(values["threads"])
     experiment, folder = PROFILES[values["profile"]], Path(values["output"])
     law, cells = experiment.law, []
     for cell in cells_of(experiment, [None, *values["kappas"]], values["seeds"], folder, console):
         print_samples(cell, console)
         cells.append(cell)
-    console.print(result_table(cells, law))
-    content = summary(cells, values["profile"], law)
-    write_atomically(folder / "results.json", json.dumps(content, indent=1) + "\n")
     own = law_statistics(law, generator=torch.Generator().manual_seed(0))
+    console.print(result_table(cells, law, own))
+    content = summary(cells, values["profile"], law, own)
+    write_atomically(folder / "results.json", json.dumps(content, indent=1) + "\n")
     measured = [(cell["kappa_bits"], LetterResult.from_dict(cell["result"])) for cell in cells]
     plot_letters(law, measured, own, folder / "letters.png")
     console.print(f"wrote {folder / 'results.json'} and {folder / 'letters.png'}", markup=False)
