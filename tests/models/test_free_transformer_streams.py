@@ -175,7 +175,9 @@ def test_a_stream_ends_at_the_longest_sequence(model: FreeTransformer) -> None:
 
 
 def test_packed_documents_are_no_stream(model: FreeTransformer) -> None:
-    with pytest.raises(ValueError, match="cu_seqlens must be None with a state: its rows are one sequence each"):
+    with pytest.raises(
+        ValueError, match="cu_seqlens must be None with a state: its rows are one sequence each"
+    ):
         model.lower(tokens_of(1, 6), model.init_state(1), cu_seqlens=torch.tensor([0, 2, 6]))
 
 
