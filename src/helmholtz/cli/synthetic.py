@@ -41,11 +41,13 @@ SHOWN_LETTER = 10
 Cell = dict[str, Any]
 
 
-def compute_cell(
-    experiment: LetterExperiment, kappa_bits: float | None, seed: int, console: Console, label: str
-) -> Cell:
+def model_label(kappa_bits: float | None, seed: int) -> str:
+    return f"{'' if kappa_bits is None else 'kappa '}{kappa_label(kappa_bits)}, seed {seed}"
+
+
+def compute_cell(experiment: LetterExperiment, kappa_bits: float | None, seed: int, console: Console) -> Cell:
     """Train one model, measure it, and let it write what is printed."""
-    begin = time.process_time()
+    begin, label = time.process_time(), model_label(kappa_bits, seed)
     columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=experiment.steps)
@@ -133,7 +135,7 @@ def result_table(cells: Sequence[Cell], law: LetterLaw, own: GroupStatistics) ->
 
 
 def print_samples(cell: Cell, console: Console) -> None:
-    console.print(f"kappa {kappa_label(cell['kappa_bits'])}, seed {cell['seed']}", style="bold")
+    console.print(model_label(cell["kappa_bits"], cell["seed"]), style="bold")
     for (name, lines), style in zip(cell["samples"].items(), ("blue", "green", "green"), strict=True):
         console.print(f"  {name}")
         for line in lines:
@@ -150,9 +152,7 @@ def cells_of(
             file = folder / "cells" / f"{name}-{seed}.json"
             cell = read_cell(file, experiment)
             if cell is None:
-                cell = compute_cell(
-                    experiment, kappa, seed, console, f"kappa {kappa_label(kappa)}, seed {seed}"
-                )
+                cell = compute_cell(experiment, kappa, seed, console)
                 write_atomically(file, json.dumps(cell, indent=1) + "\n")
             yield cell
 
