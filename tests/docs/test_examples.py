@@ -9,7 +9,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-SIGNATURES = {"docs/design/001-foundation.md"}  # lists signatures, in the shape of Python but not to be run
+SIGNATURES = {
+    "docs/design/001-foundation.md",
+    "docs/design/004-free-transformer.md",
+}  # lists signatures, in the shape of Python but not to be run
 TOO_LONG_TO_RUN = {"docs/training.md"}  # trains for minutes: its blocks are compiled, its imports run
 
 

@@ -167,7 +167,6 @@ def test_queries_and_residual_come_from_x_keys_and_values_from_the_source() -> N
         assert_matches("gradient", a, e, budget=40)
 
 
-@pytest.mark.xfail(strict=True, reason="with a source, the weight of in_proj is used without the module")
 def test_a_replaced_projection_is_honoured_with_a_source() -> None:
     """As an adapter does: the module around the weight counts, not the weight alone."""
     block, x = source_block(), torch.randn(1, 5, WIDTH)

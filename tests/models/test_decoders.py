@@ -83,7 +83,8 @@ def _split_anywhere(model: AbstractDecoder, cuts: list[int], padded: bool) -> No
 
 @torch.no_grad()
 def test_a_stream_cut_anywhere_equals_the_full_pass(model: AbstractDecoder) -> None:
-    _split_anywhere(model)
+    """In float64: in float32 these weights make 1e-5 of the rounding of a single sum."""
+    _split_anywhere(copy.deepcopy(model).double())
 
 
 @torch.no_grad()

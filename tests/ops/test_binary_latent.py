@@ -136,8 +136,9 @@ def test_chunks_change_nothing(monkeypatch):
     table, code, logits = problem(5, batch=(3, 7))
     cotangent = torch.randn(3, 7, 3, dtype=torch.float64)
     whole = lookup_grads(ops, table, code, logits, cotangent)
-    for elements in (1, 64, 5 * 32, 20 * 32 + 1):
+    for elements, codes in ((1, 1), (64, 8), (5 * 32, 64), (20 * 32 + 1, 16)):
         monkeypatch.setattr(binary_latent, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(binary_latent, "TILE_CODES", codes)
         for a, e in zip(lookup_grads(ops, table, code, logits, cotangent), whole, strict=True):
             torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-14)
 
@@ -227,7 +228,7 @@ def test_sixteen_bits_at_8_x_1024_tokens_stay_under_500_mb():
     done = subprocess.run(
         [sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=200, check=True
     )
-    assert 50 < int(done.stdout) / 1000 < 500  # 34 MB of them the gradient of the table
+    assert 40 < int(done.stdout) / 1000 < 500  # 34 MB of them the gradient of the table
 
 
 # --- KL and free bits

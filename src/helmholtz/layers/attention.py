@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from helmholtz._checks import check, check_divides, check_integer
 from helmholtz.layers.base import AbstractMixer
 from helmholtz.layers.init import init_normal
-from helmholtz.layers.linear import apply_linear
+from helmholtz.layers.linear import apply_linear, is_plain
 from helmholtz.layers.sequence import SequenceLayout, sequence_layout
 from helmholtz.layers.state import KVCache
 from helmholtz.ops.attention import softmax_attention
-from helmholtz.ops.rope import rotate
+from helmholtz.ops.rope import rotate_split
 
 
 @final
@@ -52,7 +52,7 @@ class Attention(AbstractMixer[KVCache]):
 
     def forward(
         self,
-        x: Float[Tensor, "B T D"],
+        x: Float[Tensor, "#B #T D"],
         *,
         source: Float[Tensor, "B T D"] | None = None,
         attention_mask: Shaped[Tensor, "..."] | None = None,
@@ -61,12 +61,13 @@ class Attention(AbstractMixer[KVCache]):
         """Mix a whole sequence.
 
         Args:
-            source: what keys and values are made of, in place of ``x``; token by token in the same places.
+            source: what keys and values are made of, in place of ``x``; token by token in the same places. Then ``x``
+                may also be one vector for all of them, ``1 1 D``.
             attention_mask: bool or integer, non-zero where a token is real; any pattern.
             cu_seqlens: bounds of sequences packed end to end in one row.
         """
         self._check_width(x)
-        layout = sequence_layout(x, attention_mask, cu_seqlens)
+        layout = sequence_layout(x if source is None else source, attention_mask, cu_seqlens)
         q, k, v = self._project(x, source, layout)
         read = softmax_attention(
             q, k, v, causal=self.causal, key_mask=layout.mask, cu_seqlens=layout.cu_seqlens
@@ -101,24 +102,30 @@ class Attention(AbstractMixer[KVCache]):
             raise ValueError(f"x: wanted shape (B, T, d_model={width}), got {tuple(x.shape)}")
 
     def _project(
-        self, x: Float[Tensor, "B T D"], source: Float[Tensor, "B T D"] | None, layout: SequenceLayout
+        self, x: Float[Tensor, "#B #T D"], source: Float[Tensor, "B T D"] | None, layout: SequenceLayout
     ) -> tuple[Float[Tensor, "B H T K"], Float[Tensor, "B G T K"], Float[Tensor, "B G T K"]]:
         """Queries of ``x``, keys and values of ``source``; queries and keys rotated by their positions."""
         heads, groups = self.n_heads, self.n_kv_heads
-        if layout.mask is not None:  # whatever a pad holds, NaN included
-            x = x.masked_fill(~layout.mask.unsqueeze(-1), 0)
+        pads = None if layout.mask is None else ~layout.mask.unsqueeze(-1)
+        if pads is not None and source is None:  # whatever a pad holds, NaN included
+            x = x.masked_fill(pads, 0)
         if source is None:
             joint = apply_linear(self.in_proj, x)
         else:
-            if layout.mask is not None:
-                source = source.masked_fill(~layout.mask.unsqueeze(-1), 0)
-            widths = [heads * self.d_head, 2 * groups * self.d_head]
-            q_weight, kv_weight = self.in_proj.weight.split(widths)
-            joint = torch.cat([F.linear(x, q_weight), F.linear(source, kv_weight)], dim=-1)
-        joint = joint.view(*joint.shape[:2], -1, self.d_head).transpose(1, 2)
-        plain, v = joint.split([heads + groups, groups], dim=1)
-        q, k = rotate(plain, *layout.rotation(self.d_head, self.rope_theta)).split([heads, groups], dim=1)
-        return q, k, v
+            if pads is not None:
+                source = source.masked_fill(pads, 0)
+            q, kv = self._apart(x, source)
+            joint = torch.cat([q.expand(*source.shape[:2], -1), kv], dim=-1)
+        cos, sin = layout.rotation(self.d_head, self.rope_theta)
+        return rotate_split(joint.view(*joint.shape[:2], -1, self.d_head), cos, sin, heads, groups)
+
+    def _apart(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries of ``x``, keys and values of ``source``; whole products only where a module must be called."""
+        widths = [self.n_heads * self.d_head, 2 * self.n_kv_heads * self.d_head]
+        if not is_plain(self.in_proj):
+            return self.in_proj(x)[..., : widths[0]], self.in_proj(source)[..., widths[0] :]
+        q_weight, kv_weight = self.in_proj.weight.split(widths)
+        return F.linear(x, q_weight), F.linear(source, kv_weight)
 
     def _output(self, read: Float[Tensor, "B H T K"], layout: SequenceLayout) -> Float[Tensor, "B T D"]:
         out = apply_linear(self.o_proj, read.transpose(1, 2).flatten(2))

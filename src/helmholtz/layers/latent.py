@@ -65,7 +65,7 @@ class LatentEncoder(nn.Module):
         init_normal(self.readout)
 
     def forward(self, x: Float[Tensor, "B T D"], layout: SequenceLayout) -> Float[Tensor, "B T H"]:
-        query = self.query.to(x.dtype).expand_as(x)
+        query = self.query.to(x.dtype).view(1, 1, -1)
         read = self.block(query, source=x, attention_mask=layout.mask, cu_seqlens=layout.cu_seqlens)
         logits = self.readout(self.norm(read))
         return logits if layout.mask is None else logits.masked_fill(~layout.mask.unsqueeze(-1), 0)
@@ -82,7 +82,7 @@ class SourceBlock(Block[KVCache]):
 
     def forward(
         self,
-        x: Float[Tensor, "B T D"],
+        x: Float[Tensor, "#B #T D"],
         *,
         source: Float[Tensor, "B T D"] | None = None,
         attention_mask: Shaped[Tensor, "..."] | None = None,

@@ -1,11 +1,11 @@
 """The feed-forward half of a block."""
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from helmholtz.layers.init import init_normal
 from helmholtz.layers.linear import apply_linear
+from helmholtz.ops.swiglu import swiglu
 
 
 class SwiGLU(nn.Module):
@@ -23,5 +23,4 @@ class SwiGLU(nn.Module):
         init_normal(self)
 
     def forward(self, x: Float[Tensor, "*BT D"]) -> Float[Tensor, "*BT D"]:
-        gate, up = apply_linear(self.gate_up_proj, x).chunk(2, dim=-1)
-        return apply_linear(self.down_proj, F.silu(gate) * up)
+        return apply_linear(self.down_proj, swiglu(apply_linear(self.gate_up_proj, x)))

@@ -95,11 +95,12 @@ class PlannedStream(AbstractStream):
         self.n_bits, device = model.config.n_latent_bits, model.embed.weight.device
         self._check()
         seed = settings.seed if plan.seed is None else plan.seed
-        self.generators = [_code_generator(seed + row) for row in range(len(lengths))]
+        self.generators = [_code_generator(seed + row, "posterior") for row in range(len(lengths))]
         n_tokens, count = self.longest + settings.max_new_tokens, 2**self.n_bits
         self.codes = torch.zeros(len(lengths), n_tokens, dtype=torch.long)
         self.is_given = torch.zeros(len(lengths), n_tokens, dtype=torch.bool)
-        for row, (length, generator) in enumerate(zip(lengths, self.generators, strict=True)):
+        for row, length in enumerate(lengths):
+            generator = _code_generator(seed + row, "prior")
             drawn = torch.randint(count, (length + settings.max_new_tokens,), generator=generator)
             self.codes[row, self.longest - length :] = self._held(drawn)
         self._give()
@@ -159,6 +160,7 @@ class PlannedStream(AbstractStream):
             check(bit < self.n_bits, "held_bits", bit, f"below the model's {self.n_bits} bits")
 
 
-def _code_generator(seed: int) -> torch.Generator:
-    """Apart from the generator of a row's tokens, which is seeded with the plain number."""
-    return torch.Generator().manual_seed((seed * 0x9E3779B1 + 0x7F4A7C15) % 2**32)
+def _code_generator(seed: int, source: Literal["prior", "posterior"]) -> torch.Generator:
+    """Apart from the generator of a row's tokens, which is seeded with the plain number, and from each other."""
+    offset = 0x7F4A7C15 if source == "prior" else 0x1CE4E5B9
+    return torch.Generator().manual_seed((seed * 0x9E3779B1 + offset) % 2**32)

@@ -28,6 +28,7 @@ from helmholtz.ops.rnn_softmax import RNNSoftmaxState, rnn_softmax
 from helmholtz.ops.rope import rope
 from helmholtz.ops.scan import first_order_scan
 from helmholtz.ops.selective_scan import selective_scan
+from helmholtz.ops.swiglu import swiglu
 
 __all__ = [
     "CodeUsage",
@@ -57,5 +58,6 @@ __all__ = [
     "sample_bits",
     "selective_scan",
     "softmax_attention",
+    "swiglu",
     "tilt_values",
 ]

@@ -14,8 +14,10 @@ from helmholtz.ops._compute import compute_dtype, full_precision
 MAX_LATENT_BITS = 16
 LARGE = 1e3
 """A logit at which the rarer value has probability 0 in float64: stands in for infinity, times which 0 is NaN."""
-CHUNK_ELEMENTS = 1 << 22
-"""Tokens times codes in one chunk of the lookup's backward: 64 tokens at 16 bits, 16.8 MB in float32."""
+TILE_CODES = 1 << 11
+"""Codes in one tile of the lookup's backward."""
+CHUNK_ELEMENTS = 1 << 19
+"""Tokens times codes in one tile: 2 MB in float32, so that a core's cache holds what is read twice."""
 
 
 def bits_to_code(bits: Shaped[Tensor, "*batch H"]) -> Int[Tensor, "*batch"]:
@@ -69,8 +71,8 @@ def code_lookup(
     Returns: in the dtype of the table. Differentiable once.
     Accuracy: the gradient is computed in at least float32 also under autocast; the factors of ``G`` are multiplied,
         never subtracted, so that it keeps its relative accuracy where a bit is all but certain.
-    Cost: forward a gather. Backward ``C D`` multiplications per token, in chunks of ``CHUNK_ELEMENTS / C`` tokens, with
-        ``CHUNK_ELEMENTS`` numbers held at a time. Saves the table, the codes and the logits.
+    Cost: forward a gather. Backward ``C D`` multiplications per token, in tiles of ``CHUNK_ELEMENTS`` numbers,
+        one held at a time. Saves the table, the codes and the logits.
     Raises: ValueError if the table has not ``2**H`` rows for an ``H`` in 1..16, or a code is not an integer in it.
     Source: Fleuret, "The Free Transformer", 2025, eq. 6-8. Reference: ``helmholtz.reference.code_lookup``.
     """
@@ -108,19 +110,27 @@ class _CodeLookup(torch.autograd.Function):
 
 
 def _gradient_of_logits(table: Tensor, logits: Tensor, grad: Tensor) -> Tensor:
-    """Contract ``<grad, W_d> G_d`` over the high bits and over the low bits, a chunk of tokens at a time."""
+    """Contract ``<grad, W_d> G_d`` over the high bits and over the low bits, a tile of tokens by codes at a time."""
     n_low = logits.shape[1] // 2
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    size = max(1, CHUNK_ELEMENTS // table.shape[0])
-    # one buffer for all chunks: fresh pages cost half as much as the product
-    buffer = table.new_empty(min(size, len(logits)), table.shape[0])
+    codes = min(len(table), max(TILE_CODES, 1 << n_low))
+    size = max(1, CHUNK_ELEMENTS // codes)
+    # one buffer for all tiles: fresh pages cost half as much as the product
+    buffer = table.new_empty(min(size, len(logits)) * codes)
     for here, rows, into in zip(logits.split(size), grad.split(size), out.split(size), strict=True):
         on, off = here.sigmoid(), (-here).sigmoid()  # 1 - on would lose every digit of a small off
         low = _joint(on[:, :n_low], off[:, :n_low])
         high = _joint(on[:, n_low:], off[:, n_low:])
-        per_code = torch.mm(rows, table.T, out=buffer[: len(rows)]).view(-1, high.shape[1], low.shape[1])
-        over_low = (high.unsqueeze(1) @ per_code).squeeze(1).mul_(low)
-        over_high = (per_code @ low.unsqueeze(2)).squeeze(2).mul_(high)
+        over_low, over_high = torch.zeros_like(low), torch.empty_like(high)
+        tile = buffer[: len(rows) * codes].view(len(rows), codes)
+        step = codes >> n_low
+        parts = zip(table.split(codes), high.split(step, 1), over_high.split(step, 1), strict=True)
+        for vectors, weights, summed in parts:
+            per_code = torch.mm(rows, vectors.T, out=tile).view(-1, step, low.shape[1])
+            over_low.unsqueeze(1).baddbmm_(weights.unsqueeze(1), per_code)
+            summed.copy_((per_code @ low.unsqueeze(2)).squeeze(2))
+        over_low.mul_(low)
+        over_high.mul_(high)
         for part, weighted in (slice(0, n_low), over_low), (slice(n_low, None), over_high):
             bits = _all_bits(weighted)
             into[:, part] = off[:, part] * (weighted @ bits) - on[:, part] * (weighted @ (1 - bits))

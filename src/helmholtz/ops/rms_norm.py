@@ -42,8 +42,9 @@ class _RMSNorm(torch.autograd.Function):
         product = (grad * x).flatten(0, -2)
         d_weight = product.T @ scale.flatten()
         mean = (product @ weight).view(scale.shape) * scale.square() / -x.shape[-1]
-        d_x = torch.addcmul(grad * weight, x, mean) * scale
-        return d_x, d_weight, None
+        if torch.is_grad_enabled():
+            return torch.addcmul(grad * weight, x, mean) * scale, d_weight, None
+        return (grad * weight).addcmul_(x, mean).mul_(scale), d_weight, None
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:

@@ -28,18 +28,22 @@ def rope_table(
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
+    (a, b), (low, high), (first, second) = (y.chunk(2, dim=-1) for y in (x, sin, out))
+    torch.mul(x, cos, out=out)
+    first.addcmul_(b, low)
+    second.addcmul_(a, high)
+    return out
+
+
 class _Rotate(torch.autograd.Function):
     """Rotation of the pairs (i, i + K/2); its transpose is the rotation by the opposite angle."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cos, sin)
-        wide, half = x.to(cos.dtype), x.shape[-1] // 2
-        (a, b), (low, high) = wide.chunk(2, dim=-1), sin.chunk(2, dim=-1)
-        out = torch.mul(wide, cos)
-        out[..., :half].addcmul_(b, low)
-        out[..., half:].addcmul_(a, high)
-        return out.to(x.dtype)
+        wide = x.to(cos.dtype)
+        return _turn(wide, cos, sin, torch.empty_like(wide)).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -61,7 +65,7 @@ def rotate(
     if x.requires_grad and not torch.compiler.is_compiling():  # a compiler cannot trace writes into views
         return _Rotate.apply(x, cos, sin)
     y = x.to(wide)
-    return (y * cos + y.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+    return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 def rope(
@@ -76,3 +80,60 @@ def rope(
     Source: Su et al., 2021, section 3.4.2. Reference: ``helmholtz.reference.rope``.
     """
     return rotate(x, *rope_table(positions, x.shape[-1], theta=theta))
+
+
+def rotate_split(
+    joint: Float[Tensor, "B T N K"],
+    cos: Float[Tensor, "*BT K"],
+    sin: Float[Tensor, "*BT K"],
+    heads: int,
+    groups: int,
+) -> tuple[Float[Tensor, "B H T K"], Float[Tensor, "B G T K"], Float[Tensor, "B G T K"]]:
+    """Queries and keys, rotated as by ``rotate``, and values, of heads that lie side by side in this order.
+
+    Args:
+        joint: ``H + 2 G`` heads, one product's output.
+
+    Cost: one sweep over queries and keys; the values are a view. The backward pass writes all three gradients into one
+        tensor, where splitting and rotating apart would join them twice.
+    Raises: ValueError if the heads do not add up.
+    """
+    if joint.shape[2] != heads + 2 * groups:
+        raise ValueError(f"joint: wanted {heads} + 2 * {groups} heads, got {joint.shape[2]}")
+    cos, sin = cos.unsqueeze(-2).to(compute_dtype(joint)), sin.unsqueeze(-2).to(compute_dtype(joint))
+    if joint.requires_grad and not torch.compiler.is_compiling():
+        q, k, v = _RotateSplit.apply(joint, cos, sin, heads, groups)
+    else:
+        plain, v = joint.split([heads + groups, groups], dim=2)
+        wide = plain.to(cos.dtype)
+        turned = torch.addcmul(wide * cos, wide.roll(joint.shape[-1] // 2, -1), sin).to(joint.dtype)
+        q, k = turned.split([heads, groups], dim=2)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+class _RotateSplit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, joint, cos, sin, heads, groups):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(cos, sin)
+        plain, v = joint.split([heads + groups, groups], dim=2)
+        wide = plain.to(cos.dtype)
+        turned = _turn(wide, cos, sin, torch.empty_like(wide)).to(joint.dtype)
+        q, k = turned.split([heads, groups], dim=2)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        cos, sin = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative: with what autograd can follow
+            q, k = (_Rotate.apply(grad, cos, -sin) for grad in grads[:2])
+            return torch.cat([q, k, grads[2]], dim=2), None, None, None, None
+        sizes = [grad.shape[2] for grad in grads]
+        out = grads[0].new_empty(*grads[0].shape[:2], sum(sizes), grads[0].shape[-1])
+        q, k, v = out.split(sizes, dim=2)
+        for grad, into in zip(grads[:2], (q, k), strict=True):
+            if grad.dtype == cos.dtype:
+                _turn(grad, cos, -sin, into)
+            else:
+                into.copy_(_turn(grad.to(cos.dtype), cos, -sin, torch.empty_like(grad, dtype=cos.dtype)))
+        v.copy_(grads[2])
+        return out, None, None, None, None

@@ -20,6 +20,7 @@ from helmholtz.reference.free_energy import (
     rope,
     softmax_attention,
     softmax_weights,
+    swiglu,
 )
 from helmholtz.reference.recurrences import first_order_scan, linear_attention, rnn_softmax, selective_scan
 
@@ -45,4 +46,5 @@ __all__ = [
     "selective_scan",
     "softmax_attention",
     "softmax_weights",
+    "swiglu",
 ]

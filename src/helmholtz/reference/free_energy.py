@@ -13,6 +13,12 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     return weight * x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
 
 
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Shazeer 2020, eq. 6, without the matrices."""
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    return gate / (1 + (-gate).exp()) * up
+
+
 def rope(x: Float[Tensor, "B H T K"], positions: Int[Tensor, "B T"], *, theta: float = 10000.0) -> Tensor:
     """Pairs (i, i + K/2) as complex numbers, multiplied by exp(1j position theta^(-2i/K))."""
     half = x.shape[-1] // 2
