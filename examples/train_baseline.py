@@ -2,13 +2,12 @@
 
     python examples/train_baseline.py --config configs/baseline.yaml --output-dir checkpoints/baseline
 
-The YAML is this library's, as for ``helmholtz train``, or the original's (model, training, data), which is translated
-and what it means differently is said. Run again, an interrupted training goes on.
+The YAML is this library's, as for ``helmholtz train``, or the original's (model, training, data): that is translated into
+<output-dir>.yaml, and what it means differently is said. Run again, an interrupted training goes on.
 """
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 import yaml
@@ -25,28 +24,28 @@ def train(architecture: str, output_dir: str) -> int:
     parser.add_argument("--config", required=True, help="YAML of the run")
     parser.add_argument("--output-dir", default=output_dir, help="folder of the run")
     arguments = parser.parse_args()
+    file = Path(arguments.config)
     try:
-        values = read_yaml(arguments.config)
-        if "training" in values:
-            values = _translated(values, architecture, arguments)
-        found = values.get("model", {}).get("architecture")
+        if "training" in read_yaml(file):
+            file = _translated(file, architecture, arguments.output_dir)
+        found = read_yaml(file).get("model", {}).get("architecture")
         if found != architecture:
             raise ValueError(f"model.architecture: got {found!r}, this script trains {architecture!r}")
     except ValueError as error:
-        sys.exit(f"train: error: {arguments.config}: {error}")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "run.yaml"
-        file.write_text(yaml.safe_dump(values))
-        output = f"--train.output_dir={arguments.output_dir}"
-        return helmholtz(["train", f"--config={file}", output, "--train.resume=auto"])
+        sys.exit(f"train: error: {file}: {error}")
+    output = f"--train.output_dir={arguments.output_dir}"
+    return helmholtz(["train", f"--config={file}", output, "--train.resume=auto"])
 
 
-def _translated(values: dict, architecture: str, arguments: argparse.Namespace) -> dict:
-    converted, notes = convert_config(values, architecture=architecture, output_dir=arguments.output_dir)
+def _translated(file: Path, architecture: str, output_dir: str) -> Path:
+    converted, notes = convert_config(read_yaml(file), architecture=architecture, output_dir=output_dir)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     for note in notes:
-        console.print(f"{arguments.config}: {note}", style="yellow", markup=False)
-    return converted
+        console.print(f"{file}: {note}", style="yellow", markup=False)
+    target = Path(f"{output_dir.rstrip('/')}.yaml")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(yaml.safe_dump(converted, sort_keys=False))
+    return target
 
 
 if __name__ == "__main__":

@@ -143,9 +143,9 @@ def test_the_four_scripts_generate_train_and_compare(run_example, tmp_path, caps
                          eval_every=60, save_every=60, use_fsdp=False),
         "data": {"dataset_name": "synthetic", "data_dir": str(data)},
     }  # fmt: skip
-    (tmp_path / "free.yaml").write_text(yaml.safe_dump(theirs))
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(theirs))
     assert not run_example(
-        "train_free", "--config", tmp_path / "free.yaml", "--output-dir", tmp_path / "free"
+        "train_free", "--config", tmp_path / "theirs.yaml", "--output-dir", tmp_path / "free"
     )
     assert "training.use_fsdp: not used here" in capsys.readouterr().err
     wrong = run_example("train_free", "--config", tmp_path / "base.yaml", "--output-dir", tmp_path / "free")
