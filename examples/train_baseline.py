@@ -2,8 +2,8 @@
 
     python examples/train_baseline.py --config configs/baseline.yaml --output-dir checkpoints/baseline
 
-The YAML is this library's, as for ``helmholtz train``, or the original's (model, training, data): that is translated into
-<output-dir>.yaml, and what it means differently is said. Run again, an interrupted training goes on.
+The YAML is this library's, as for ``helmholtz train``, or the original's (model, training, data): that is translated
+into <output-dir>.yaml, and what it means differently is said. Run again, an interrupted training goes on.
 """
 
 import argparse
