@@ -39,7 +39,7 @@ class DataConfig:
     text_field: str = "text"
     """Field of a JSON line that holds its text."""
     tokenizer: Literal["bytes", "bpe", "ids"] = "bpe"
-    """Raw bytes, a byte-level BPE trained on the training split, or rows of ids (``write_rows``), as they are."""
+    """Raw bytes, or a byte-level BPE trained on the training split. "ids": rows that ``write_rows`` wrote."""
     vocab_size: int | None = None
     """Tokens of the BPE with the end-of-document token, at most; default 2048. Bytes have 257, ids what was written."""
     validation_fraction: float = 0.05
