@@ -1,11 +1,11 @@
-"""The demo: three language models on the complete Shakespeare, at equal budgets, compared.
+"""The demo: five language models on the complete Shakespeare, at equal budgets, compared.
 
-    python examples/demo.py                # about 6 minutes on 2 cores; interrupted, it goes on where it was
+    python examples/demo.py                # about 8 minutes on 2 cores; interrupted, it goes on where it was
     python examples/demo.py --seed 1       # the same with another seed
 
-Trains the baseline and the Free Energy Mixer with the softmax and the GLA prior, one process each, through the
-command line that users have. Everything is in runs/demo and results/comparison; with a seed other than 0 in
-runs/demo-seed<n> and results/comparison-seed<n>.
+Trains the baseline, the Free Energy Mixer with the softmax and the GLA prior, and a Free Transformer next to its
+control (no plan, one more block), one process each, through the command line that users have. Everything is in
+runs/demo and results/comparison; with a seed other than 0 in runs/demo-seed<n> and results/comparison-seed<n>.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("baseline", "fem_softmax", "fem_gla")
+NAMES = ("baseline", "fem_softmax", "fem_gla", "control", "free_transformer")
 PROMPT = "KING HENRY.\n"
 SENTENCE = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer"
 
@@ -50,11 +50,22 @@ def show(console: Console, runs: Path, results: Path) -> list[Path]:
     console.rule("comparison")
     helmholtz("compare", "--runs", *(str(runs / name) for name in NAMES), f"--output={results}")
     pictures = [results / "loss.png"]
-    for name in NAMES[1:]:
+    for name in ("fem_softmax", "fem_gla"):
         picture = results / f"selection_{name}.png"
         checkpoint = f"--checkpoint={runs / name}"
         helmholtz("inspect", checkpoint, f"--text={SENTENCE}", f"--picture={picture}", capture=True)
         pictures.append(picture)
+    console.rule("what samples of the Free Transformer share under one plan")
+    pictures.append(results / "plans.png")
+    helmholtz(
+        "plan",
+        f"--checkpoint={runs / 'free_transformer'}",
+        f"--prompt={PROMPT}",
+        "--sampling.max_new_tokens=48",
+        "--n_samples=4",
+        "--n_plans=4",
+        f"--picture={pictures[-1]}",
+    )
     for name in NAMES:
         text = helmholtz(
             "generate",
@@ -70,7 +81,7 @@ def show(console: Console, runs: Path, results: Path) -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train and compare a baseline and two FEM language models.")
+    parser = argparse.ArgumentParser(description="Train and compare five language models of equal size.")
     parser.add_argument("--seed", type=int, default=0)
     seed = parser.parse_args().seed
     console, begin = Console(highlight=False), time.perf_counter()
