@@ -8,10 +8,12 @@ from helmholtz.layers import (
     inspect_read,
     matched_d_ff,
 )
-from helmholtz.models import FEMLM, MODELS, Transformer
+from helmholtz.models import FEMLM, MODELS, FreeTransformer, Transformer
 from helmholtz.models.checkpoint import load_checkpoint, save_checkpoint
 from helmholtz.models.fem_lm import FEMLMConfig
+from helmholtz.models.free_transformer import FreeTransformerConfig
 from helmholtz.models.generation import SamplingSettings, generate
+from helmholtz.models.planning import PlanSettings, generate_planned
 from helmholtz.models.transformer import TransformerConfig
 
 __version__ = "0.1.0"
@@ -23,11 +25,15 @@ __all__ = [
     "FEMLMConfig",
     "FreeEnergyMixer",
     "FreeEnergyMixerConfig",
+    "FreeTransformer",
+    "FreeTransformerConfig",
+    "PlanSettings",
     "SamplingSettings",
     "Transformer",
     "TransformerConfig",
     "fem_widths",
     "generate",
+    "generate_planned",
     "inspect_read",
     "load_checkpoint",
     "matched_d_ff",

@@ -1,7 +1,7 @@
 """Training step and generation of the Free Transformer, next to the plain decoder and to the PyPI package of that name.
 
     pip install --no-deps free-transformer==0.1.2      # the peer, for this benchmark only
-    python benchmarks/models/free_transformer.py --threads 2
+    python benchmarks/models/planned.py --threads 2
 
 The peer's ``small`` configuration: vocabulary 1000, D 128, 4 layers, 4 heads, feed-forward 512, 8 x 128 tokens; text of
 16 + 48 tokens at batch 1. A training step is loss, backward, clipping and AdamW. The peer is timed with our fused AdamW
