@@ -12,6 +12,7 @@ from torch import Tensor
 from helmholtz._checks import check, check_integer
 from helmholtz.data.tokens import TokenDataset
 from helmholtz.models.base import AbstractDecoder, evaluation_mode
+from helmholtz.models.generation import SamplingSettings, generate
 
 WARM_UP = 4
 
@@ -92,18 +93,14 @@ def _windows(
 
 
 def decode_tokens_per_second(model: AbstractDecoder, *, n_tokens: int = 128, batch_size: int = 1) -> float:
-    """Tokens generated per second, one after another, all rows counted: greedy, from an empty stream.
+    """Tokens generated per second, one after another, all rows counted: greedy, from a prompt of one token.
 
-    Raises: ValueError if the model's ``max_seq_len`` is shorter than ``n_tokens`` and the warm-up of 4.
+    Raises: ValueError if the model's ``max_seq_len`` is not longer than ``n_tokens``.
     """
     check_integer("n_tokens", n_tokens)
-    tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=model.embed.weight.device)
-    with evaluation_mode(model):
-        state = model.init_state(batch_size)
-        for count in range(WARM_UP + n_tokens):
-            if count == WARM_UP:
-                begin = time.perf_counter()
-            output = model.step(tokens, state)
-            assert output.state is not None
-            tokens, state = output.logits.argmax(-1), output.state
+    prompts = [[0]] * batch_size
+    generate(model, prompts, SamplingSettings(max_new_tokens=min(WARM_UP, n_tokens), temperature=0))
+    settings = SamplingSettings(max_new_tokens=n_tokens, temperature=0)
+    begin = time.perf_counter()
+    generate(model, prompts, settings)
     return n_tokens * batch_size / (time.perf_counter() - begin)
