@@ -180,6 +180,23 @@ def test_strided_and_empty_inputs():
     assert not nothing[0].any() and nothing[1].shape == (0, 2, 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_bits", [1, 5, 10])
+def test_log_probability_of_a_code_matches_the_distribution_over_all(n_bits, dtype):
+    logits = (3 * torch.randn(4, 7, n_bits)).to(dtype)
+    code = torch.randint(2**n_bits, (4, 7))
+    wide = torch.promote_types(dtype, torch.float32)
+    expected = reference.code_log_probability(code, logits)
+    torch.testing.assert_close(
+        ops.code_log_probability(code, logits), expected.to(wide), rtol=30 * torch.finfo(wide).eps, atol=0.0
+    )
+    certain = torch.full((1, n_bits), 1e4)
+    assert ops.code_log_probability(torch.tensor([2**n_bits - 1]), certain) == 0
+    assert ops.code_log_probability(torch.tensor([0]), certain) == -1e4 * n_bits
+    with pytest.raises(ValueError, match="code must be in"):
+        ops.code_log_probability(torch.tensor([2**n_bits]), certain)
+
+
 class LargestResult(TorchDispatchMode):
     """Elements of the largest tensor any operation returns."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from helmholtz._checks import check_integer
+from helmholtz._files import write_atomically
 from helmholtz._hardware import describe_hardware, git_commit
 from helmholtz.data.tokens import TokenDataset
 from helmholtz.evals.inspection import count_parameters
@@ -227,7 +228,4 @@ def write_results(comparison: Comparison, folders: Sequence[str | Path], file: P
         **asdict(comparison),
         "runs": [read_run(folder).description for folder in folders],
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".tmp")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(file)
+    write_atomically(file, json.dumps(content, indent=2) + "\n")

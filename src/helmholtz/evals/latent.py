@@ -16,7 +16,7 @@ from helmholtz.evals.language import check_window, text_stream
 from helmholtz.layers.latent import Plan, sample_plan
 from helmholtz.models.base import evaluation_mode
 from helmholtz.models.free_transformer import FreeTransformer, Halfway
-from helmholtz.ops.binary_latent import code_to_bits, kl_per_token
+from helmholtz.ops.binary_latent import code_log_probability, kl_per_token
 from helmholtz.ops.code_usage import CodeUsage, code_usage
 
 PRIOR_DRAWS = 4
@@ -151,7 +151,7 @@ def _measure(
     codes = _draw(model, logits, indices, n_samples, seed)
     losses = torch.stack([_loss(model, half, code, targets) for code in codes])
     log_prior = -n_tokens * logits.shape[-1] * math.log(2)
-    log_ratio = torch.stack([_log_posterior(logits, code) for code in codes]) - log_prior
+    log_ratio = torch.stack([code_log_probability(code, logits).sum(1) for code in codes]) - log_prior
     log_weights = -losses[:n_samples] - log_ratio[:n_samples]
     total = log_weights.logsumexp(0)
     # K q + J p, relative to p
@@ -193,11 +193,6 @@ def _loss(
     logits = model.upper(half, Plan(code.to(targets.device))).logits.float()
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return losses.view_as(targets).double().sum(1).cpu()
-
-
-def _log_posterior(logits: Float[Tensor, "B T H"], code: Int[Tensor, "B T"]) -> Float[Tensor, "B"]:
-    on = code_to_bits(code, logits.shape[-1])
-    return F.logsigmoid(torch.where(on, logits, -logits)).sum((1, 2))
 
 
 def _summed(parts: list[_Measured], n_samples: int) -> LatentBounds:

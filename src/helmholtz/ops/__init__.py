@@ -4,6 +4,7 @@ from helmholtz.ops.attention import softmax_attention
 from helmholtz.ops.binary_latent import (
     bits_to_code,
     bits_to_nats,
+    code_log_probability,
     code_lookup,
     code_to_bits,
     free_bits,
@@ -35,6 +36,7 @@ __all__ = [
     "RNNSoftmaxState",
     "bits_to_code",
     "bits_to_nats",
+    "code_log_probability",
     "code_lookup",
     "code_probabilities",
     "code_to_bits",

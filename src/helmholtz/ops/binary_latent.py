@@ -48,6 +48,19 @@ def sample_bits(logits: Float[Tensor, "*batch H"], *, generator: torch.Generator
     return uniform < wide.sigmoid()
 
 
+def code_log_probability(
+    code: Shaped[Tensor, "*batch"], logits: Float[Tensor, "*batch H"]
+) -> Float[Tensor, "*batch"]:
+    r""":math:`\log G_d = \sum_h \log \sigma(\pm L_h)` of each code ``d``, with + where its bit is on.
+
+    Returns: nats, in at least float32; minus infinity only where a logit is infinite.
+    Raises: ValueError if a code is not an integer in ``[0, 2**H)``.
+    Source: Fleuret 2025, eq. 8. Reference: ``helmholtz.reference.code_log_probability``.
+    """
+    wide = logits.to(compute_dtype(logits))
+    return F.logsigmoid(torch.where(code_to_bits(code, logits.shape[-1]), wide, -wide)).sum(-1)
+
+
 def code_lookup(
     table: Float[Tensor, "C D"],
     code: Shaped[Tensor, "*batch"],

@@ -2,6 +2,7 @@
 
 from helmholtz.reference.binary_latent import (
     bits_to_code,
+    code_log_probability,
     code_lookup,
     code_probabilities,
     code_to_bits,
@@ -26,6 +27,7 @@ from helmholtz.reference.recurrences import first_order_scan, linear_attention, 
 
 __all__ = [
     "bits_to_code",
+    "code_log_probability",
     "code_lookup",
     "code_probabilities",
     "code_to_bits",

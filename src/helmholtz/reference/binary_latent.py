@@ -29,6 +29,13 @@ def code_probabilities(logits: Float[Tensor, "*batch H"]) -> Float[Tensor, "*bat
     return torch.where(patterns, on, off).sum(-1).exp()
 
 
+def code_log_probability(
+    code: Int[Tensor, "*batch"], logits: Float[Tensor, "*batch H"]
+) -> Float[Tensor, "*batch"]:
+    """``ln G_d``, picked from the probabilities of all codes."""
+    return code_probabilities(logits).gather(-1, code.long().unsqueeze(-1)).squeeze(-1).log()
+
+
 def code_lookup(
     table: Float[Tensor, "C D"],
     code: Int[Tensor, "*batch"],

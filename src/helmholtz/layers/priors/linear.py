@@ -9,7 +9,7 @@ from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, split_he
 from helmholtz.layers.sequence import SequenceLayout, reversed_reset
 from helmholtz.ops._compute import compute_dtype
 from helmholtz.ops.linear_attention import linear_attention
-from helmholtz.ops.rope import rope
+from helmholtz.ops.rope import rotate
 
 DECAY_TEMPERATURE = 16.0
 """Gated linear attention divides its log-sigmoid decay by this (Yang et al. 2024, section 4.4)."""
@@ -88,7 +88,7 @@ class LinearPrior(AbstractPrior):
     def _feature_map(self, x: Tensor, layout: SequenceLayout) -> Tensor:
         heads = split_heads(x, self.n_heads)
         if self.rope_theta:
-            heads = rope(heads, layout.positions, theta=self.rope_theta)
+            heads = rotate(heads, *layout.rotation(self.d_head, self.rope_theta))
         return F.relu(heads.to(compute_dtype(x))) + self.eps
 
     def _log_decay(self, features: Features) -> Tensor | None:

@@ -9,7 +9,7 @@ from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, split_he
 from helmholtz.layers.sequence import SequenceLayout
 from helmholtz.ops._compute import compute_dtype
 from helmholtz.ops.rnn_softmax import RNNSoftmaxState, rnn_softmax
-from helmholtz.ops.rope import rope
+from helmholtz.ops.rope import rotate
 
 
 class RNNSoftmaxPrior(AbstractPrior):
@@ -62,11 +62,9 @@ class RNNSoftmaxPrior(AbstractPrior):
     def _rotated(self, x: Tensor, layout: SequenceLayout) -> Tensor:
         if not self.rope_theta:
             return x
-        return (
-            rope(split_heads(x, self.n_heads), layout.positions, theta=self.rope_theta)
-            .transpose(1, 2)
-            .flatten(-2)
-        )
+        heads = split_heads(x, self.n_heads)
+        turned = rotate(heads, *layout.rotation(self.d_head, self.rope_theta))
+        return turned.transpose(1, 2).flatten(-2)
 
     def init_state(self, batch_size: int, like: Tensor) -> None:
         return None

@@ -9,7 +9,7 @@ from helmholtz.layers.sequence import SequenceLayout
 from helmholtz.layers.state import KVCache
 from helmholtz.ops._compute import compute_dtype
 from helmholtz.ops.attention import softmax_attention
-from helmholtz.ops.rope import rope
+from helmholtz.ops.rope import rotate
 
 
 class SoftmaxPrior(AbstractPrior):
@@ -47,8 +47,8 @@ class SoftmaxPrior(AbstractPrior):
     ) -> tuple[Float[Tensor, "B H T N V"], KVCache | None]:
         q, k = split_heads(features["q"], self.n_heads), split_heads(features["k"], self.n_kv_heads)
         if self.rope_theta:
-            q = rope(q, layout.positions, theta=self.rope_theta)
-            k = rope(k, key_layout.positions, theta=self.rope_theta)
+            q = rotate(q, *layout.rotation(q.shape[-1], self.rope_theta))
+            k = rotate(k, *key_layout.rotation(k.shape[-1], self.rope_theta))
         mask = key_layout.mask
         if state is not None:
             state = state.append(k, values, mask)
