@@ -29,7 +29,7 @@ def livened(model: AbstractDecoder) -> AbstractDecoder:
 MODELS = {
     "transformer": lambda: Transformer(TransformerConfig(**SIZES, tie_embeddings=False)),
     "grouped": lambda: Transformer(TransformerConfig(**SIZES, n_kv_heads=2, rope_theta=100.0)),
-    "free": lambda: FreeTransformer(FreeTransformerConfig(**SIZES, n_latent_bits=5)),
+    "free": lambda: FreeTransformer(FreeTransformerConfig(**SIZES, n_latent_bits=5, split_layer=2)),
     "free-first": lambda: FreeTransformer(
         FreeTransformerConfig(**SIZES, n_kv_heads=1, n_latent_bits=3, split_layer=1, post_sampler="bits")
     ),

@@ -31,6 +31,15 @@ def test_gradcheck_once_and_twice() -> None:
     assert torch.autograd.gradgradcheck(lambda x, w: rms_norm(x, w, eps=1e-3), (x, weight))
 
 
+def test_a_gradient_to_be_differentiated_again_is_the_same() -> None:
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    plain = torch.autograd.grad(rms_norm(x, weight, eps=1e-3).sin().sum(), (x, weight))
+    graph = torch.autograd.grad(rms_norm(x, weight, eps=1e-3).sin().sum(), (x, weight), create_graph=True)
+    for a, b in zip(graph, plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_zero_stays_zero_with_a_finite_gradient() -> None:
     x = torch.zeros(2, 4, requires_grad=True)
     y = rms_norm(x, torch.ones(4), eps=1e-6)

@@ -108,6 +108,14 @@ def test_heads_side_by_side_are_turned_as_apart(dtype, rows) -> None:
 def test_heads_side_by_side_can_be_differentiated_twice_and_must_add_up() -> None:
     cos, sin = rope_table(torch.arange(3), 4)
     joint = torch.randn(1, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: rotate_split(x, cos, sin, 2, 1), joint)
     assert torch.autograd.gradgradcheck(lambda x: rotate_split(x, cos, sin, 2, 1), joint)
+    plain, graph = (
+        torch.autograd.grad(
+            sum(y.sin().sum() for y in rotate_split(joint, cos, sin, 2, 1)), joint, create_graph=c
+        )
+        for c in (False, True)
+    )
+    torch.testing.assert_close(graph[0], plain[0])
     with pytest.raises(ValueError, match=r"joint: wanted 3 \+ 2 \* 1 heads, got 4"):
         rotate_split(joint, cos, sin, 3, 1)

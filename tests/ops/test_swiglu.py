@@ -26,3 +26,6 @@ def test_gradcheck_once_and_twice() -> None:
     gate_up = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(swiglu, gate_up)
     assert torch.autograd.gradgradcheck(swiglu, gate_up)
+    (plain,) = torch.autograd.grad(swiglu(gate_up).sin().sum(), gate_up)
+    (graph,) = torch.autograd.grad(swiglu(gate_up).sin().sum(), gate_up, create_graph=True)
+    torch.testing.assert_close(graph, plain)
