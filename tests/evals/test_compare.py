@@ -1,6 +1,8 @@
 import sys
 from pathlib import Path
 
+from dataclasses import replace
+
 import pytest
 
 from helmholtz.evals.compare import Row, compare, inequalities, leaders, model_label, same_model
@@ -104,6 +106,13 @@ def test_seeds_are_summarised(tmp_path):
     assert group.mean_bits_per_byte == pytest.approx(mean)
     assert group.deviation == pytest.approx((sum((value - mean) ** 2 for value in values) / 2) ** 0.5)
     assert all(row.peak_memory_bytes > 1e8 and row.decode_tokens_per_second > 1 for row in comparison.rows)
+
+
+def test_the_speed_of_a_run_without_logged_steps_is_its_mean():
+    plain = run("a")
+    assert replace(plain, metrics=[], summary={"tokens": 100, "seconds": 4.0}).train_tokens_per_second() == 25
+    steps = [{"kind": "step", "tokens": 1, "tokens_per_second": speed} for speed in (1.0, 7.0, 9.0)]
+    assert replace(plain, metrics=steps).train_tokens_per_second() == 7
 
 
 def test_a_run_that_is_not_finished_is_refused(tmp_path):

@@ -36,8 +36,9 @@ class Run:
         return [record["tokens"] for record in records], [record[value] for record in records]
 
     def train_tokens_per_second(self) -> float:
-        """Median over the steps, so that a pause of the machine does not count."""
-        return statistics.median(self.series("step", "tokens_per_second")[1])
+        """Median over the logged steps, so that a pause of the machine does not count; of the whole run if none was."""
+        logged = self.series("step", "tokens_per_second")[1]
+        return statistics.median(logged) if logged else self.summary["tokens"] / self.summary["seconds"]
 
 
 def read_run(folder: str | Path) -> Run:
