@@ -36,7 +36,8 @@ def save_figure(figure: Any, file: Path, plt: ModuleType) -> None:
 def plot_loss_curves(folders: Sequence[str | Path], file: Path) -> None:
     """Bits per byte against training tokens: validation as marked lines, training (a running mean) behind them.
 
-    Of a model with a plan both are the ELBO, an upper bound; its loss, which has seen the text, is not drawn.
+    Of a model with a plan both are upper bounds, the ELBO in training; its loss, which has seen the text, is not
+    drawn.
     Runs that differ in their seed alone share a colour and a line of the legend.
     """
     plt = pyplot()
