@@ -134,15 +134,26 @@ def _peer_loss(model: nn.Module, tokens: Tensor, bits: int) -> Tensor:
 
 
 def generations(tokens: Tensor) -> dict[str, Callable[[], Any]]:
-    prompt, settings = tokens[:1, :PROMPT], SamplingSettings(max_new_tokens=NEW)
-    runs: dict[str, Callable[[], Any]] = {}
+    prompt, runs = tokens[:1, :PROMPT], dict[str, Callable[[], Any]]()
     for name, model in ours().items():
         check(model.eval())
-        runs[name] = lambda model=model: generate(model, prompt.tolist(), settings)
+        for count in (NEW, 1):
+            settings = SamplingSettings(max_new_tokens=count)
+            runs[f"{name}, {count} tokens"] = lambda model=model, settings=settings: generate(
+                model, prompt.tolist(), settings
+            )
     for name, model in peers().items():
         model.eval()
-        runs[name] = torch.no_grad()(lambda model=model: model.generate(prompt, max_new_tokens=NEW))
+        runs[f"{name}, {NEW} tokens"] = torch.no_grad()(
+            lambda model=model: model.generate(prompt, max_new_tokens=NEW)
+        )
     return runs
+
+
+def _decode_ms(texts: dict[str, float], name: str) -> float:
+    """Milliseconds per token without the prompt and the first token."""
+    whole, prompt = (texts.get(f"{name}, {count} tokens", float("nan")) for count in (NEW, 1))
+    return 1e3 * (whole - prompt) / (NEW - 1)
 
 
 def floor_of_the_table() -> Callable[[], None]:
@@ -170,18 +181,20 @@ def main() -> None:
             "train_ms": 1e3 * seconds,
             "train_tokens_per_s": BATCH * TIME / seconds,
             "train_to_decoder": seconds / steps["decoder"],
-            "ms_per_new_token": 1e3 * texts[name] / NEW if name in texts else float("nan"),
-            "decode_to_decoder": texts[name] / texts["decoder"] if name in texts else float("nan"),
+            "ms_per_new_token": 1e3 * texts.get(f"{name}, {NEW} tokens", float("nan")) / NEW,
+            "decode_ms": _decode_ms(texts, name),
+            "decode_to_decoder": _decode_ms(texts, name) / _decode_ms(texts, "decoder"),
         }
         for name, seconds in steps.items()
     ]
     print_table(rows)
     for bits in BITS:
         mine, theirs = f"ours, H={bits}", f"peer, H={bits}"
+        faster = texts[f"{theirs}, {NEW} tokens"] / texts[f"{mine}, {NEW} tokens"]
         default = steps[f"{theirs}, torch's default"] / steps[mine]
         print(
             f"H={bits}: training {steps[theirs] / steps[mine]:.2f} x the peer ({default:.2f} x with its default"
-            f" AdamW), generation {texts[theirs] / texts[mine]:.2f} x"
+            f" AdamW), generation {faster:.2f} x"
         )
     write_results(options, rows)
 
