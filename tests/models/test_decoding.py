@@ -53,7 +53,8 @@ def test_gives_the_logits_of_step(name: str, padded: bool, dtype: torch.dtype) -
         here = slice(t, t + 1)
         output = model.step(tokens[:, here], state, **given(here))
         state = output.state
-        got = decoder.step(tokens[:, here], codes[:, here] if "free" in name else None)
+        plan = model.post_sampler(Plan(codes[:, here])) if "free" in name else None
+        got = decoder.step(tokens[:, here], plan)
         torch.testing.assert_close(got, output.logits[:, -1], rtol=scale, atol=scale)
 
 

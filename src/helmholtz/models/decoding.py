@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from helmholtz.layers.attention import Attention
 from helmholtz.layers.block import Block
-from helmholtz.layers.latent import BitsPostSampler, LatentEncoder, Plan, SourceBlock, TablePostSampler
+from helmholtz.layers.latent import BitsPostSampler, LatentEncoder, SourceBlock, TablePostSampler
 from helmholtz.layers.mlp import SwiGLU
 from helmholtz.layers.norm import RMSNorm
 from helmholtz.models.base import AbstractDecoder, LMState
@@ -71,12 +71,12 @@ class TokenDecoder:
         self.caches = [(block.k, block.v) for block in state.blocks]
 
     def step(
-        self, tokens: Int[Tensor, "B 1"], codes: Int[Tensor, "B 1"] | None = None
+        self, tokens: Int[Tensor, "B 1"], plan: Float[Tensor, "B 1 D"] | None = None
     ) -> Float[Tensor, "B vocab"]:
-        """Logits after the tokens, whose ids and codes the caller has checked.
+        """Logits after the tokens, whose ids the caller has checked.
 
         Args:
-            codes: of a Free Transformer's plan.
+            plan: of a Free Transformer, what its post-sampler makes of the tokens' codes.
         """
         model = self.model
         x = F.embedding(tokens, model.embed.weight)
@@ -85,11 +85,7 @@ class TokenDecoder:
         if self.mask is not None:
             self.mask = F.pad(self.mask, (0, 1), value=True)
         for layer, weights in enumerate(self.weights):
-            if layer == self.planned_layer:
-                assert isinstance(model, FreeTransformer) and codes is not None
-                x = self._block(layer, weights, x, turn, model.post_sampler(Plan(codes)))
-            else:
-                x = self._block(layer, weights, x, turn, None)
+            x = self._block(layer, weights, x, turn, plan if layer == self.planned_layer else None)
         self.position = self.position + 1
         x = F.rms_norm(x[:, 0], x.shape[-1:], model.norm.weight, model.norm.eps)
         return F.linear(x, model.unembed.weight)

@@ -118,14 +118,16 @@ class PlannedStream(AbstractStream):
             self.codes[:, : self.position] = torch.where(given, self.codes[:, : self.position], drawn)
         x, self.state = self.model.extend_upper(half, Plan(self.codes[:, : self.position]))
         self.decoder = TokenDecoder(self.model, self.state, mask) if is_plain(self.model) else None
+        self.vectors = self.model.post_sampler(Plan(self.codes[:, self.position :])).unbind(1)
         return self.model.unembed(self.model.norm(x[:, -1]))
 
     def step(self, tokens: Int[Tensor, "B 1"]) -> Float[Tensor, "B vocab"]:
-        codes = self.codes[:, self.position : self.position + 1]
+        place = self.position
         self.position += 1
         if self.decoder is not None:
-            return self.decoder.step(tokens, codes)
-        x, self.state = self.model.extend_upper(self.model.lower(tokens, self.state), Plan(codes))
+            return self.decoder.step(tokens, self.vectors[place - self.longest].unsqueeze(1))
+        plan = Plan(self.codes[:, place : place + 1])
+        x, self.state = self.model.extend_upper(self.model.lower(tokens, self.state), plan)
         return self.model.unembed(self.model.norm(x[:, -1]))
 
     def _from_posterior(self, logits: Float[Tensor, "B T H"]) -> Int[Tensor, "B T"]:
