@@ -59,7 +59,7 @@ def measure(folders: dict[str, Path], output: Path) -> None:
         if "free" in name:
             options = (f"--n_samples={N_SAMPLES}", f"--n_windows={N_WINDOWS}", "--seq_len=128", "--json")
             bounds[name] = json.loads(helmholtz("evaluate", f"--checkpoint={folder}", *options, capture=True))
-            bounds[name]["sharing"] = json.loads(
+            shared = json.loads(
                 helmholtz(
                     "plan",
                     f"--checkpoint={folder}",
@@ -69,7 +69,8 @@ def measure(folders: dict[str, Path], output: Path) -> None:
                     "--json",
                     capture=True,
                 )
-            )["sharing"]
+            )
+            bounds[name]["sharing"] = {key: shared[key] for key in ("one_plan", "a_plan_each", "gap")}
         text = helmholtz(
             "generate", f"--checkpoint={folder}", f"--prompt={PROMPT}", "--sampling.max_new_tokens=120",
             "--sampling.temperature=0.8", "--sampling.top_p=0.95", capture=True,
