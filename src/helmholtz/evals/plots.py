@@ -59,7 +59,7 @@ def plot_loss_curves(folders: Sequence[str | Path], file: Path) -> None:
     axes.set_xlabel("training tokens")
     axes.set_ylabel("bits per byte")
     axes.set_title("validation (marked) and training (faint)")
-    axes.legend(title="run: model, best validation")
+    figure.legend(title="run: model, best validation", loc="outside lower center", fontsize=8)
     axes.grid(alpha=0.3)
     save_figure(figure, file, plt)
 
