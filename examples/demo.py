@@ -1,6 +1,6 @@
 """The demo: five language models on the complete Shakespeare, at equal budgets, compared.
 
-    python examples/demo.py                # about 8 minutes on 2 cores; interrupted, it goes on where it was
+    python examples/demo.py                # about 7 minutes on 2 cores; interrupted, it goes on where it was
     python examples/demo.py --seed 1       # the same with another seed
 
 Trains the baseline, the Free Energy Mixer with the softmax and the GLA prior, and a Free Transformer next to its
