@@ -42,7 +42,7 @@ def budget_lines(model: AbstractDecoder) -> list[str]:
     sizes = {count.module: count.parameters for count in count_parameters(model)}
     lines = []
     for index in range(len(model.blocks)):
-        used = sizes[f"blocks.{index}.mixer"] + sizes[f"blocks.{index}.mlp"]
+        used = sizes[f"blocks.{index}.mixer"] + sizes.get(f"blocks.{index}.mlp", 0)
         lines.append(
             f"block {index}: {used:,} parameters, {used / budget - 1:+.2%} of the baseline block's {budget:,}"
         )

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from helmholtz.layers.fem import FreeEnergyMixer
 from helmholtz.layers.fem_reading import Reading, inspect_read
 from helmholtz.layers.sizing import attention_parameters
-from helmholtz.models.base import AbstractDecoder, evaluation_mode
+from helmholtz.models.base import AbstractDecoder, AttentionModelConfig, evaluation_mode
 from helmholtz.models.free_transformer import FreeTransformer
-from helmholtz.models.transformer import TransformerConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +67,16 @@ def _children(name: str, module: nn.Module) -> list[tuple[str, nn.Module | nn.Pa
 
 
 def baseline_block_parameters(model: AbstractDecoder) -> int:
-    """Mixer and feed-forward of the baseline's block of the same width and heads: the budget of a FEM block."""
+    """Mixer and feed-forward of the baseline's block of the same width and heads: the budget of a FEM block.
+
+    Of a model without heads: the block whose heads share nothing.
+    """
     c = model.config
-    assert c.n_kv_heads is not None
-    baseline = TransformerConfig(vocab_size=c.vocab_size, d_model=c.d_model, n_heads=c.n_heads)
+    n_heads, n_kv_heads = (c.n_heads, c.n_kv_heads) if isinstance(c, AttentionModelConfig) else (1, 1)
+    assert n_kv_heads is not None
+    baseline = AttentionModelConfig(vocab_size=c.vocab_size, d_model=c.d_model, n_heads=n_heads)
     assert baseline.d_ff is not None
-    return attention_parameters(c.d_model, c.n_heads, c.n_kv_heads) + 3 * c.d_model * baseline.d_ff
+    return attention_parameters(c.d_model, n_heads, n_kv_heads) + 3 * c.d_model * baseline.d_ff
 
 
 def mixers(model: nn.Module) -> dict[str, FreeEnergyMixer]:

@@ -1,4 +1,4 @@
-"""One layer of a decoder: a mixer and a feed-forward, each behind a norm and around a residual."""
+"""One layer of a decoder: a mixer and mostly a feed-forward, each behind a norm and around a residual."""
 
 from typing import Generic
 
@@ -13,7 +13,7 @@ from helmholtz.layers.sequence import SequenceLayout
 
 
 class Block(nn.Module, Generic[StateT]):
-    """Pre-norm residual block: ``h = x + mixer(norm(x))``, ``y = h + mlp(norm(h))``.
+    """Pre-norm residual block: ``h = x + mixer(norm(x))``, ``y = h + mlp(norm(h))``; ``y = h`` without an ``mlp``.
 
     Dropout acts on what the two branches write, never inside a mixer: a prior with dropped weights is no
     distribution. A pad that comes in as 0 goes out as 0.
@@ -24,7 +24,7 @@ class Block(nn.Module, Generic[StateT]):
     def __init__(
         self,
         mixer: AbstractMixer[StateT],
-        mlp: SwiGLU,
+        mlp: SwiGLU | None,
         d_model: int,
         *,
         norm_eps: float = 1e-6,
@@ -33,7 +33,7 @@ class Block(nn.Module, Generic[StateT]):
         super().__init__()
         self.mixer_norm = RMSNorm(d_model, eps=norm_eps)
         self.mixer = mixer
-        self.mlp_norm = RMSNorm(d_model, eps=norm_eps)
+        self.mlp_norm = None if mlp is None else RMSNorm(d_model, eps=norm_eps)
         self.mlp = mlp
         self.dropout = dropout
 
@@ -58,6 +58,8 @@ class Block(nn.Module, Generic[StateT]):
         return self._feed_forward(x + self._drop(mixed)), state
 
     def _feed_forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        if self.mlp is None or self.mlp_norm is None:
+            return x
         return x + self._drop(self.mlp(self.mlp_norm(x)))
 
     def _drop(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:

@@ -40,16 +40,8 @@ class ModelConfig:
     d_model: int = 256
     """Width of the residual stream."""
     n_layers: int = 4
-    n_heads: int = 4
-    """Query heads; a divisor of d_model."""
-    n_kv_heads: int | None = None
-    """Key/value heads, a divisor of n_heads; None means n_heads."""
-    d_ff: int | None = None
-    """Width of the feed-forward; None means 8/3 d_model rounded up to a multiple of 8."""
     max_seq_len: int = 1024
     """Longest sequence, in real tokens."""
-    rope_theta: float = 10000.0
-    """Base of the rotary wavelengths."""
     tie_embeddings: bool = True
     """Whether the output matrix is the embedding."""
     norm_eps: float = 1e-6
@@ -60,13 +52,6 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "max_seq_len"):
             check_integer(name, getattr(self, name))
-        check_divides("n_heads", self.n_heads, "d_model", self.d_model)
-        self._fill("n_kv_heads", self.n_heads)
-        check_divides("n_kv_heads", self.n_kv_heads or 0, "n_heads", self.n_heads)
-        if self.d_ff is None:
-            self._fill("d_ff", self._derived_d_ff())
-        check_integer("d_ff", self.d_ff)
-        check_positive("rope_theta", self.rope_theta)
         check_positive("norm_eps", self.norm_eps)
         check_fraction("dropout", self.dropout)
         check(isinstance(self.tie_embeddings, bool), "tie_embeddings", self.tie_embeddings, "true or false")
@@ -74,9 +59,6 @@ class ModelConfig:
     def _fill(self, name: str, value: object) -> None:
         if getattr(self, name) is None:
             object.__setattr__(self, name, value)
-
-    def _derived_d_ff(self) -> int:
-        return -(-8 * self.d_model // 24) * 8
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values, ready for JSON; ``from_dict`` gives an equal config back."""
@@ -86,6 +68,33 @@ class ModelConfig:
     def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
         """The config with these values. Raises: ValueError for an unknown key, naming the nearest one."""
         return _from_dict(cls, values, cls.__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionModelConfig(ModelConfig):
+    """Sizes of a decoder whose blocks have heads, rotary positions and a feed-forward."""
+
+    n_heads: int = 4
+    """Query heads; a divisor of d_model."""
+    n_kv_heads: int | None = None
+    """Key/value heads, a divisor of n_heads; None means n_heads."""
+    d_ff: int | None = None
+    """Width of the feed-forward; None means 8/3 d_model rounded up to a multiple of 8."""
+    rope_theta: float = 10000.0
+    """Base of the rotary wavelengths."""
+
+    def __post_init__(self) -> None:
+        ModelConfig.__post_init__(self)
+        check_divides("n_heads", self.n_heads, "d_model", self.d_model)
+        self._fill("n_kv_heads", self.n_heads)
+        check_divides("n_kv_heads", self.n_kv_heads or 0, "n_heads", self.n_heads)
+        if self.d_ff is None:
+            self._fill("d_ff", self._derived_d_ff())
+        check_integer("d_ff", self.d_ff)
+        check_positive("rope_theta", self.rope_theta)
+
+    def _derived_d_ff(self) -> int:
+        return -(-8 * self.d_model // 24) * 8
 
 
 def _from_dict(cls: type, values: Any, name: str) -> Any:
@@ -152,7 +161,8 @@ class AbstractDecoder(nn.Module, abc.ABC):
         self.unembed = nn.Linear(config.d_model, config.vocab_size, bias=False)
         init_normal(self.embed)
         init_normal(self.unembed)
-        scale_residual([b.mixer.o_proj for b in blocks] + [b.mlp.down_proj for b in blocks])
+        feed_forwards = [block.mlp for block in blocks if block.mlp is not None]
+        scale_residual([b.mixer.o_proj for b in blocks] + [mlp.down_proj for mlp in feed_forwards])
         self.tie_weights()
 
     @abc.abstractmethod
@@ -160,8 +170,10 @@ class AbstractDecoder(nn.Module, abc.ABC):
         """The mixer of block ``layer``, initialised; called once per block by the constructor."""
 
     def _block(self, config: ModelConfig, layer: int) -> Block[Any]:
-        assert config.d_ff is not None
-        mlp = SwiGLU(config.d_model, config.d_ff)
+        mlp = None
+        if isinstance(config, AttentionModelConfig):
+            assert config.d_ff is not None
+            mlp = SwiGLU(config.d_model, config.d_ff)
         mixer = self.build_mixer(layer)
         return Block(mixer, mlp, config.d_model, norm_eps=config.norm_eps, dropout=config.dropout)
 

@@ -118,7 +118,7 @@ class TokenDecoder:
 
 def _weights(block: Block) -> _Weights:
     mixer, mlp = block.mixer, block.mlp
-    assert isinstance(mixer, Attention)
+    assert isinstance(mixer, Attention) and mlp is not None and block.mlp_norm is not None
     return _Weights(
         mixer_norm=block.mixer_norm.weight,
         in_proj=mixer.in_proj.weight,

@@ -14,7 +14,7 @@ from helmholtz._checks import check_integer
 from helmholtz.layers.fem import FreeEnergyMixer
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig, Prior, Read
 from helmholtz.layers.sizing import TOLERANCE, attention_parameters, mixer_parameters
-from helmholtz.models.base import AbstractDecoder, ModelConfig
+from helmholtz.models.base import AbstractDecoder, AttentionModelConfig, ModelConfig
 
 _USED_BY: dict[str, tuple[str, ...]] = {
     "d_head": ("softmax", "linear", "gla"),
@@ -64,7 +64,7 @@ class MixerOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FEMLMConfig(ModelConfig):
+class FEMLMConfig(AttentionModelConfig):
     """Sizes of the FEM decoder. ``d_ff=None`` means the width that matches the baseline's parameters."""
 
     prior: Prior | tuple[Prior, ...] | list[Prior] = "softmax"
@@ -82,7 +82,7 @@ class FEMLMConfig(ModelConfig):
         self._refuse_unused()
         built = {prior: self.mixer_config(prior) for prior in self.layer_priors}
         object.__setattr__(self, "mixer", _completed(self.mixer, list(built.values())))
-        ModelConfig.__post_init__(self)
+        AttentionModelConfig.__post_init__(self)
 
     @property
     def layer_priors(self) -> tuple[Prior, ...]:
@@ -138,7 +138,7 @@ class FEMLMConfig(ModelConfig):
         assert self.n_kv_heads is not None
         per_unit, layers = 3 * self.d_model, self.n_layers
         attention = attention_parameters(self.d_model, self.n_heads, self.n_kv_heads)
-        budget = layers * (attention + per_unit * ModelConfig._derived_d_ff(self))
+        budget = layers * (attention + per_unit * AttentionModelConfig._derived_d_ff(self))
         counted = {prior: mixer_parameters(self.mixer_config(prior)) for prior in set(self.layer_priors)}
         used = sum(counted[prior] for prior in self.layer_priors)
         width = 4 * max(1, round((budget - used) / (4 * per_unit * layers)))

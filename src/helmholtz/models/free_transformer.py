@@ -31,13 +31,13 @@ from helmholtz.layers.latent import (
 from helmholtz.layers.mlp import SwiGLU
 from helmholtz.layers.sequence import SequenceLayout, sequence_layout
 from helmholtz.layers.state import KVCache
-from helmholtz.models.base import AbstractDecoder, LMOutput, LMState, ModelConfig
+from helmholtz.models.base import AbstractDecoder, AttentionModelConfig, LMOutput, LMState, ModelConfig
 from helmholtz.models.transformer import Transformer, TransformerConfig
 from helmholtz.ops.binary_latent import MAX_LATENT_BITS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FreeTransformerConfig(ModelConfig):
+class FreeTransformerConfig(AttentionModelConfig):
     """Sizes of a Free Transformer: those of the decoder and those of the plan."""
 
     n_latent_bits: int = 8
@@ -48,7 +48,7 @@ class FreeTransformerConfig(ModelConfig):
     """A vector per code (the paper), or the sum of a vector per bit."""
 
     def __post_init__(self) -> None:
-        ModelConfig.__post_init__(self)
+        AttentionModelConfig.__post_init__(self)
         assert self.n_kv_heads is not None
         check_heads(self.d_model, self.n_heads, self.n_kv_heads)
         check_integer("n_layers", self.n_layers, minimum=2)

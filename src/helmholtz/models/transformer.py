@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from helmholtz.layers.attention import Attention, check_heads
-from helmholtz.models.base import AbstractDecoder, ModelConfig
+from helmholtz.models.base import AbstractDecoder, AttentionModelConfig, ModelConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TransformerConfig(ModelConfig):
+class TransformerConfig(AttentionModelConfig):
     """Sizes of the baseline decoder."""
 
     def __post_init__(self) -> None:
-        ModelConfig.__post_init__(self)
+        AttentionModelConfig.__post_init__(self)
         assert self.n_kv_heads is not None
         check_heads(self.d_model, self.n_heads, self.n_kv_heads)
 
