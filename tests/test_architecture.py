@@ -28,6 +28,12 @@ WITHOUT_REFERENCE = {
     "free_energy_from_mixed": "second half of free_energy_read",
     "outer_gate": "a factor of gated_read, computed in place",
     "posterior": "named free_energy_posterior in the reference",
+    "pattern_scores": "first half of hopfield_weights and hopfield_potential",
+    "weights_of_scores": "second half of hopfield_weights",
+    "potential_of_scores": "second half of hopfield_potential",
+    "retrieval_margin": "a formula; its test states what retrieval does on either side of it",
+    "energy_components": "the summands of token_energy",
+    "token_map_and_energy": "token_map and token_energy at once; held to both, bit for bit",
     "hidden_temperature": "float64 bisection already; held to the equation it solves",
 }
 

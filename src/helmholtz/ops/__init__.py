@@ -21,6 +21,13 @@ from helmholtz.ops.free_energy import (
     tilt_values,
 )
 from helmholtz.ops.gated_read import gated_read
+from helmholtz.ops.hopfield import (
+    hopfield_energy,
+    hopfield_potential,
+    hopfield_retrieve,
+    hopfield_weights,
+    retrieval_margin,
+)
 from helmholtz.ops.linear_attention import linear_attention, recurrent_linear_attention
 from helmholtz.ops.losses import cross_entropy
 from helmholtz.ops.modulation import modulated_linear
@@ -29,11 +36,26 @@ from helmholtz.ops.rnn_softmax import RNNSoftmaxState, rnn_softmax
 from helmholtz.ops.rope import rope
 from helmholtz.ops.scan import first_order_scan
 from helmholtz.ops.selective_scan import selective_scan
+from helmholtz.ops.spectral import spectral_norm_bound
 from helmholtz.ops.swiglu import swiglu
+from helmholtz.ops.token_energy import (
+    EnergyComponents,
+    EnergyParameters,
+    TokenField,
+    contraction_certificate,
+    energy_components,
+    token_energy,
+    token_jvp,
+    token_map,
+    token_map_and_energy,
+)
 
 __all__ = [
     "CodeUsage",
+    "EnergyComponents",
+    "EnergyParameters",
     "RNNSoftmaxState",
+    "TokenField",
     "bits_to_code",
     "bits_to_nats",
     "code_log_probability",
@@ -41,25 +63,37 @@ __all__ = [
     "code_probabilities",
     "code_to_bits",
     "code_usage",
+    "contraction_certificate",
     "cross_entropy",
+    "energy_components",
     "first_order_scan",
     "free_bits",
     "free_energy_from_mixed",
     "free_energy_read",
     "gated_read",
     "hidden_temperature",
+    "hopfield_energy",
+    "hopfield_potential",
+    "hopfield_retrieve",
+    "hopfield_weights",
     "kl_per_bit",
     "kl_per_token",
     "linear_attention",
     "modulated_linear",
     "posterior",
     "recurrent_linear_attention",
+    "retrieval_margin",
     "rms_norm",
     "rnn_softmax",
     "rope",
     "sample_bits",
     "selective_scan",
     "softmax_attention",
+    "spectral_norm_bound",
     "swiglu",
     "tilt_values",
+    "token_energy",
+    "token_jvp",
+    "token_map",
+    "token_map_and_energy",
 ]
