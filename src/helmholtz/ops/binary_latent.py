@@ -14,7 +14,7 @@ from helmholtz.ops._compute import compute_dtype, full_precision
 MAX_LATENT_BITS = 16
 LARGE = 1e3
 """A logit at which the rarer value has probability 0 in float64: stands in for infinity, times which 0 is NaN."""
-TILE_CODES = 1 << 11
+TILE_CODES = 1 << 9
 """Codes in one tile of the lookup's backward."""
 CHUNK_ELEMENTS = 1 << 19
 """Tokens times codes in one tile: 2 MB in float32, so that a core's cache holds what is read twice."""
@@ -134,17 +134,17 @@ def _gradient_of_logits(table: Tensor, logits: Tensor, grad: Tensor) -> Tensor:
         on, off = here.sigmoid(), (-here).sigmoid()  # 1 - on would lose every digit of a small off
         low = _joint(on[:, :n_low], off[:, :n_low])
         high = _joint(on[:, n_low:], off[:, n_low:])
-        over_low, over_high = torch.zeros_like(low), torch.empty_like(high)
+        over_high, over_low = torch.zeros_like(low), torch.empty_like(high)
         tile = buffer[: len(rows) * codes].view(len(rows), codes)
         step = codes >> n_low
-        parts = zip(table.split(codes), high.split(step, 1), over_high.split(step, 1), strict=True)
+        parts = zip(table.split(codes), high.split(step, 1), over_low.split(step, 1), strict=True)
         for vectors, weights, summed in parts:
             per_code = torch.mm(rows, vectors.T, out=tile).view(-1, step, low.shape[1])
-            over_low.unsqueeze(1).baddbmm_(weights.unsqueeze(1), per_code)
-            summed.copy_((per_code @ low.unsqueeze(2)).squeeze(2))
-        over_low.mul_(low)
-        over_high.mul_(high)
-        for part, weighted in (slice(0, n_low), over_low), (slice(n_low, None), over_high):
+            per_code.mul_(low.unsqueeze(1))
+            over_high.unsqueeze(1).baddbmm_(weights.unsqueeze(1), per_code)
+            torch.sum(per_code, 2, out=summed)
+        over_low.mul_(high)
+        for part, weighted in (slice(0, n_low), over_high), (slice(n_low, None), over_low):
             bits = _all_bits(weighted)
             into[:, part] = off[:, part] * (weighted @ bits) - on[:, part] * (weighted @ (1 - bits))
     return out
@@ -153,8 +153,8 @@ def _gradient_of_logits(table: Tensor, logits: Tensor, grad: Tensor) -> Tensor:
 def _joint(on: Tensor, off: Tensor) -> Tensor:
     """Probability of each of the ``2**h`` patterns of ``h`` independent bits, the lowest bit first."""
     joint = on.new_ones(on.shape[0], 1)
-    for one, zero in zip(on.unbind(1), off.unbind(1), strict=True):
-        joint = torch.cat([joint * zero.unsqueeze(1), joint * one.unsqueeze(1)], dim=1)
+    for pair in torch.stack([off, on], dim=2).unbind(1):
+        joint = (pair.unsqueeze(2) * joint.unsqueeze(1)).flatten(1)
     return joint
 
 
