@@ -1,7 +1,6 @@
 """Training steps, schedule and checkpoints, in the original names. New code: ``helmholtz.training``."""
 
 import abc
-import json
 import os
 from typing import Any
 
@@ -10,17 +9,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from helmholtz._checks import check, check_non_negative, check_positive
-from helmholtz._files import atomic_folder, complete_folder
+from helmholtz.interop.seeds import checkpoints
 from helmholtz.interop.seeds.free_transformer.baseline import TransformerBaseline
 from helmholtz.interop.seeds.free_transformer.model import FreeTransformer
-from helmholtz.models import checkpoint
 from helmholtz.models.base import evaluation_mode
 from helmholtz.training.config import TrainConfig
 from helmholtz.training.optim import learning_rate
-from helmholtz.training.state import Progress, load_progress, load_training_state, save_training_state
 
 Model = FreeTransformer | TransformerBaseline
-METADATA = "metadata.json"
 
 
 class Trainer(abc.ABC):
@@ -135,12 +131,8 @@ def save_checkpoint(
     Safetensors and JSON; nothing is pickled. The commands of ``helmholtz`` take the folder. ``metadata`` (JSON values)
     is stored beside.
     """
-    check(isinstance(model, Model), "model", type(model).__name__, "a FreeTransformer or TransformerBaseline")
-    with atomic_folder(path) as partial:
-        checkpoint.write_checkpoint(model.model, partial)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        save_training_state(partial, optimizer, scaler, Progress(step=step))
-        (partial / METADATA).write_text(json.dumps(metadata or {}, indent=2) + "\n")
+    _check_model(model)
+    checkpoints.save(model.model, optimizer, step, path, metadata)
 
 
 def load_checkpoint(
@@ -153,13 +145,9 @@ def load_checkpoint(
     Raises: ValueError if the checkpoint is of another architecture or other sizes, or is a pickled file
         (``convert`` reads those).
     """
+    _check_model(model)
+    return checkpoints.load(model.model, optimizer, path)
+
+
+def _check_model(model: object) -> None:
     check(isinstance(model, Model), "model", type(model).__name__, "a FreeTransformer or TransformerBaseline")
-    folder = complete_folder(path)
-    check(folder.is_dir(), "path", os.fspath(path), "a folder; convert.py reads the original's files")
-    _, found = checkpoint.read_config(folder)
-    check(found == model.model.config, "model", model.model.config, f"of the checkpoint's config {found}")
-    model.model.load_state_dict(checkpoint.load_checkpoint(folder).state_dict())
-    if optimizer is None:
-        return load_progress(folder).step
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return load_training_state(folder, optimizer, scaler).step

@@ -1,0 +1,54 @@
+"""Checkpoints of the facades' training: the model's own, and beside it optimizer, step and random state."""
+
+import json
+import os
+from typing import Any
+
+import torch
+
+from helmholtz._checks import check
+from helmholtz._files import atomic_folder, complete_folder
+from helmholtz.models import checkpoint
+from helmholtz.models.base import AbstractDecoder
+from helmholtz.training.state import Progress, load_progress, load_training_state, save_training_state
+
+METADATA = "metadata.json"
+
+
+def save(
+    model: AbstractDecoder,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    path: str | os.PathLike[str],
+    metadata: dict[str, Any] | None = None,
+) -> None:
+    """Make the folder ``path`` a checkpoint, replacing any that is there without ever losing it.
+
+    Safetensors and JSON; nothing is pickled. The commands of ``helmholtz`` take the folder. ``metadata`` (JSON values)
+    is stored beside.
+    """
+    with atomic_folder(path) as partial:
+        checkpoint.write_checkpoint(model, partial)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        save_training_state(partial, optimizer, scaler, Progress(step=step))
+        (partial / METADATA).write_text(json.dumps(metadata or {}, indent=2) + "\n")
+
+
+def load(
+    model: AbstractDecoder, optimizer: torch.optim.Optimizer | None, path: str | os.PathLike[str]
+) -> int:
+    """Restore the model and, unless the optimizer is None, it and the random state of torch, numpy and Python.
+
+    Returns: the step.
+
+    Raises: ValueError if the checkpoint is of another architecture or other sizes, or is a pickled file.
+    """
+    folder = complete_folder(path)
+    check(folder.is_dir(), "path", os.fspath(path), "a folder; foreign files have converters of their own")
+    _, found = checkpoint.read_config(folder)
+    check(found == model.config, "model", model.config, f"of the checkpoint's config {found}")
+    model.load_state_dict(checkpoint.load_checkpoint(folder).state_dict())
+    if optimizer is None:
+        return load_progress(folder).step
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return load_training_state(folder, optimizer, scaler).step
