@@ -1,0 +1,28 @@
+"""Equilibria of independent rows, and their gradients. Knows problems and rows, no model."""
+
+from helmholtz.solvers.adjoint import AbstractAdjoint, Implicit, Phantom, Unrolled
+from helmholtz.solvers.base import (
+    AbstractProblem,
+    BackwardInfo,
+    ConvergenceError,
+    ConvergenceWarning,
+    Solution,
+    SolverConfig,
+    Status,
+)
+from helmholtz.solvers.modes import solve
+
+__all__ = [
+    "AbstractAdjoint",
+    "AbstractProblem",
+    "BackwardInfo",
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "Implicit",
+    "Phantom",
+    "Solution",
+    "SolverConfig",
+    "Status",
+    "Unrolled",
+    "solve",
+]

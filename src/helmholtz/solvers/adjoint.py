@@ -1,0 +1,163 @@
+"""Gradients through an equilibrium."""
+
+import abc
+import warnings
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from helmholtz._checks import check_choice, check_integer, check_positive
+from helmholtz.solvers.base import (
+    ON_NONCONVERGENCE,
+    AbstractProblem,
+    BackwardInfo,
+    ConvergenceError,
+    ConvergenceWarning,
+    OnNonconvergence,
+    Solution,
+)
+from helmholtz.solvers.loop import Rows
+from helmholtz.solvers.newton_cg import LinearSolution, conjugate_gradients
+
+
+class AbstractAdjoint(abc.ABC):
+    """How the value of a solution is differentiated. Subclasses are final, frozen dataclasses."""
+
+    @abc.abstractmethod
+    def attach(self, problem: AbstractProblem, solution: Solution) -> Float[Tensor, "N D"]:
+        """The solution's value, differentiable in whatever ``problem`` was built from; the same problem that was
+        solved."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Implicit(AbstractAdjoint):
+    r"""The gradient of the equilibrium itself (implicit function theorem; Bai, Kolter & Koltun 2019).
+
+    With the incoming gradient ``v``, :math:`(I - J(z^*))\, g = v` is solved by conjugate gradients, row by row, and
+    ``g`` goes backward through one evaluation of the map at :math:`z^*`. The Jacobian is symmetric, and below 1 at a
+    minimum. ``solution.backward`` then holds steps and residuals.
+
+    Nothing of the iterations is kept: memory is that of one evaluation. The value is the solver's, bit for bit.
+
+    Raises: in the backward pass, ConvergenceError if the system of a row is not solved (unless
+        ``on_nonconvergence`` says otherwise: the best ``g`` found is used, ``v`` where curvature is negative), and
+        RuntimeError for a second derivative, which there is none of.
+    """
+
+    rtol: float = 1e-6
+    """Residual of the linear system, relative to ``v``: the scale of the loss does not matter."""
+    max_steps: int = 50
+    """Products with the Jacobian per row at most."""
+    on_nonconvergence: OnNonconvergence = "raise"
+    """What happens if the system of a row is not solved."""
+
+    def __post_init__(self) -> None:
+        check_positive("rtol", self.rtol)
+        check_integer("max_steps", self.max_steps)
+        check_choice("on_nonconvergence", self.on_nonconvergence, ON_NONCONVERGENCE)
+
+    def attach(self, problem: AbstractProblem, solution: Solution) -> Float[Tensor, "N D"]:
+        z = solution.value
+        if not torch.is_grad_enabled():
+            return z
+        with torch.autocast(z.device.type, enabled=False):
+            mapped = problem.map(z)
+        return _Implicit.apply(mapped, z, problem, solution, self)
+
+
+class _Implicit(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, mapped: Tensor, z: Tensor, problem: AbstractProblem, solution: Solution, adjoint: Implicit
+    ) -> Tensor:
+        ctx.problem, ctx.solution, ctx.adjoint = problem, solution, adjoint
+        ctx.save_for_backward(z)
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        (z,), adjoint = ctx.saved_tensors, ctx.adjoint
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            rows, wide = Rows.of(ctx.problem, z), v.to(z.dtype)
+            solved = conjugate_gradients(rows, z, wide, rtol=adjoint.rtol, max_steps=adjoint.max_steps)
+            ctx.solution.backward = BackwardInfo(solved.num_steps, solved.residual)
+            _report(solved, adjoint)
+            hopeless = solved.indefinite & (solved.num_steps == 1)
+            g = torch.where(hopeless.unsqueeze(1), wide, solved.value)
+        if torch.is_grad_enabled():  # a graph of this backward pass is wanted: it has an end
+            g = _End.apply(g, torch.zeros((), requires_grad=True))
+        return g, None, None, None, None
+
+
+class _End(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, requires_grad: Tensor) -> Tensor:
+        return g.clone()
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "an implicit gradient has no second derivative: use the Unrolled adjoint, "
+            "or differentiate the energy at the detached equilibrium"
+        )
+
+
+def _report(solved: LinearSolution, adjoint: Implicit) -> None:
+    failed = ~(solved.residual <= adjoint.rtol)
+    if not failed.any() or adjoint.on_nonconvergence == "ignore":
+        return
+    saddles = int(solved.indefinite.sum())
+    why = f", {saddles} of them at a saddle, where there is no gradient" if saddles else ""
+    message = (
+        f"the linear system of the implicit gradient was not solved for {int(failed.sum())} of {len(failed)} rows"
+        f"{why}: worst relative residual {solved.residual[failed].max().item():.3g}, wanted {adjoint.rtol:g} within "
+        f"{adjoint.max_steps} steps. Raise the adjoint's max_steps or rtol, or set its on_nonconvergence"
+    )
+    if adjoint.on_nonconvergence == "raise":
+        raise ConvergenceError(message)
+    warnings.warn(message, ConvergenceWarning, stacklevel=2)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phantom(AbstractAdjoint):
+    """The gradient of ``n_steps`` plain steps from the equilibrium (Geng et al. 2021): as if earlier ones did not
+    depend on the parameters. Its error shrinks with the contraction rate to the power of ``n_steps``. The value is the
+    solver's, bit for bit; memory is that of ``n_steps`` evaluations."""
+
+    n_steps: int
+
+    def __post_init__(self) -> None:
+        check_integer("n_steps", self.n_steps)
+
+    def attach(self, problem: AbstractProblem, solution: Solution) -> Float[Tensor, "N D"]:
+        if not torch.is_grad_enabled():
+            return solution.value
+        z = _plain_steps(problem, solution.value, self.n_steps)
+        return solution.value + (z - z.detach())
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unrolled(AbstractAdjoint):
+    """``n_steps`` plain steps from the start, differentiated as they are: for tests and small problems. The value is
+    where these steps end, not the solver's; memory is that of all of them."""
+
+    n_steps: int
+
+    def __post_init__(self) -> None:
+        check_integer("n_steps", self.n_steps)
+
+    def attach(self, problem: AbstractProblem, solution: Solution) -> Float[Tensor, "N D"]:
+        return _plain_steps(problem, solution.start, self.n_steps)
+
+
+def _plain_steps(problem: AbstractProblem, z: Float[Tensor, "N D"], n_steps: int) -> Float[Tensor, "N D"]:
+    with torch.autocast(z.device.type, enabled=False):
+        for _ in range(n_steps):
+            z = problem.map(z)
+    return z

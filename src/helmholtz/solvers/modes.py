@@ -1,0 +1,189 @@
+"""``solve``: the five ways to an equilibrium."""
+
+import warnings
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from helmholtz._checks import check
+from helmholtz.solvers.anderson import Anderson, Mixing
+from helmholtz.solvers.base import (
+    AbstractProblem,
+    ConvergenceError,
+    ConvergenceWarning,
+    Solution,
+    SolverConfig,
+    Status,
+)
+from helmholtz.solvers.loop import (
+    AbstractRule,
+    Outcome,
+    Point,
+    Rows,
+    Trace,
+    evaluate,
+    iterate,
+    row_dot,
+    row_norm,
+)
+from helmholtz.solvers.newton_cg import Newton
+from helmholtz.solvers.picard import Picard, descent_step
+
+SLOW_STEPS = 10
+"""Rows that took more are looked at for a saddle."""
+
+POWER_STEPS = 3
+
+
+@final
+class Alternating(AbstractRule):
+    """Even steps mix the last iterates, odd steps descend; a mixture that does not lower the energy is refused."""
+
+    def __init__(self, window: int, damping: float) -> None:
+        self._mixing = Mixing(window)
+        self._damping = damping
+
+    def propose(self, rows: Rows, point: Point, step: int) -> Float[Tensor, "n D"]:
+        self._mixing.remember(point)
+        return self._mixing.mix() if self.is_guarded(step) else descent_step(point, self._damping)
+
+    def is_guarded(self, step: int) -> bool:
+        return step % 2 == 0
+
+    def restart(self, refused: Bool[Tensor, "n"]) -> None:
+        self._mixing.restart(refused)
+
+    def take(self, rows: Int[Tensor, "m"]) -> None:
+        self._mixing.take(rows)
+
+
+@torch.no_grad()
+def solve(
+    problem: AbstractProblem, z0: Float[Tensor, "N D"], config: SolverConfig, *, record: bool = False
+) -> Solution:
+    r"""Find an equilibrium of every row from ``z0``, in at least float32 also under autocast, without gradient.
+
+    A row has converged if :math:`|r| / (|f| + 10^{-9}) \le` ``rtol`` and :math:`|E_k - E_{k-1}| \le` ``energy_rtol``
+    :math:`(1 + |E_k|)`; it is then frozen. Rows never meet: with one and with two threads, and for widths that are
+    multiples of 8, a row's result is the same bit for bit whatever the other rows are.
+
+    Args:
+        record: keep iterates and energies of every step.
+
+    Raises: ValueError for a ``z0`` that is not finite. If a row does not converge, as ``config.on_nonconvergence``
+        says; a row that stops being finite is never ignored, it warns at least.
+    """
+    check(z0.is_floating_point(), "z0", z0.dtype, "of a floating-point dtype")
+    check(bool(z0.isfinite().all()), "z0", "NaN or infinity", "finite")
+    with torch.autocast(z0.device.type, enabled=False):
+        z0 = z0.to(torch.promote_types(z0.dtype, torch.float32))
+        rows, trace = Rows.of(problem, z0), Trace(record=record)
+        outcome = _run(rows, z0, config, trace) if len(z0) else _nothing(z0)
+        unstable = _saddles(rows, outcome)
+    solution = Solution(
+        value=outcome.point.z,
+        start=z0,
+        status=outcome.status,
+        num_steps=outcome.num_steps,
+        num_evaluations=rows.counts.evaluations,
+        num_products=rows.counts.products,
+        residual=outcome.point.residual,
+        energy=outcome.point.energy,
+        energy_change=outcome.point.change,
+        unstable=unstable,
+        energy_history=trace.energy_history,
+        residual_history=trace.residual_history,
+        iterates=trace.iterates,
+        energies=trace.energies,
+    )
+    _report(solution, config)
+    return solution
+
+
+def _run(rows: Rows, z0: Float[Tensor, "N D"], config: SolverConfig, trace: Trace) -> Outcome:
+    start = evaluate(rows, z0, None)
+    trace.add(start, energies=True)
+    if config.mode == "cascade":
+        return _cascade(rows, start, config, trace)
+    limit = torch.full((len(z0),), config.max_steps, device=z0.device)
+    return iterate(rows, start, _rule(config), config, limit, trace)
+
+
+def _rule(config: SolverConfig) -> AbstractRule:
+    if config.mode == "alternating":
+        return Alternating(config.anderson_window, config.damping)
+    if config.mode == "simultaneous":
+        return Newton(config.newton_cg_steps)
+    return Anderson(config.anderson_window) if config.mode == "anderson" else Picard(config.damping)
+
+
+def _cascade(rows: Rows, start: Point, config: SolverConfig, trace: Trace) -> Outcome:
+    """Mix until the residual is small or half of the steps are gone, then descend: a row that went uphill in the first
+    phase starts the second where it started the first."""
+    limit = torch.full((len(start.z),), config.max_steps, device=start.z.device)
+    mixing = Anderson(config.anderson_window)
+    first = iterate(rows, start, mixing, config, limit // 2, trace, energies=False)
+    middle = evaluate(rows, first.point.z, None)
+    uphill = ~(middle.energy <= start.energy)
+    middle.put(uphill, start.take(uphill))
+    descent = Newton(config.newton_cg_steps, plain_steps=1)
+    second = iterate(rows, middle, descent, config, limit - first.num_steps, trace)
+    return Outcome(second.point, second.status, first.num_steps + second.num_steps)
+
+
+def _nothing(z0: Float[Tensor, "0 D"]) -> Outcome:
+    none = z0.new_zeros(0)
+    return Outcome(Point(z0, z0, none, none, none), none.long(), none.long())
+
+
+def _saddles(rows: Rows, outcome: Outcome) -> Bool[Tensor, "N"]:
+    """Slow converged rows at which a Rayleigh quotient of the Jacobian, a lower bound of its norm, is above 1."""
+    unstable = torch.zeros_like(outcome.status, dtype=torch.bool)
+    slow = (outcome.status == int(Status.CONVERGED)) & (outcome.num_steps > SLOW_STEPS)
+    index = slow.nonzero().squeeze(1)
+    if not len(index):
+        return unstable
+    z, rows = outcome.point.z[index], rows.take(index)
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(z.shape[1], generator=generator, dtype=torch.float64).to(z).expand_as(z)
+    for _ in range(POWER_STEPS):
+        v = v / (row_norm(v).unsqueeze(1) + torch.finfo(z.dtype).tiny)
+        image = rows.jvp(z, v)
+        unstable[index] = row_dot(v, image) > 1
+        v = image
+    return unstable
+
+
+def _report(solution: Solution, config: SolverConfig) -> None:
+    """Warn or raise about rows that have not converged."""
+    lost = int((solution.status == int(Status.NONFINITE)).sum())
+    open_rows = int((solution.status == int(Status.MAX_STEPS)).sum())
+    if not lost and (not open_rows or config.on_nonconvergence == "ignore"):
+        return
+    total, parts = len(solution.status), []
+    if lost:
+        parts.append(
+            f"{lost} of {total} rows met a value that is not finite: the map or the energy overflows, "
+            "look at the parameters and the start"
+        )
+    if open_rows:
+        worst = solution.residual[solution.status == int(Status.MAX_STEPS)].max().item()
+        change = solution.energy_change[solution.status == int(Status.MAX_STEPS)].max().item()
+        parts.append(
+            f"{open_rows} of {total} rows have not converged after {config.max_steps} steps of mode "
+            f"{config.mode!r}: worst relative residual {worst:.3g} (rtol={config.rtol:g}), worst change of energy "
+            f"{change:.3g} (energy_rtol={config.energy_rtol:g}). {_advice(config, solution.value.dtype)}"
+        )
+    message = "; ".join(parts)
+    if config.on_nonconvergence == "raise":
+        raise ConvergenceError(message)
+    warnings.warn(message, ConvergenceWarning, stacklevel=3)
+
+
+def _advice(config: SolverConfig, dtype: torch.dtype) -> str:
+    if config.rtol < 8 * torch.finfo(dtype).eps:
+        return f"This rtol is below what {dtype} resolves: raise it or compute in float64"
+    other = "simultaneous" if config.mode == "alternating" else "alternating"
+    return f"Raise max_steps or the tolerances, or try mode={other!r}"

@@ -1,0 +1,83 @@
+"""Conjugate gradients on ``I - J``, row by row, and the Newton step made of them."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from helmholtz.solvers.loop import AbstractRule, Point, Rows, row_dot
+
+FORCING = 1e-2
+"""Relative residual at which the linear system of a Newton step counts as solved."""
+
+
+class LinearSolution(NamedTuple):
+    """Where conjugate gradients ended."""
+
+    value: Float[Tensor, "n D"]
+    residual: Float[Tensor, "n"]
+    """Relative to the right-hand side."""
+    num_steps: Int[Tensor, "n"]
+    indefinite: Bool[Tensor, "n"]
+    """A direction without positive curvature was met; ``value`` is what was reached before."""
+
+
+def conjugate_gradients(
+    rows: Rows, z: Float[Tensor, "n D"], v: Float[Tensor, "n D"], *, rtol: float, max_steps: int
+) -> LinearSolution:
+    """Solve ``(I - J(z)) g = v`` for every row until the residual is ``rtol |v|``; the size of ``v`` does not matter.
+
+    Each row runs on its own and leaves when it is done; a row of zeros needs no step.
+    """
+    size = v.abs().amax(1, keepdim=True)
+    unit = v / torch.where(size > 0, size, 1)
+    value, residual = torch.zeros_like(v), (size.squeeze(1) > 0).to(v.dtype)
+    num_steps = torch.zeros(len(v), dtype=torch.long, device=v.device)
+    indefinite = torch.zeros_like(num_steps, dtype=torch.bool)
+    active = (residual > 0).nonzero().squeeze(1)
+    left = unit[active]
+    g, direction, square = torch.zeros_like(left), left, row_dot(left, left)
+    full, subset = square, rows.take(active) if len(active) < len(v) and len(active) else rows
+    for _ in range(max_steps):
+        if not len(active):
+            break
+        image = direction - subset.jvp(z[active], direction)
+        curvature = row_dot(direction, image)
+        positive = curvature > torch.finfo(v.dtype).eps * row_dot(direction, direction)
+        length = torch.where(positive, square / curvature, 0).unsqueeze(1)
+        g, left = g + length * direction, left - length * image
+        new = row_dot(left, left)
+        relative = (new / full).sqrt()
+        direction, square = left + (new / square).unsqueeze(1) * direction, new
+        value[active], residual[active] = g, relative
+        num_steps[active] += 1
+        indefinite[active] = ~positive
+        going = positive & (relative > rtol)
+        if not going.all():
+            kept = going.nonzero().squeeze(1)
+            active, subset = active[kept], subset.take(kept) if len(kept) else subset
+            g, left, direction, square, full = (x[kept] for x in (g, left, direction, square, full))
+    return LinearSolution(value * size, residual, num_steps, indefinite)
+
+
+class Newton(AbstractRule):
+    """Truncated Newton steps ``z + d`` with ``(I - J) d = f(z) - z``; the plain step where curvature is negative.
+
+    Where ``I - J`` is positive definite the exact ``d`` lowers the energy and the residual at once.
+    """
+
+    def __init__(self, cg_steps: int, *, plain_steps: int = 0) -> None:
+        self.cg_steps = cg_steps
+        self.plain_steps = plain_steps
+        """Steps of the map before the first Newton step."""
+
+    def propose(self, rows: Rows, point: Point, step: int) -> Float[Tensor, "n D"]:
+        if step < self.plain_steps:
+            return point.f
+        residual = point.f - point.z
+        solved = conjugate_gradients(rows, point.z, residual, rtol=FORCING, max_steps=self.cg_steps)
+        return torch.where(solved.indefinite.unsqueeze(1), point.f, point.z + solved.value)
+
+    def is_guarded(self, step: int) -> bool:
+        return step >= self.plain_steps
