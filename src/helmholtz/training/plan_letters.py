@@ -4,9 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-
 from helmholtz._checks import check_integer
 from helmholtz.data.plan_letters import ALPHABET, LetterLaw, sample_letters
 from helmholtz.models.base import AbstractDecoder
@@ -14,12 +11,9 @@ from helmholtz.models.free_transformer import FreeTransformer, FreeTransformerCo
 from helmholtz.models.transformer import Transformer, TransformerConfig
 from helmholtz.training.config import TrainConfig
 from helmholtz.training.free_bits import FreeBitsConfig, FreeBitsObjective
-from helmholtz.training.loop import NonFiniteError, seed_everything
-from helmholtz.training.objectives import ObjectiveFunction, next_token
-from helmholtz.training.optim import learning_rate, make_optimizer
-
-DATA_SEED = 2_000_003
-"""Added to the seed: weights and sequences come from different streams."""
+from helmholtz.training.loop import seed_everything
+from helmholtz.training.objectives import Objective, ObjectiveFunction, next_token
+from helmholtz.training.sequences import train_on_sequences
 
 StepCallback = Callable[[int, float], None]
 """Called with ``(step, loss)`` after each optimizer step, the first being 1."""
@@ -94,23 +88,18 @@ def train_on_letters(
     objective: ObjectiveFunction = next_token
     if kappa_bits is not None:
         objective = FreeBitsObjective(FreeBitsConfig(kappa_bits=kappa_bits))
-    config = experiment.train_config(seed)
     seed_everything(seed)
     model = experiment.build(planned=kappa_bits is not None)
-    optimizer = make_optimizer(model, config)
-    generator = torch.Generator().manual_seed(DATA_SEED + seed)
-    model.train()
-    for step in range(config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
-        tokens = sample_letters(experiment.law, config.batch_size, generator=generator)
-        loss = objective(model, tokens, step).loss
-        if not loss.isfinite():
-            raise NonFiniteError(f"step {step + 1}: the loss is {loss.item()}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        optimizer.step()
+
+    def note(step: int, found: Objective) -> None:
         if callback is not None:
-            callback(step + 1, loss.item())
+            callback(step, found.loss.item())
+
+    train_on_sequences(
+        model,
+        lambda n, generator: sample_letters(experiment.law, n, generator=generator),
+        experiment.train_config(seed),
+        objective=objective,
+        callback=note,
+    )
     return model
