@@ -9,7 +9,6 @@ from torch import Tensor
 
 from helmholtz.reference.hopfield import hopfield_potential, hopfield_retrieve, hopfield_weights
 
-
 PANELS = 128
 ROOT_1, ROOT_2 = (math.sqrt(3 / 7 - sign * 2 / 7 * math.sqrt(6 / 5)) for sign in (1, -1))
 WEIGHT_1, WEIGHT_2 = ((18 + sign * math.sqrt(30)) / 72 for sign in (1, -1))
@@ -19,11 +18,10 @@ GAUSS_LEGENDRE = ((-ROOT_2, WEIGHT_2), (-ROOT_1, WEIGHT_1), (ROOT_1, WEIGHT_1), 
 def _quotient(a: Tensor, delta: Tensor, w: Tensor) -> Tensor:
     """``[log cosh(a + delta w) - log cosh a] / delta`` as ``w`` times the mean of ``tanh(a + s delta w)`` over
     ``0 < s < 1``: panels of four nodes, exact in float64 for ``|delta w| < 10``."""
-    mean = torch.zeros_like(w)
-    for panel in range(PANELS):
-        for node, weight in GAUSS_LEGENDRE:
-            s = (panel + (1 + node) / 2) / PANELS
-            mean = mean + weight / PANELS * torch.tanh(a + s * delta * w)
+    nodes = [(panel + (1 + node) / 2) / PANELS for panel in range(PANELS) for node, _ in GAUSS_LEGENDRE]
+    weights = torch.tensor([weight / PANELS for _, weight in GAUSS_LEGENDRE] * PANELS, dtype=torch.float64)
+    s = torch.tensor(nodes, dtype=torch.float64).unsqueeze(1)
+    mean = weights @ torch.tanh(a + s * delta * w)
     return w * mean
 
 
