@@ -188,7 +188,7 @@ def leaders(rows: Sequence[Row]) -> set[str]:
 def model_label(description: dict[str, Any]) -> str:
     """Architecture, with the priors of a FEM model, ``fem_lm (softmax)``, or the free bits of a plan's training."""
     objective = description.get("objective")
-    if objective:
+    if objective and "kappa_bits" in objective:
         return f"{description['architecture']} ({objective['kappa_bits']:g} bits)"
     prior = description["model"].get("prior")
     names = prior if isinstance(prior, str) else ", ".join(dict.fromkeys(prior or ()))

@@ -44,7 +44,8 @@ class EvalRecord:
     """Lowest validation loss so far."""
     statistics: dict[str, float] = field(default_factory=dict)
     warnings: dict[str, str] = field(default_factory=dict)
-    """By name: ``collapsed`` if a Free Transformer's plan is not used."""
+    """By name: ``collapsed`` if a Free Transformer's plan is not used, ``unconverged`` and ``retrieval_collapsed`` of a
+    Mamba-Hopfield model."""
 
 
 @dataclass(frozen=True, slots=True)

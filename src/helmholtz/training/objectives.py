@@ -16,7 +16,7 @@ class Objective:
 
     loss: Float[Tensor, ""]
     terms: dict[str, Float[Tensor, ""]]
-    """For the record, detached."""
+    """For the record, detached; with what else a step's record shall show."""
     bound: Float[Tensor, ""]
     """Upper bound of the model's own cross-entropy, detached: what is validated and what "best" means."""
 
@@ -45,6 +45,17 @@ def next_token(model: nn.Module, tokens: Int[Tensor, "B T1"], step: int) -> Obje
     """
     loss = cross_entropy(model(tokens[:, :-1]).logits, tokens[:, 1:])
     return Objective(loss, {"cross_entropy": loss.detach()}, loss.detach())
+
+
+def last_tokens(n_targets: int) -> ObjectiveFunction:
+    """``next_token`` where only the last ``n_targets`` tokens are asked for: the others cannot be known."""
+
+    def objective(model: nn.Module, tokens: Int[Tensor, "B T1"], step: int) -> Objective:
+        logits = model(tokens[:, :-1]).logits[:, -n_targets:]
+        loss = cross_entropy(logits, tokens[:, -n_targets:])
+        return Objective(loss, {"cross_entropy": loss.detach()}, loss.detach())
+
+    return objective
 
 
 def learned(model: nn.Module, batches: Sequence[Int[Tensor, "_ T1"]], step: int) -> Report:
