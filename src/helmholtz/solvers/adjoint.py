@@ -75,12 +75,12 @@ class _Implicit(torch.autograd.Function):
         ctx: Any, mapped: Tensor, z: Tensor, problem: AbstractProblem, solution: Solution, adjoint: Implicit
     ) -> Tensor:
         ctx.problem, ctx.solution, ctx.adjoint = problem, solution, adjoint
-        ctx.save_for_backward(z)
+        ctx.save_for_backward(z, mapped)
         return z.clone()
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        (z,), adjoint = ctx.saved_tensors, ctx.adjoint
+        (z, mapped), adjoint = ctx.saved_tensors, ctx.adjoint
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             rows, wide = Rows.of(ctx.problem, z), v.to(z.dtype)
             solved = conjugate_gradients(rows, z, wide, rtol=adjoint.rtol, max_steps=adjoint.max_steps)
@@ -89,13 +89,15 @@ class _Implicit(torch.autograd.Function):
             hopeless = solved.indefinite & (solved.num_steps == 1)
             g = torch.where(hopeless.unsqueeze(1), wide, solved.value)
         if torch.is_grad_enabled():  # a graph of this backward pass is wanted: it has an end
-            g = _End.apply(g, torch.zeros((), requires_grad=True))
+            g = _End.apply(g, v, mapped)
         return g, None, None, None, None
 
 
 class _End(torch.autograd.Function):
+    """``g``; on the way to whatever it depends on lies an error."""
+
     @staticmethod
-    def forward(ctx: Any, g: Tensor, requires_grad: Tensor) -> Tensor:
+    def forward(ctx: Any, g: Tensor, v: Tensor, mapped: Tensor) -> Tensor:
         return g.clone()
 
     @staticmethod
