@@ -12,6 +12,7 @@ from helmholtz.ops.binary_latent import (
     kl_per_token,
     sample_bits,
 )
+from helmholtz.ops.causal_conv import causal_conv
 from helmholtz.ops.code_usage import CodeUsage, code_probabilities, code_usage
 from helmholtz.ops.free_energy import (
     free_energy_from_mixed,
@@ -37,6 +38,7 @@ from helmholtz.ops.rope import rope
 from helmholtz.ops.scan import first_order_scan
 from helmholtz.ops.selective_scan import selective_scan
 from helmholtz.ops.spectral import spectral_norm_bound
+from helmholtz.ops.ssd import ssd
 from helmholtz.ops.swiglu import swiglu
 from helmholtz.ops.token_energy import (
     EnergyComponents,
@@ -58,6 +60,7 @@ __all__ = [
     "TokenField",
     "bits_to_code",
     "bits_to_nats",
+    "causal_conv",
     "code_log_probability",
     "code_lookup",
     "code_probabilities",
@@ -90,6 +93,7 @@ __all__ = [
     "selective_scan",
     "softmax_attention",
     "spectral_norm_bound",
+    "ssd",
     "swiglu",
     "tilt_values",
     "token_energy",

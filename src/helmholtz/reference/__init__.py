@@ -29,7 +29,14 @@ from helmholtz.reference.hopfield import (
     hopfield_retrieve,
     hopfield_weights,
 )
-from helmholtz.reference.recurrences import first_order_scan, linear_attention, rnn_softmax, selective_scan
+from helmholtz.reference.recurrences import (
+    causal_conv,
+    first_order_scan,
+    linear_attention,
+    rnn_softmax,
+    selective_scan,
+    ssd,
+)
 from helmholtz.reference.token_energy import (
     contraction_certificate,
     spectral_norm_bound,
@@ -40,6 +47,7 @@ from helmholtz.reference.token_energy import (
 
 __all__ = [
     "bits_to_code",
+    "causal_conv",
     "code_log_probability",
     "code_lookup",
     "code_probabilities",
@@ -66,6 +74,7 @@ __all__ = [
     "selective_scan",
     "softmax_attention",
     "softmax_weights",
+    "ssd",
     "spectral_norm_bound",
     "swiglu",
     "token_energy",

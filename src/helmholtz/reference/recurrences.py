@@ -109,3 +109,51 @@ def selective_scan(
         h = decay * _restart(h, r) + step
         out.append(torch.einsum("bn,bscn->bsc", c_t, h) + skip * u_t)
     return torch.stack(out, dim=1), h
+
+
+def ssd(
+    x: Float[Tensor, "B T H P"],
+    delta: Float[Tensor, "B T H"],
+    A: Float[Tensor, "H"],
+    B: Float[Tensor, "B T N"],
+    C: Float[Tensor, "B T N"],
+    D: Float[Tensor, "H"] | None = None,
+    *,
+    state: Float[Tensor, "B H P N"] | None = None,
+    reset: Bool[Tensor, "B T"] | None = None,
+) -> tuple[Float[Tensor, "B T H P"], Float[Tensor, "B H P N"]]:
+    """``h_t = e^{delta_t A} h_{t-1} + delta_t x_t B_t^T`` and ``y_t = h_t C_t + D x_t``."""
+    x, delta, A, B, C = (z.double() for z in (x, delta, A, B, C))
+    skip = torch.zeros_like(A) if D is None else D.double()
+    h = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[2]) if state is None else state.double()
+    out = []
+    steps = zip(*(z.unbind(1) for z in (x, delta, B, C)), _resets(reset, delta), strict=True)
+    for x_t, delta_t, b_t, c_t, r in steps:
+        step = torch.einsum("bh,bhp,bn->bhpn", delta_t, x_t, b_t)
+        h = (delta_t * A).exp()[..., None, None] * _restart(h, r) + step
+        out.append(torch.einsum("bhpn,bn->bhp", h, c_t) + skip.unsqueeze(-1) * x_t)
+    return torch.stack(out, dim=1), h
+
+
+def causal_conv(
+    x: Float[Tensor, "B T C"],
+    weight: Float[Tensor, "C W"],
+    bias: Float[Tensor, "C"] | None = None,
+    *,
+    state: Float[Tensor, "B W1 C"] | None = None,
+    mask: Bool[Tensor, "B T"] | None = None,
+    reset: Bool[Tensor, "B T"] | None = None,
+) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "B W1 C"]]:
+    """``y_t = bias + sum_w weight_w window_tw`` over the last W real tokens of a sequence; 0 at pads."""
+    x, weight = x.double(), weight.double()
+    shift = torch.zeros_like(weight[:, 0]) if bias is None else bias.double()
+    window = x.new_zeros(len(x), weight.shape[1] - 1, x.shape[2]) if state is None else state.double()
+    mask = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
+    out = []
+    for x_t, m, r in zip(x.unbind(1), mask.unbind(1), _resets(reset, x), strict=True):
+        window = _restart(window, r)
+        real = m.view(-1, 1, 1)
+        grown = torch.cat([window, x_t.unsqueeze(1)], dim=1)
+        out.append(torch.where(real[:, 0], torch.einsum("bwc,cw->bc", grown, weight) + shift, 0.0))
+        window = torch.where(real, grown[:, 1:], window)
+    return torch.stack(out, dim=1), window
