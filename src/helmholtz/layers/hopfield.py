@@ -115,6 +115,16 @@ class HopfieldMemory(nn.Module):
     def n_slots(self) -> int:
         return len(self.store.rows)
 
+    @property
+    def slots(self) -> Float[Tensor, "S D"]:
+        """The written rows; zeros where nothing is stored."""
+        return self.store.rows
+
+    @property
+    def occupied(self) -> Bool[Tensor, "S"]:
+        """Slots that hold a pattern."""
+        return self.store.occupied
+
     def patterns(self) -> Float[Tensor, "K D"]:
         """All rows at norm ``radius``, the learned ones first, in at least float32; empty slots as zeros."""
         wide = compute_dtype(self.memory_patterns)
@@ -131,7 +141,7 @@ class HopfieldMemory(nn.Module):
 
     @torch.no_grad()
     def write(
-        self, rows: Float[Tensor, "n _"], mask: Shaped[Tensor, "n"] | None = None, *, in_eval: bool = False
+        self, rows: Float[Tensor, "..."], mask: Shaped[Tensor, "..."] | None = None, *, in_eval: bool = False
     ) -> int:
         """Store rows in their order, detached and at norm ``radius``; each is compared with those before it too.
 
@@ -196,8 +206,3 @@ class HopfieldMemory(nn.Module):
                 MarginWarning,
                 stacklevel=3,
             )
-
-    @property
-    def occupied(self) -> Bool[Tensor, "S"]:
-        """Slots that hold a pattern."""
-        return self.store.occupied
