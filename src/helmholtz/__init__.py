@@ -8,11 +8,12 @@ from helmholtz.layers import (
     inspect_read,
     matched_d_ff,
 )
-from helmholtz.models import FEMLM, MODELS, FreeTransformer, Transformer
+from helmholtz.models import FEMLM, MODELS, FreeTransformer, Mamba, Transformer
 from helmholtz.models.checkpoint import load_checkpoint, save_checkpoint
 from helmholtz.models.fem_lm import FEMLMConfig
 from helmholtz.models.free_transformer import FreeTransformerConfig
 from helmholtz.models.generation import SamplingSettings, generate
+from helmholtz.models.mamba import MambaConfig
 from helmholtz.models.planning import PlanSettings, generate_planned
 from helmholtz.models.transformer import TransformerConfig
 
@@ -27,6 +28,8 @@ __all__ = [
     "FreeEnergyMixerConfig",
     "FreeTransformer",
     "FreeTransformerConfig",
+    "Mamba",
+    "MambaConfig",
     "PlanSettings",
     "SamplingSettings",
     "Transformer",

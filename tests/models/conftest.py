@@ -10,6 +10,7 @@ from helmholtz.layers.fem_config import PRIORS
 from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.fem_lm import FEMLM, FEMLMConfig, MixerOptions
 from helmholtz.models.free_transformer import FreeTransformer, FreeTransformerConfig
+from helmholtz.models.mamba import Mamba, MambaConfig
 from helmholtz.models.transformer import Transformer, TransformerConfig
 
 
@@ -26,12 +27,19 @@ def _free(**fields: object) -> Callable[[], AbstractDecoder]:
     return lambda: FreeTransformer(FreeTransformerConfig(**SIZES, n_latent_bits=5, **fields))
 
 
+def _mamba(**fields: object) -> Callable[[], AbstractDecoder]:
+    sizes = {name: SIZES[name] for name in ("vocab_size", "d_model", "n_layers", "max_seq_len")}
+    return lambda: Mamba(MambaConfig(**sizes, d_state=8, d_head=16, **fields))
+
+
 DECODERS: dict[str, Callable[[], AbstractDecoder]] = {
     "transformer": _transformer(),
     "transformer-gqa-untied": _transformer(n_kv_heads=2, tie_embeddings=False),
     "fem-hybrid": _fem(prior=("gla", "softmax"), n_kv_heads=2, tie_embeddings=False),
     "free": _free(),
     "free-bits-gqa-untied": _free(post_sampler="bits", n_kv_heads=2, tie_embeddings=False),
+    "mamba": _mamba(),
+    "mamba-narrow-untied": _mamba(d_inner=48, d_conv=2, tie_embeddings=False),
     **{f"fem-{prior}": _fem(prior=prior) for prior in PRIORS},
 }
 

@@ -26,9 +26,9 @@ BUDGET = 16.0  # worst measured: 8.4 eps (relative RMS; the gradient of A, 3 sum
 HEADS, WIDTH, STATES = 3, 5, 4
 
 
-def _call(scan):
+def _call(scan, *, strict=False):
     def call(inputs, state, reset):
-        return scan(*inputs, state=None if state is None else state[0], reset=reset)
+        return scan(*inputs, state=None if state is None else state[0], reset=reset, strict=strict)
 
     return call
 
@@ -43,39 +43,49 @@ def _make(batch, time, heads=HEADS, width=WIDTH, states=STATES):
     return [x, delta, -torch.rand(heads), B, C, torch.randn(heads)]
 
 
-PROBLEM = Recurrence(
-    op=_call(ssd),
-    oracle=_call(reference.ssd),
-    make=_make,
-    make_state=lambda batch: [torch.randn(batch, HEADS, WIDTH, STATES)],
-    time=(1, 1, None, 1, 1, None),
-    out_time=1,
-)
+PROBLEMS = {
+    name: Recurrence(
+        op=_call(ssd, strict=strict),
+        oracle=_call(reference.ssd, strict=strict),
+        make=_make,
+        make_state=lambda batch: [torch.randn(batch, HEADS, WIDTH, STATES)],
+        time=(1, 1, None, 1, 1, None),
+        out_time=1,
+    )
+    for name, strict in {"present": False, "past": True}.items()
+}
+every = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 
 
+@every
 @pytest.mark.parametrize(("shape", "dtype", "with_reset"), CASES, ids=str)
-def test_matches_reference(shape, dtype, with_reset):
-    check_reference(PROBLEM, shape, dtype, with_reset, budget=BUDGET)
+def test_matches_reference(problem, shape, dtype, with_reset):
+    check_reference(problem, shape, dtype, with_reset, budget=BUDGET)
 
 
-def test_split_anywhere_equals_one_call():
-    check_splits(PROBLEM, budget=BUDGET)
+@every
+def test_split_anywhere_equals_one_call(problem):
+    check_splits(problem, budget=BUDGET)
 
 
-def test_future_leaves_the_past_alone():
-    check_causality(PROBLEM)
+@every
+def test_future_leaves_the_past_alone(problem):
+    check_causality(problem)
 
 
-def test_reset_isolates():
-    check_reset_isolates(PROBLEM)
+@every
+def test_reset_isolates(problem):
+    check_reset_isolates(problem)
 
 
-def test_empty_strided_autocast_unwritten():
-    check_plain(PROBLEM)
+@every
+def test_empty_strided_autocast_unwritten(problem):
+    check_plain(problem)
 
 
-def test_gradcheck():
-    check_gradients_numerically(PROBLEM)
+@every
+def test_gradcheck(problem):
+    check_gradients_numerically(problem)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, 64, 1024])
@@ -174,6 +184,17 @@ def test_gradient_of_a_strong_decay_has_no_noise():
     y, _ = ssd(x, torch.ones(1, 96, HEADS), A, B, C)
     (g,) = torch.autograd.grad(y.square().sum(), A)
     assert g.abs().max() < 1e-20
+
+
+def test_the_strict_form_reads_no_present_at_all():
+    """Exactly: without a past it is 0, and its own input has no gradient."""
+    x, delta, A, B, C, _ = _make(1, 70)
+    x.requires_grad_()
+    y, _ = ssd(x, delta, A, B, C, strict=True)
+    assert not y[:, 0].any()
+    for t in (0, 40, 64):
+        (g,) = torch.autograd.grad(y[:, t].sum(), x, retain_graph=True)
+        assert not g[:, t:].any() and (t == 0 or g[:, :t].any())
 
 
 def test_chunk_is_checked():

@@ -6,6 +6,7 @@ from helmholtz.layers.block import Block
 from helmholtz.layers.fem import FreeEnergyMixer, MixerState
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig, fem_widths
 from helmholtz.layers.fem_reading import Reading, inspect_read, read_statistics
+from helmholtz.layers.mamba import MambaCell, MambaMixer, MambaState
 from helmholtz.layers.mlp import SwiGLU
 from helmholtz.layers.sizing import matched_d_ff
 from helmholtz.layers.state import KVCache, map_state
@@ -17,6 +18,9 @@ __all__ = [
     "FreeEnergyMixer",
     "FreeEnergyMixerConfig",
     "KVCache",
+    "MambaCell",
+    "MambaMixer",
+    "MambaState",
     "MixerState",
     "Reading",
     "SwiGLU",

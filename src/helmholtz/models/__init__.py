@@ -3,12 +3,14 @@
 from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.fem_lm import FEMLM
 from helmholtz.models.free_transformer import FreeTransformer
+from helmholtz.models.mamba import Mamba
 from helmholtz.models.transformer import Transformer
 
-__all__ = ["FEMLM", "MODELS", "FreeTransformer", "Transformer"]
+__all__ = ["FEMLM", "MODELS", "FreeTransformer", "Mamba", "Transformer"]
 
 MODELS: dict[str, type[AbstractDecoder]] = {
     "transformer": Transformer,
     "fem_lm": FEMLM,
     "free_transformer": FreeTransformer,
+    "mamba": Mamba,
 }

@@ -34,15 +34,18 @@ def _blocks(x: Tensor, half: int) -> Tensor:
     return halves[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
-def _decays(steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _decays(steps: Tensor, strict: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Factors between the steps of chunks whose log decays are ``steps: R L``.
 
-    ``from j to i: R L L`` (0 for ``i < j``), from the start up to ``i`` and from ``j`` to the end, ``R L 1``.
+    ``from j to i: R L L`` (0 for ``i < j``, and for ``i = j`` if ``strict``), from the start up to ``i`` and from ``j``
+    to the end, ``R L 1``.
     """
     length = steps.shape[1]
     since = F.pad(steps, (0, (1 << (length - 1).bit_length()) - length))
     until = torch.zeros_like(since)
-    weights = torch.eye(since.shape[1], dtype=since.dtype, device=since.device).repeat(len(since), 1, 1)
+    weights = since.new_zeros(len(since), since.shape[1], since.shape[1])
+    if not strict:
+        weights.diagonal(dim1=1, dim2=2).fill_(1)
     half = 1
     while half < since.shape[1]:
         left, right = since.unflatten(1, (-1, 2, half)).unbind(2)
@@ -114,12 +117,13 @@ class _Chunked(torch.autograd.Function):
         D: Tensor,
         state: Tensor,
         chunk: int,
+        strict: bool,
     ) -> tuple[Tensor, Tensor]:
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         all_starts = []
         with full_precision(x.device):
             for t, length in _spans(x, chunk):
-                weights, since, until = _decays(_rows(steps[:, t, :, None], length).squeeze(-1))
+                weights, since, until = _decays(_rows(steps[:, t, :, None], length).squeeze(-1), strict)
                 b, c = (z[:, t].reshape(-1, length, z.shape[2]) for z in (B, C))
                 u = _rows(x[:, t], length, delta[:, t])
                 added = torch.bmm(u.mT, _per_head(b, until))
@@ -128,7 +132,7 @@ class _Chunked(torch.autograd.Function):
                 torch.addcmul(_steps(out, x), x[:, t], D.unsqueeze(-1), out=y[:, t])
                 all_starts.append(starts)
         ctx.save_for_backward(x, delta, steps, B, C, D, *all_starts)
-        ctx.chunk = chunk
+        ctx.chunk, ctx.strict = chunk, strict
         return y, state
 
     @staticmethod
@@ -141,18 +145,24 @@ class _Chunked(torch.autograd.Function):
         with full_precision(x.device):
             for (t, length), starts in zip(spans[::-1], all_starts[::-1], strict=True):
                 span = tuple(z[:, t] for z in (x, delta, steps, B, C))
-                *parts, dstate = _span_backward(span, D, starts, dy[:, t], dstate, length)
+                *parts, dstate = _span_backward(span, D, starts, dy[:, t], dstate, length, ctx.strict)
                 for whole, part in zip(gradients, parts, strict=True):
                     whole[:, t] = part
-        return *gradients, dD, dstate, None
+        return *gradients, dD, dstate, None, None
 
 
 def _span_backward(
-    span: tuple[Tensor, ...], D: Tensor, starts: Tensor, dy: Tensor, dstate: Tensor, length: int
+    span: tuple[Tensor, ...],
+    D: Tensor,
+    starts: Tensor,
+    dy: Tensor,
+    dstate: Tensor,
+    length: int,
+    strict: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients of ``x, delta, steps, B, C`` and of the state before the span."""
     x, delta, steps, B, C = span
-    weights, since, until = _decays(_rows(steps.unsqueeze(-1), length).squeeze(-1))
+    weights, since, until = _decays(_rows(steps.unsqueeze(-1), length).squeeze(-1), strict)
     b, c = (z.reshape(-1, length, z.shape[2]) for z in (B, C))
     u, dout = _rows(x, length, delta), _rows(dy, length)
     scores, read, write = _scores(weights, b, c), _per_head(c, since), _per_head(b, until)
@@ -173,12 +183,20 @@ def _span_backward(
 
 
 def _step(
-    x: Tensor, delta: Tensor, steps: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
+    x: Tensor,
+    delta: Tensor,
+    steps: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor,
+    strict: bool,
 ) -> tuple[Tensor, Tensor]:
     """One token of a stream."""
     u = (x * delta.unsqueeze(-1)).squeeze(1).unsqueeze(-1)
-    state = torch.addcmul(u * B.unsqueeze(2), steps.exp().view(*u.shape[:2], 1, 1), state)
-    y = (state @ C.unsqueeze(3)).view_as(x)
+    past = steps.exp().view(*u.shape[:2], 1, 1) * state
+    state = torch.addcmul(past, u, B.unsqueeze(2))
+    y = ((past if strict else state) @ C.unsqueeze(3)).view_as(x)
     return torch.addcmul(y, x, D.unsqueeze(-1)), state
 
 
@@ -192,6 +210,7 @@ def ssd(
     *,
     state: Float[Tensor, "B H P N"] | None = None,
     reset: Bool[Tensor, "B T"] | None = None,
+    strict: bool = False,
     chunk: int = 64,
 ) -> tuple[Float[Tensor, "B T H P"], Float[Tensor, "B H P N"]]:
     r"""Scan a state-space model whose heads decay as a whole: Mamba-2's form of `selective_scan`.
@@ -204,6 +223,7 @@ def ssd(
         B: what a step writes; one for all heads, as C, what it reads.
         state: :math:`h_{-1}`; zeros by default.
         reset: where True, :math:`h_{t-1}` counts as 0.
+        strict: let :math:`y_t` read :math:`e^{\Delta_t A}\, h_{t-1}` in place of :math:`h_t`: the past alone.
         chunk: steps per matrix product; a matter of speed and memory.
 
     Returns:
@@ -232,5 +252,5 @@ def ssd(
     if reset is not None:
         steps = steps.masked_fill(reset.unsqueeze(-1), -torch.inf)
     inputs = (u, step_sizes, steps, b, c, skip, state.to(compute))
-    y, last = _step(*inputs) if num_steps == 1 else _Chunked.apply(*inputs, chunk)
+    y, last = _step(*inputs, strict) if num_steps == 1 else _Chunked.apply(*inputs, chunk, strict)
     return y.to(x.dtype), last

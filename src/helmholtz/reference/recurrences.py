@@ -121,8 +121,9 @@ def ssd(
     *,
     state: Float[Tensor, "B H P N"] | None = None,
     reset: Bool[Tensor, "B T"] | None = None,
+    strict: bool = False,
 ) -> tuple[Float[Tensor, "B T H P"], Float[Tensor, "B H P N"]]:
-    """``h_t = e^{delta_t A} h_{t-1} + delta_t x_t B_t^T`` and ``y_t = h_t C_t + D x_t``."""
+    """``h_t = e^{delta_t A} h_{t-1} + delta_t x_t B_t^T`` and ``y_t = h_t C_t + D x_t``; ``strict`` reads without the last term."""
     x, delta, A, B, C = (z.double() for z in (x, delta, A, B, C))
     skip = torch.zeros_like(A) if D is None else D.double()
     h = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[2]) if state is None else state.double()
@@ -130,8 +131,9 @@ def ssd(
     steps = zip(*(z.unbind(1) for z in (x, delta, B, C)), _resets(reset, delta), strict=True)
     for x_t, delta_t, b_t, c_t, r in steps:
         step = torch.einsum("bh,bhp,bn->bhpn", delta_t, x_t, b_t)
-        h = (delta_t * A).exp()[..., None, None] * _restart(h, r) + step
-        out.append(torch.einsum("bhpn,bn->bhp", h, c_t) + skip.unsqueeze(-1) * x_t)
+        past = (delta_t * A).exp()[..., None, None] * _restart(h, r)
+        h = past + step
+        out.append(torch.einsum("bhpn,bn->bhp", past if strict else h, c_t) + skip.unsqueeze(-1) * x_t)
     return torch.stack(out, dim=1), h
 
 

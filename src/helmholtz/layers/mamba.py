@@ -1,0 +1,264 @@
+"""Selective state-space layers with one decay per head: the Mamba-2 mixer, and the bare recurrence."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from helmholtz._checks import check_divides, check_integer
+from helmholtz.layers.base import AbstractMixer
+from helmholtz.layers.init import STANDARD_DEVIATION
+from helmholtz.layers.linear import apply_linear
+from helmholtz.layers.norm import RMSNorm
+from helmholtz.layers.sequence import SequenceLayout, sequence_layout
+from helmholtz.ops._compute import compute_dtype
+from helmholtz.ops.causal_conv import causal_conv
+from helmholtz.ops.ssd import ssd
+
+_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class MambaState:
+    """What a mixer remembers: as much after a million tokens as before the first."""
+
+    position: Int[Tensor, "B"]
+    """Real tokens each row has seen."""
+    conv: Float[Tensor, "B W1 C"]
+    """The last real inputs of the convolution."""
+    ssm: Float[Tensor, "B H P N"]
+    """The state of every head."""
+
+
+class _StepSizes(nn.Module):
+    r"""Rates :math:`A = -e^{A_{\log}} < 0` and step sizes :math:`\Delta = \mathrm{softplus}(d + b) > 0` of H heads.
+
+    Starts with rates spread evenly over [1, 16] and step sizes drawn log-uniformly from [1e-3, 1e-1]: memories of
+    about 1 to 1000 tokens. Computed in at least float32.
+
+    Source: Gu & Dao, "Mamba", 2023, section 3.6; Dao & Gu, "Transformers are SSMs", 2024, section 7.
+    """
+
+    def __init__(self, n_heads: int) -> None:
+        super().__init__()
+        self.A_log = nn.Parameter(torch.linspace(1, 16, n_heads).log())
+        delta = torch.empty(n_heads).uniform_(-3, -1).mul(torch.tensor(10.0).log()).exp()
+        self.bias = nn.Parameter(delta + (-torch.expm1(-delta)).log())  # the inverse of softplus
+
+    def forward(
+        self, x: Float[Tensor, "B T H"], layout: SequenceLayout
+    ) -> tuple[Float[Tensor, "B T H"], Float[Tensor, "H"]]:
+        """``(delta, A)``; delta is 0 at pads."""
+        wide = compute_dtype(x, self.bias)
+        delta = F.softplus(x.to(wide) + self.bias.to(wide))
+        if layout.mask is not None:
+            delta = delta.masked_fill(~layout.mask.unsqueeze(-1), 0)
+        return delta, -self.A_log.to(wide).exp()
+
+
+def _check_sizes(d_model: int, d_inner: int, d_state: int, d_head: int) -> None:
+    for name, size in {"d_model": d_model, "d_inner": d_inner, "d_state": d_state}.items():
+        check_integer(name, size)
+    check_divides("d_head", d_head, "d_inner", d_inner)
+
+
+def _check_width(name: str, x: Tensor, width: int) -> None:
+    if x.ndim != 3 or x.shape[-1] != width:
+        raise ValueError(f"{name}: wanted shape (B, T, d_model={width}), got {tuple(x.shape)}")
+
+
+def _zero_pads(x: Float[Tensor, "B T D"], layout: SequenceLayout) -> Float[Tensor, "B T D"]:
+    """Whatever a pad holds, NaN included, made 0."""
+    return x if layout.mask is None else x.masked_fill(~layout.mask.unsqueeze(-1), 0)
+
+
+@torch.no_grad()
+def _init_projection(projection: nn.Linear, n_heads: int) -> None:
+    """Outputs of unit variance for inputs of unit mean square; those that become step sizes, the last, N(0, 0.02)."""
+    if projection.weight.is_meta:
+        return
+    nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+    nn.init.normal_(projection.weight[-n_heads:], std=STANDARD_DEVIATION)
+
+
+def _recomputed(enabled: bool, function: Callable[..., Any], *inputs: Any) -> Any:
+    """``function(*inputs)``; if enabled, what it keeps for the backward pass is computed again there instead."""
+    if enabled and torch.is_grad_enabled():
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return function(*inputs)
+
+
+@final
+class MambaMixer(AbstractMixer[MambaState]):
+    r"""Mamba-2: a gated state-space model with a short convolution in front.
+
+    .. math:: (g, s, d) = W_{in} x, \quad (u, B, C) = \mathrm{silu}(\mathrm{conv}(s)), \quad
+              y = W_o\, \mathrm{RMSNorm}(\mathrm{ssd}(u, \Delta, A, B, C, D) \odot \mathrm{silu}(g))
+
+    with :math:`\Delta = \mathrm{softplus}(d + b)`, :math:`A = -e^{A_{\log}}` per head. B and C serve all heads.
+
+    Args:
+        d_inner: channels of the state-space model.
+        d_state: state per channel.
+        d_conv: tokens that the convolution sees, the current one included.
+        d_head: channels that share a decay; a divisor of ``d_inner``.
+
+    Attributes:
+        gradient_checkpointing: whether the backward pass recomputes the mixer from its input instead of keeping what it
+            needs: the same gradients, a forward pass more, memory of ``B T D`` instead of about ``B T (6 d_inner)``.
+
+    Cost: O(T) time; a streaming state of ``d_inner d_state + (d_conv - 1)(d_inner + 2 d_state)`` numbers per row.
+    Raises: ValueError if ``d_head`` does not divide ``d_inner``.
+    Source: Dao & Gu, "Transformers are SSMs", 2024, section 7.
+    """
+
+    def __init__(
+        self, d_model: int, *, d_inner: int, d_state: int = 64, d_conv: int = 4, d_head: int = 64
+    ) -> None:
+        super().__init__()
+        _check_sizes(d_model, d_inner, d_state, d_head)
+        check_integer("d_conv", d_conv)
+        self.d_model, self.n_heads, self.d_head = d_model, d_inner // d_head, d_head
+        self.d_inner, self.d_state, self.gradient_checkpointing = d_inner, d_state, False
+        filtered = d_inner + 2 * d_state
+        self.in_proj = nn.Linear(d_model, d_inner + filtered + self.n_heads, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(filtered, d_conv).uniform_(-1, 1) * d_conv**-0.5)
+        self.conv_bias = nn.Parameter(torch.zeros(filtered))
+        self.step_sizes = _StepSizes(self.n_heads)
+        self.D = nn.Parameter(torch.ones(self.n_heads))
+        self.norm = RMSNorm(d_inner, eps=_NORM_EPS)
+        self.o_proj = nn.Linear(d_inner, d_model, bias=False)
+        _init_projection(self.in_proj, self.n_heads)
+        nn.init.normal_(self.o_proj.weight, std=STANDARD_DEVIATION)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        *,
+        attention_mask: Shaped[Tensor, "..."] | None = None,
+        cu_seqlens: Shaped[Tensor, "..."] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        _check_width("x", x, self.d_model)
+        layout = sequence_layout(x, attention_mask, cu_seqlens)
+        return self._recomputed(x, None, None, layout)[0]
+
+    def init_state(self, batch_size: int) -> MambaState:
+        weight = self.conv_weight
+        wide = compute_dtype(weight)
+        filtered, d_conv = weight.shape
+        return MambaState(
+            position=torch.zeros(batch_size, dtype=torch.long, device=weight.device),
+            conv=weight.new_zeros(batch_size, d_conv - 1, filtered, dtype=wide),
+            ssm=weight.new_zeros(batch_size, self.n_heads, self.d_head, self.d_state, dtype=wide),
+        )
+
+    def extend(
+        self, x: Float[Tensor, "B T D"], state: MambaState, layout: SequenceLayout
+    ) -> tuple[Float[Tensor, "B T D"], MambaState]:
+        _check_width("x", x, self.d_model)
+        y, conv, ssm = self._recomputed(x, state.conv, state.ssm, layout)
+        return y, MambaState(layout.advance(state.position), conv, ssm)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute in the backward pass instead of keeping."""
+        self.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep what the backward pass needs."""
+        self.gradient_checkpointing = False
+
+    def _recomputed(
+        self, x: Tensor, conv: Tensor | None, ssm: Tensor | None, layout: SequenceLayout
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        result: tuple[Tensor, Tensor, Tensor] = _recomputed(
+            self.gradient_checkpointing, self._mix, x, conv, ssm, layout
+        )
+        return result
+
+    def _mix(
+        self, x: Tensor, conv: Tensor | None, ssm: Tensor | None, layout: SequenceLayout
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``(y, state of the convolution, state of the heads)``."""
+        projected = apply_linear(self.in_proj, _zero_pads(x, layout))
+        gate, signal, step = projected.split([self.d_inner, len(self.conv_weight), self.n_heads], dim=-1)
+        signal, conv = causal_conv(
+            signal, self.conv_weight, self.conv_bias, state=conv, mask=layout.mask, reset=layout.reset
+        )
+        u, b, c = F.silu(signal).split([self.d_inner, self.d_state, self.d_state], dim=-1)
+        delta, rates = self.step_sizes(step, layout)
+        heads = u.unflatten(-1, (self.n_heads, self.d_head))
+        read, ssm = ssd(heads, delta, rates, b, c, self.D, state=ssm, reset=layout.reset)
+        y = apply_linear(self.o_proj, self.norm(read.flatten(2).to(gate.dtype) * F.silu(gate)))
+        return _zero_pads(y, layout), conv, ssm
+
+
+@final
+class MambaCell(nn.Module):
+    r"""The recurrence alone: what it would answer to a token's input, as a past and a gain, with the input left open.
+
+    From the context :math:`c` come :math:`(v, B, C, d) = W c` and :math:`\Delta = \mathrm{softplus}(d + b)`; the state
+    is :math:`h_t = e^{\Delta_t A} h_{t-1} + \Delta_t v_t B_t^\top` and
+
+    .. math:: \mathrm{past}_t = (e^{\Delta_t A} h_{t-1})\, C_t, \qquad
+              \mathrm{gain}_t = 1 - e^{-\Delta_t\, \mathrm{softplus}(B_t \cdot C_t)} \in [0, 1).
+
+    The gain is a bounded surrogate of a step's own, :math:`\Delta_t\, B_t \cdot C_t`. It is 0 at pads, as is the past.
+
+    Args:
+        d_inner: channels E of past and gain.
+        d_state: state per channel.
+        d_head: channels that share a decay and a gain; a divisor of ``d_inner``.
+
+    Raises: ValueError if ``d_head`` does not divide ``d_inner``.
+    Source: the recurrence of Dao & Gu, "Transformers are SSMs", 2024, eq. 1 and section 7.
+    """
+
+    def __init__(self, d_model: int, *, d_inner: int, d_state: int = 64, d_head: int = 64) -> None:
+        super().__init__()
+        _check_sizes(d_model, d_inner, d_state, d_head)
+        self.d_model, self.n_heads, self.d_head = d_model, d_inner // d_head, d_head
+        self.d_inner, self.d_state, self.gradient_checkpointing = d_inner, d_state, False
+        self.in_proj = nn.Linear(d_model, d_inner + 2 * d_state + self.n_heads, bias=False)
+        self.step_sizes = _StepSizes(self.n_heads)
+        _init_projection(self.in_proj, self.n_heads)
+
+    def forward(
+        self,
+        c: Float[Tensor, "B T D"],
+        layout: SequenceLayout,
+        state: Float[Tensor, "B H P N"] | None = None,
+    ) -> tuple[Float[Tensor, "B T E"], Float[Tensor, "B T E"], Float[Tensor, "B H P N"]]:
+        """``(past, gain, state)`` in at least float32.
+
+        Args:
+            state: what an earlier call returned; zeros by default.
+        """
+        _check_width("c", c, self.d_model)
+        result: tuple[Tensor, Tensor, Tensor] = _recomputed(
+            self.gradient_checkpointing, self._scan, c, layout, state
+        )
+        return result
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute in the backward pass instead of keeping."""
+        self.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep what the backward pass needs."""
+        self.gradient_checkpointing = False
+
+    def _scan(self, c: Tensor, layout: SequenceLayout, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        widths = [self.d_inner, self.d_state, self.d_state, self.n_heads]
+        v, write, read, step = apply_linear(self.in_proj, _zero_pads(c, layout)).split(widths, dim=-1)
+        delta, rates = self.step_sizes(step, layout)
+        v, write, read = (x.to(delta.dtype) for x in (v, write, read))
+        heads = v.unflatten(-1, (self.n_heads, self.d_head))
+        past, state = ssd(heads, delta, rates, write, read, state=state, reset=layout.reset, strict=True)
+        own = F.softplus((write * read).sum(-1, keepdim=True))
+        gain = -torch.expm1(-delta * own)
+        return _zero_pads(past.flatten(2), layout), gain.repeat_interleave(self.d_head, dim=-1), state
