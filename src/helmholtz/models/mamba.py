@@ -60,9 +60,7 @@ class Mamba(AbstractDecoder):
 
 def small(vocab_size: int) -> MambaConfig:
     """About 0.8 M parameters beside the embedding, as ``transformer.small``: twice its blocks, each half as large."""
-    return MambaConfig(
-        vocab_size=vocab_size, d_model=128, n_layers=7, d_state=32, d_head=32, max_seq_len=256
-    )
+    return MambaConfig(vocab_size=vocab_size, d_model=128, n_layers=7, d_state=32, d_head=32, max_seq_len=256)
 
 
 def medium(vocab_size: int) -> MambaConfig:
