@@ -14,7 +14,10 @@ COMMANDS = {
     "generate": "continue a prompt",
     "plan": "the latent plan of a text, and what samples share under one",
     "synthetic": "the experiment of the Free Transformer on a law whose entropy is known",
+    "recall": "what a Hopfield memory recalls of spoilt patterns, keys and pairs in a context",
     "compare": "one table, one result file and pictures for several runs",
+    "validate": "whether an equilibrium model keeps what its mathematics promises",
+    "landscape": "the energy around a token's equilibrium, drawn",
     "inspect": "what a model is made of, what it has learned, and how it reads a text",
 }
 

@@ -1,0 +1,219 @@
+"""``helmholtz recall``."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from helmholtz._checks import check_choice, check_integer
+from helmholtz._files import write_atomically
+from helmholtz._hardware import describe_hardware, git_commit
+from helmholtz.cli.arguments import make_parser, parse
+from helmholtz.data.recall import PairTask
+from helmholtz.evals.in_context_recall import InContextRecall, InContextResult, recall_by_memory
+from helmholtz.evals.memory_plots import plot_recall
+from helmholtz.evals.recall import (
+    AssociationResult,
+    Corruption,
+    RecallResult,
+    recall_patterns,
+    recall_values,
+)
+from helmholtz.models.transformer import Transformer, TransformerConfig
+
+DESCRIPTION = (
+    "Recall from a Hopfield memory: patterns spoilt by noise, masks and flips beside a float64 oracle and the nearest "
+    "neighbour, values from keys, and pairs in a context. Nothing is trained unless --train-steps says so."
+)
+NOISES = (0.0, 0.5, 1.0, 1.5)
+SPOILT = (
+    Corruption("mask", 0.25),
+    Corruption("mask", 0.5),
+    Corruption("flip", 0.1),
+    Corruption("flip", 0.25),
+)
+PROFILES: dict[str, dict[int, tuple[int, ...]]] = {
+    "ci": {32: (64, 512), 64: (512,)},
+    "full": {32: (64, 512, 4096), 64: (512, 4096, 10000), 128: (64, 512, 4096, 10000)},
+}
+"""Numbers of patterns per width."""
+MASKED = {"ci": ((64, 512),), "full": ((64, 512), (128, 512), (128, 4096))}
+"""Widths and numbers of patterns of the rows with masks and flips."""
+PAIRS = {"ci": (500,), "full": (500, 2000)}
+
+
+def pattern_results(profile: str, trials: int, seed: int, console: Console) -> list[RecallResult]:
+    """Noise for every size of the profile, masks and flips for some."""
+    settings = [
+        (d_model, n_patterns, Corruption("noise", level))
+        for d_model, sizes in PROFILES[profile].items()
+        for n_patterns in sizes
+        for level in NOISES
+    ]
+    settings += [(d, k, corruption) for d, k in MASKED[profile] for corruption in SPOILT]
+    results = []
+    for d_model, n_patterns, corruption in settings:
+        with console.status(f"D={d_model}, K={n_patterns}: {corruption.kind} {corruption.level}"):
+            results.append(recall_patterns(d_model, n_patterns, corruption, n_trials=trials, seed=seed))
+    return results
+
+
+def value_results(profile: str, trials: int, seed: int, console: Console) -> list[AssociationResult]:
+    """Values by keys of width 32 and 64: rows of 64 and 128 numbers."""
+    results = []
+    for d_key in (32, 64):
+        for n_pairs in PAIRS[profile]:
+            for beta in (2.0, 4.0, 8.0):
+                for noise in (0.0, 0.5):
+                    with console.status(f"{n_pairs} pairs, beta {beta}"):
+                        found = recall_values(
+                            d_key, n_pairs, beta=beta, noise=noise, n_trials=trials, seed=seed
+                        )
+                    results.append(found)
+    return results
+
+
+def in_context_results(
+    pairs: int, steps: int, seed: int, console: Console
+) -> dict[str, tuple[PairTask, InContextResult]]:
+    """A memory that is written, an untrained decoder and, if asked for, the trained one."""
+    written = PairTask(n_pairs=32, n_keys=64, n_values=64)
+    task = PairTask(n_pairs=pairs, n_keys=max(16, pairs), n_values=16)
+    torch.manual_seed(seed)
+    config = TransformerConfig(
+        vocab_size=task.vocab_size, d_model=64, n_layers=2, n_heads=2, max_seq_len=task.n_tokens
+    )
+    recall = InContextRecall(Transformer(config), task, seed=seed)
+    results = {"written": (written, recall_by_memory(written, 1000, seed=seed))}
+    results["untrained decoder"] = (task, recall.evaluate())
+    if steps:
+        with console.status(f"training on {pairs} pairs"):
+            recall.train(steps)
+        results["trained decoder"] = (task, recall.evaluate())
+    return results
+
+
+def pattern_table(results: Sequence[RecallResult]) -> Table:
+    table = Table(
+        title="Patterns recalled (kappa = 0: no gain of a context enters)", box=None, padding=(0, 1, 0, 0)
+    )
+    for column in (
+        "D",
+        "K",
+        "margin",
+        "spoilt by",
+        "recalled",
+        "strict",
+        "oracle",
+        "nearest",
+        "steps",
+        "AUROC",
+        "",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
+    for r in results:
+        table.add_row(
+            str(r.d_model),
+            str(r.n_patterns),
+            f"{r.margin:.1f}{' !' if r.warned else ''}",
+            f"{r.corruption.kind} {r.corruption.level:g}",
+            f"{r.accuracy:.3f}",
+            f"{r.strict:.3f}",
+            f"{r.oracle:.3f}",
+            f"{r.nearest:.3f}",
+            f"{r.num_steps_mean:.1f} ({r.num_steps_max})",
+            "-" if r.auroc is None else f"{r.auroc:.2f}",
+            "" if r.agrees() else "DIFFERS",
+        )
+    return table
+
+
+def value_table(results: Sequence[AssociationResult]) -> Table:
+    table = Table(title="Values recalled from keys", box=None, padding=(0, 1, 0, 0))
+    for column in (
+        "D key",
+        "pairs",
+        "beta",
+        "noise",
+        "recalled",
+        "oracle",
+        "nearest",
+        "answered",
+        "steps",
+        "",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
+    for r in results:
+        table.add_row(
+            str(r.d_key),
+            str(r.n_pairs),
+            f"{r.beta:g}",
+            f"{r.noise:g}",
+            f"{r.accuracy:.3f}",
+            f"{r.oracle:.3f}",
+            f"{r.nearest:.3f}",
+            f"{r.answered:.3f}",
+            f"{r.num_steps_mean:.1f} ({r.num_steps_max})",
+            "" if r.agrees() else "DIFFERS",
+        )
+    return table
+
+
+def options(arguments: list[str]) -> dict[str, Any]:
+    """Values of the command line. Raises: ValueError naming the option that is wrong."""
+    parser = make_parser("recall", DESCRIPTION)
+    parser.add_argument("--profile", type=str, default="ci", help=f"sizes: {', '.join(PROFILES)}")
+    parser.add_argument(
+        "--trials", type=int, default=4096, help="queries per row, over five sets of patterns"
+    )
+    parser.add_argument("--pairs", type=int, default=4, help="pairs in the context of the decoder")
+    parser.add_argument(
+        "--train-steps", type=int, default=0, help="steps of a decoder on them; 0 trains none"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of patterns, queries and weights")
+    parser.add_argument("--output", type=str, default="results/memory", help="folder of the result")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    values = parse(parser, arguments)
+    check_choice("profile", values["profile"], PROFILES)
+    for name in ("trials", "pairs", "threads"):
+        check_integer(name, values[name])
+    for name in ("train_steps", "seed"):
+        check_integer(name, values[name], minimum=0)
+    return values
+
+
+def run(arguments: list[str], console: Console) -> int:
+    values = options(arguments)
+    torch.set_num_threads(values["threads"])
+    profile, seed, folder = values["profile"], values["seed"], Path(values["output"])
+    patterns = pattern_results(profile, values["trials"], seed, console)
+    console.print(pattern_table(patterns))
+    pairs = value_results(profile, values["trials"], seed, console)
+    console.print(value_table(pairs))
+    in_context = in_context_results(values["pairs"], values["train_steps"], seed, console)
+    for name, (task, result) in in_context.items():
+        console.print(
+            f"{task.n_pairs} pairs in a context, {name}: {result.accuracy:.3f} (chance {result.chance:.3f})"
+        )
+    content = {
+        "profile": profile,
+        "seed": seed,
+        "patterns": [result.to_dict() for result in patterns],
+        "values": [result.to_dict() for result in pairs],
+        "in_context": {
+            name: {"task": asdict(task), **result.to_dict()} for name, (task, result) in in_context.items()
+        },
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "hardware": describe_hardware(),
+    }
+    write_atomically(folder / "recall.json", json.dumps(content, indent=1) + "\n")
+    plot_recall(patterns, folder / "recall.png")
+    console.print(f"wrote {folder / 'recall.json'} and {folder / 'recall.png'}", markup=False)
+    return 0
