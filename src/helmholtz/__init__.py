@@ -8,12 +8,13 @@ from helmholtz.layers import (
     inspect_read,
     matched_d_ff,
 )
-from helmholtz.models import FEMLM, MODELS, FreeTransformer, Mamba, Transformer
+from helmholtz.models import FEMLM, MODELS, FreeTransformer, Mamba, MambaHopfield, Transformer
 from helmholtz.models.checkpoint import load_checkpoint, save_checkpoint
 from helmholtz.models.fem_lm import FEMLMConfig
 from helmholtz.models.free_transformer import FreeTransformerConfig
 from helmholtz.models.generation import SamplingSettings, generate
 from helmholtz.models.mamba import MambaConfig
+from helmholtz.models.mamba_hopfield import MambaHopfieldConfig
 from helmholtz.models.planning import PlanSettings, generate_planned
 from helmholtz.models.transformer import TransformerConfig
 
@@ -30,6 +31,8 @@ __all__ = [
     "FreeTransformerConfig",
     "Mamba",
     "MambaConfig",
+    "MambaHopfield",
+    "MambaHopfieldConfig",
     "PlanSettings",
     "SamplingSettings",
     "Transformer",

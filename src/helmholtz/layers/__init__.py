@@ -3,6 +3,8 @@
 from helmholtz.layers.attention import Attention
 from helmholtz.layers.base import AbstractMixer
 from helmholtz.layers.block import Block
+from helmholtz.layers.equilibrium import Equilibrium, EquilibriumLayer, TokenProblem
+from helmholtz.layers.equilibrium_config import EquilibriumConfig
 from helmholtz.layers.fem import FreeEnergyMixer, MixerState
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig, fem_widths
 from helmholtz.layers.fem_reading import Reading, inspect_read, read_statistics
@@ -15,6 +17,9 @@ __all__ = [
     "AbstractMixer",
     "Attention",
     "Block",
+    "Equilibrium",
+    "EquilibriumConfig",
+    "EquilibriumLayer",
     "FreeEnergyMixer",
     "FreeEnergyMixerConfig",
     "KVCache",
@@ -24,6 +29,7 @@ __all__ = [
     "MixerState",
     "Reading",
     "SwiGLU",
+    "TokenProblem",
     "fem_widths",
     "inspect_read",
     "map_state",

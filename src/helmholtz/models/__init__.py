@@ -4,13 +4,15 @@ from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.fem_lm import FEMLM
 from helmholtz.models.free_transformer import FreeTransformer
 from helmholtz.models.mamba import Mamba
+from helmholtz.models.mamba_hopfield import MambaHopfield
 from helmholtz.models.transformer import Transformer
 
-__all__ = ["FEMLM", "MODELS", "FreeTransformer", "Mamba", "Transformer"]
+__all__ = ["FEMLM", "MODELS", "FreeTransformer", "Mamba", "MambaHopfield", "Transformer"]
 
 MODELS: dict[str, type[AbstractDecoder]] = {
     "transformer": Transformer,
     "fem_lm": FEMLM,
     "free_transformer": FreeTransformer,
     "mamba": Mamba,
+    "mamba_hopfield": MambaHopfield,
 }

@@ -1,4 +1,4 @@
-"""A model on disk: ``config.json`` (architecture and config) and ``model.safetensors`` (weights)."""
+"""A model on disk: ``config.json`` (architecture and config) and ``model.safetensors`` (weights and buffers)."""
 
 import json
 import os
@@ -104,8 +104,10 @@ def _check_weights(file: Path, found: dict[str, Tensor], wanted: dict[str, Tenso
     for name in found.keys() - wanted.keys():
         raise ValueError(f"{file}: tensor {name!r} is not part of this model")
     for name, tensor in wanted.items():
-        if found[name].shape != tensor.shape or not found[name].is_floating_point():
+        floating = tensor.is_floating_point()
+        fits = found[name].is_floating_point() if floating else found[name].dtype == tensor.dtype
+        if found[name].shape != tensor.shape or not fits:
             raise ValueError(
                 f"{file}: tensor {name!r} is {found[name].dtype} of shape {tuple(found[name].shape)}, "
-                f"the config asks for floating-point {tuple(tensor.shape)}"
+                f"the config asks for {'floating-point' if floating else tensor.dtype} {tuple(tensor.shape)}"
             )

@@ -1,0 +1,287 @@
+"""The equilibrium of every token: the layer that solves for it, and what it tells about the solution."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor, nn
+
+from helmholtz._checks import check
+from helmholtz.layers.dynamics import Dynamics, TokenDynamics
+from helmholtz.layers.equilibrium_config import EquilibriumConfig
+from helmholtz.layers.hopfield import HopfieldMemory
+from helmholtz.layers.init import init_normal
+from helmholtz.layers.sequence import SequenceLayout
+from helmholtz.ops._compute import full_precision
+from helmholtz.ops.hopfield import hopfield_weights
+from helmholtz.ops.token_energy import (
+    EnergyComponents,
+    EnergyParameters,
+    TokenField,
+    contraction_certificate,
+    energy_components,
+    token_energy,
+    token_jvp,
+    token_map,
+    token_map_and_energy,
+)
+from helmholtz.solvers import (
+    AbstractAdjoint,
+    AbstractProblem,
+    Implicit,
+    Phantom,
+    Solution,
+    SolverConfig,
+    Status,
+    Unrolled,
+    solve,
+)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class TokenProblem(AbstractProblem):
+    """One fixed-point problem per row: ``z = f(z) = z - grad E(z)`` with the row's field and shared parameters."""
+
+    field: TokenField
+    parameters: EnergyParameters
+
+    def map(self, z: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        return token_map(z, self.field, self.parameters)
+
+    def map_and_energy(self, z: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N"]]:
+        return token_map_and_energy(z, self.field, self.parameters)
+
+    def jvp(self, z: Float[Tensor, "N D"], v: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        return token_jvp(z, v, self.field, self.parameters)
+
+    def take(self, rows: Int[Tensor, "n"]) -> "TokenProblem":
+        return TokenProblem(TokenField(*(x[rows] for x in self.field)), self.parameters)
+
+    def energy(self, z: Float[Tensor, "N D"]) -> Float[Tensor, "N"]:
+        """The energy whose stationary points the solutions are."""
+        return token_energy(z, self.field, self.parameters)
+
+
+@dataclass(frozen=True, slots=True)
+class Equilibrium:
+    """The equilibria of a call, differentiable, and how they were found.
+
+    What is per row is of the ``N`` real tokens, in the order of batch and time; ``scatter`` brings it to ``B T``.
+    """
+
+    context: Float[Tensor, "B T D"]
+    """What the layer was given."""
+    output: Float[Tensor, "B T D"]
+    """Context plus what was read from equilibrium and memory; 0 at pads, as are the next three."""
+    z: Float[Tensor, "B T D"]
+    z_init: Float[Tensor, "B T D"]
+    """Where the iteration started; differentiable, but no equilibrium depends on it."""
+    retrieved: Float[Tensor, "B T D"]
+    """The patterns' average at ``z`` under the retrieval weights, in units of their norm."""
+    problem: TokenProblem
+    """The rows' energies, maps and Jacobians; ``take(rows)`` for some."""
+    solution: Solution
+    """Per row."""
+    index: Int[Tensor, "N"] | None
+    """Place of each row among the ``B T`` tokens; None if all are real."""
+
+    @property
+    def field(self) -> TokenField:
+        return self.problem.field
+
+    @property
+    def parameters(self) -> EnergyParameters:
+        return self.problem.parameters
+
+    def rows(self, x: Shaped[Tensor, "B T *rest"]) -> Shaped[Tensor, "N *rest"]:
+        """The real tokens of ``x``."""
+        return _rows(x, self.index)
+
+    def scatter(self, x: Shaped[Tensor, "N *rest"], *, pad: float = 0.0) -> Shaped[Tensor, "B T *rest"]:
+        """Rows at their places, ``pad`` at pads."""
+        return _scatter(x, self.index, self.z.shape[:2], pad)
+
+    @property
+    def status(self) -> Int[Tensor, "B T"]:
+        """A ``Status`` per token; a pad has nothing to solve and counts as converged."""
+        return self.scatter(self.solution.status, pad=int(Status.CONVERGED))
+
+    @property
+    def converged(self) -> Bool[Tensor, "B T"]:
+        return self.status == int(Status.CONVERGED)
+
+    @property
+    def num_steps(self) -> Int[Tensor, "B T"]:
+        return self.scatter(self.solution.num_steps)
+
+    @property
+    def residual(self) -> Float[Tensor, "B T"]:
+        """Relative residual of each token's fixed-point equation."""
+        return self.scatter(self.solution.residual)
+
+    @property
+    def energy(self) -> Float[Tensor, "B T"]:
+        return self.scatter(self.solution.energy)
+
+    def components(self) -> EnergyComponents:
+        """The terms of each row's energy at its equilibrium; their sum is the energy."""
+        return energy_components(self.rows(self.z), self.field, self.parameters)
+
+    def weights(self) -> Float[Tensor, "N K"]:
+        """Retrieval weights of each row at its equilibrium."""
+        return _weights(self.rows(self.z), self.parameters)
+
+    def entropy(self) -> Float[Tensor, "B T"]:
+        """Entropy of the retrieval weights in nats."""
+        return self.scatter(torch.special.entr(self.weights()).sum(-1))
+
+    def top_pattern(self) -> Int[Tensor, "B T"]:
+        """The pattern with the largest weight; 0 at pads."""
+        return self.scatter(self.weights().argmax(-1))
+
+    def usage(self) -> Float[Tensor, "K"]:
+        """Mean weight of each pattern over the real tokens."""
+        return self.weights().mean(0)
+
+    def certificate(self) -> float:
+        """A proven bound of the Lipschitz constant of these tokens' maps; below 1: the equilibria are unique."""
+        return contraction_certificate(self.field, self.parameters)
+
+
+@dataclass(frozen=True, slots=True)
+class EquilibriumState:
+    """What a stream remembers: the recurrence that feeds the energy. Equilibria are no part of it."""
+
+    recurrence: Float[Tensor, "B H P S"] | None
+    """None before the first token."""
+
+
+@final
+class EquilibriumLayer(nn.Module):
+    r"""Each token's equilibrium :math:`z^* = f(z^*)` given its causal context, read together with the memory.
+
+    :math:`o = c + W_o\,[z^*, r]` with :math:`r = \sum_i p_i(z^*)\, m_i / R`. Tokens are solved one by one: a token's
+    result, its number of steps and its gradient depend on no other token's, converged or not. Gradients are those of
+    ``config.adjoint`` and the same in training and evaluation mode.
+
+    Attributes:
+        solver: how equilibria are found; ``config.solver`` until another ``SolverConfig`` is assigned.
+        adjoint: how they are differentiated.
+        observer: called with the ``Solution`` of every call, to count over many; None at first.
+    """
+
+    def __init__(self, config: EquilibriumConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self._solver = c.solver
+        self.adjoint = _adjoint(c)
+        self.observer: Callable[[Solution], None] | None = None
+        self.dynamics = TokenDynamics(c)
+        self.memory = HopfieldMemory(
+            c.d_model, c.n_patterns, n_slots=c.n_slots, beta=c.beta, policy=c.slot_policy, novelty=c.novelty
+        )
+        self.o_proj = nn.Linear(2 * c.d_model, c.d_model, bias=False)
+        init_normal(self.o_proj)
+
+    @property
+    def solver(self) -> SolverConfig:
+        return self._solver
+
+    @solver.setter
+    def solver(self, solver: SolverConfig) -> None:
+        check(isinstance(solver, SolverConfig), "solver", solver, "a SolverConfig")
+        self._solver = solver
+
+    def forward(
+        self,
+        c: Float[Tensor, "B T D"],
+        layout: SequenceLayout,
+        *,
+        z_init: Shaped[Tensor, "..."] | None = None,
+    ) -> Equilibrium:
+        """Equilibria of a whole sequence.
+
+        Args:
+            c: context, 0 at pads.
+            z_init: where to start, ``B T D`` or ``B D`` for all tokens of a row; None starts at ``W_0 c``. In the
+                descent regime it selects the attractor.
+
+        Raises: ValueError for a ``z_init`` of another shape, or not finite at a real token.
+        """
+        return self._equilibrium(c, self.dynamics(c, layout), z_init)
+
+    def init_state(self, batch_size: int) -> EquilibriumState:
+        """The state before the first token."""
+        return EquilibriumState(None)
+
+    def extend(
+        self, c: Float[Tensor, "B T D"], state: EquilibriumState, layout: SequenceLayout
+    ) -> tuple[Equilibrium, EquilibriumState]:
+        """Equilibria of the next tokens of a stream: those of the whole sequence."""
+        dynamics = self.dynamics(c, layout, state.recurrence)
+        return self._equilibrium(c, dynamics, None), EquilibriumState(dynamics.state)
+
+    def _equilibrium(
+        self, c: Float[Tensor, "B T D"], dynamics: Dynamics, z_init: Tensor | None
+    ) -> Equilibrium:
+        index, shape = dynamics.index, c.shape[:2]
+        start = _rows(dynamics.start if z_init is None else _given_start(z_init, dynamics.start), index)
+        check(bool(start.isfinite().all()), "z_init", "NaN or infinity", "finite at every real token")
+        with full_precision(c.device):
+            problem = TokenProblem(dynamics.field, self.dynamics.energy_parameters(self.memory))
+            solution = solve(problem, start, self.solver)
+            if self.observer is not None:
+                self.observer(solution)
+            z = self.adjoint.attach(problem, solution)
+            retrieved = _weights(z, problem.parameters) @ problem.parameters.patterns / self.memory.radius
+        read = self.o_proj(torch.cat([z, retrieved], dim=-1).to(c.dtype))
+        return Equilibrium(
+            context=c,
+            output=c + _scatter(read, index, shape).to(c.dtype),
+            z=_scatter(z, index, shape),
+            z_init=_scatter(start, index, shape),
+            retrieved=_scatter(retrieved, index, shape),
+            problem=problem,
+            solution=solution,
+            index=index,
+        )
+
+
+def _given_start(z_init: Tensor, like: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+    batch, time, width = like.shape
+    if tuple(z_init.shape) not in ((batch, time, width), (batch, width)):
+        raise ValueError(
+            f"z_init: wanted shape {(batch, time, width)} or {(batch, width)}, got {tuple(z_init.shape)}"
+        )
+    check(z_init.is_floating_point(), "z_init", z_init.dtype, "of a floating-point dtype")
+    z_init = z_init.to(like.dtype)
+    return z_init if z_init.ndim == 3 else z_init.unsqueeze(1).expand_as(like)
+
+
+def _weights(z: Float[Tensor, "N D"], parameters: EnergyParameters) -> Float[Tensor, "N K"]:
+    return hopfield_weights(z, parameters.patterns, parameters.beta, parameters.log_prior)
+
+
+def _rows(x: Shaped[Tensor, "B T *rest"], index: Tensor | None) -> Shaped[Tensor, "N *rest"]:
+    x = x.flatten(0, 1)
+    return x if index is None else x[index]
+
+
+def _scatter(
+    x: Shaped[Tensor, "N *rest"], index: Tensor | None, shape: torch.Size, pad: float = 0.0
+) -> Shaped[Tensor, "B T *rest"]:
+    if index is not None:
+        x = x.new_full((shape.numel(), *x.shape[1:]), pad).index_copy(0, index, x)
+    return x.unflatten(0, tuple(shape))
+
+
+def _adjoint(config: EquilibriumConfig) -> AbstractAdjoint:
+    steps: Any = config.adjoint_steps
+    if config.adjoint == "phantom":
+        return Phantom(n_steps=steps)
+    if config.adjoint == "unrolled":
+        return Unrolled(n_steps=steps)
+    return Implicit(max_steps=steps, on_nonconvergence=config.adjoint_on_nonconvergence)

@@ -1,0 +1,65 @@
+"""Sizes and choices of an equilibrium layer."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from helmholtz._checks import check, check_choice, check_divides, check_integer, check_positive
+from helmholtz.layers.hopfield import MemoryPolicy
+from helmholtz.solvers import SolverConfig
+from helmholtz.solvers.base import ON_NONCONVERGENCE, OnNonconvergence
+
+Stability = Literal["contractive", "descent"]
+"""One equilibrium per token by construction, or an energy that only has to fall."""
+AdjointName = Literal["implicit", "phantom", "unrolled"]
+
+ADJOINT_STEPS: dict[str, int] = {"implicit": 50, "phantom": 5, "unrolled": 30}
+"""Steps of each adjoint where none are given."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EquilibriumConfig:
+    """What an ``EquilibriumLayer`` is made of. Fields left None are filled in."""
+
+    d_model: int
+    """Width of context and equilibrium."""
+    d_inner: int
+    """Channels of the state-space term of the energy."""
+    d_state: int = 64
+    """States per channel of its recurrence."""
+    d_head: int = 64
+    """Channels that share a decay; a divisor of d_inner."""
+    n_patterns: int = 1024
+    """Learned patterns."""
+    n_slots: int = 0
+    """Writable patterns."""
+    slot_policy: MemoryPolicy = "fifo"
+    """What happens to a pattern when all slots are full, or when it is not novel; see ``HopfieldMemory``."""
+    novelty: float = 0.9
+    """Cosine to a written pattern below which another is novel."""
+    beta: float = 2.0
+    """Inverse temperature of retrieval: the logits of a pattern on itself are beta sqrt(d_model)."""
+    stability: Stability = "contractive"
+    """"contractive": one equilibrium per token, certified. "descent": several, chosen by the start."""
+    solver: SolverConfig = SolverConfig()
+    """How equilibria are found."""
+    adjoint: AdjointName = "implicit"
+    """Gradient by the implicit function theorem, by a few steps from the equilibrium, or through all steps."""
+    adjoint_steps: int | None = None
+    """At most so many steps of conjugate gradients (50), steps from the equilibrium (5), steps from the start (30)."""
+    adjoint_on_nonconvergence: OnNonconvergence = "raise"
+    """What an implicit gradient does whose linear system was not solved."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "d_inner", "d_state", "n_patterns"):
+            check_integer(name, getattr(self, name))
+        check_divides("d_head", self.d_head, "d_inner", self.d_inner)
+        check_integer("n_slots", self.n_slots, minimum=0)
+        check_choice("slot_policy", self.slot_policy, get_args(MemoryPolicy))
+        check(0 < self.novelty <= 1, "novelty", self.novelty, "in (0, 1]")
+        check_positive("beta", self.beta)
+        check_choice("stability", self.stability, get_args(Stability))
+        check_choice("adjoint", self.adjoint, ADJOINT_STEPS)
+        if self.adjoint_steps is None:
+            object.__setattr__(self, "adjoint_steps", ADJOINT_STEPS[self.adjoint])
+        check_integer("adjoint_steps", self.adjoint_steps)
+        check_choice("adjoint_on_nonconvergence", self.adjoint_on_nonconvergence, ON_NONCONVERGENCE)

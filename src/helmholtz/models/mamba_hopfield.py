@@ -1,0 +1,222 @@
+"""A Mamba decoder whose tokens come to rest: each at an equilibrium of its context, its past and a Hopfield memory.
+
+Mamba-2 blocks read the sequence. From the normed stream ``c`` one more recurrence gives every token the coefficients of
+an energy over ``z``: what the context asks for, how a step of the recurrence would answer to ``z``, and how near ``z``
+is to stored patterns. The token's equilibrium is the point where the map ``f(z) = z - grad E(z)`` comes to rest; logits
+are read from ``c``, the equilibrium and what the memory holds there (``docs/math/equilibrium.md``).
+
+The public code of this idea is no guide: there energy and map were unrelated, one state served the whole sequence, and
+no gradient reached the dynamics (``docs/design/005-mamba-hopfield.md``).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, final
+
+from jaxtyping import Bool, Shaped
+from torch import Tensor, nn
+
+from helmholtz.layers.equilibrium import Equilibrium, EquilibriumLayer, EquilibriumState
+from helmholtz.layers.equilibrium_config import AdjointName, EquilibriumConfig, Stability
+from helmholtz.layers.hopfield import HopfieldMemory, MemoryPolicy
+from helmholtz.layers.mamba import MambaCell, MambaMixer
+from helmholtz.layers.norm import RMSNorm
+from helmholtz.models.base import AbstractDecoder, LMOutput, LMState, ModelConfig
+from helmholtz.models.mamba import MambaConfig
+from helmholtz.solvers import SolverConfig
+from helmholtz.solvers.base import OnNonconvergence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MambaHopfieldConfig(MambaConfig):
+    """Sizes of the Mamba blocks, the memory, and how equilibria are found and differentiated."""
+
+    n_patterns: int = 1024
+    """Learned patterns of the memory."""
+    n_slots: int = 0
+    """Writable patterns of the memory."""
+    slot_policy: MemoryPolicy = "fifo"
+    """What happens to a pattern when all slots are full, or when it is not novel; see ``HopfieldMemory``."""
+    novelty: float = 0.9
+    """Cosine to a written pattern below which another is novel."""
+    beta: float = 2.0
+    """Inverse temperature of retrieval: the logit of a pattern on itself is beta sqrt(d_model)."""
+    stability: Stability = "contractive"
+    """"contractive": one equilibrium per token, certified. "descent": several, chosen by the start."""
+    solver: SolverConfig = SolverConfig()
+    """How equilibria are found."""
+    adjoint: AdjointName = "implicit"
+    """Gradient by the implicit function theorem, by a few steps from the equilibrium, or through all steps."""
+    adjoint_steps: int | None = None
+    """At most so many steps of conjugate gradients (50), steps from the equilibrium (5), steps from the start (30)."""
+    adjoint_on_nonconvergence: OnNonconvergence = "raise"
+    """What an implicit gradient does whose linear system was not solved."""
+
+    def __post_init__(self) -> None:
+        MambaConfig.__post_init__(self)
+        self._fill("adjoint_steps", self.equilibrium().adjoint_steps)
+
+    def equilibrium(self) -> EquilibriumConfig:
+        """The config of the equilibrium layer."""
+        assert self.d_inner is not None
+        return EquilibriumConfig(
+            d_model=self.d_model,
+            d_inner=self.d_inner,
+            d_state=self.d_state,
+            d_head=self.d_head,
+            n_patterns=self.n_patterns,
+            n_slots=self.n_slots,
+            slot_policy=self.slot_policy,
+            novelty=self.novelty,
+            beta=self.beta,
+            stability=self.stability,
+            solver=self.solver,
+            adjoint=self.adjoint,
+            adjoint_steps=self.adjoint_steps,
+            adjoint_on_nonconvergence=self.adjoint_on_nonconvergence,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MambaHopfieldState(LMState):
+    """A stream's memory: block states, and the recurrence that feeds the energy."""
+
+    equilibrium: EquilibriumState
+
+
+@dataclass(frozen=True, slots=True)
+class MambaHopfieldOutput(LMOutput):
+    """Next-token logits, the state of the stream if there is one, and the equilibria they were read from."""
+
+    equilibrium: Equilibrium = field(kw_only=True)
+
+
+@final
+class MambaHopfield(AbstractDecoder):
+    """Decoder of Mamba-2 blocks with an equilibrium layer before the output matrix.
+
+    Attributes:
+        context_norm: makes the equilibrium layer's context of the blocks' stream.
+        equilibrium: the layer; its ``dynamics`` and ``memory`` hold the parameters of the energy.
+    """
+
+    config_class: ClassVar[type[ModelConfig]] = MambaHopfieldConfig
+    config: MambaHopfieldConfig
+
+    def __init__(self, config: MambaHopfieldConfig) -> None:
+        super().__init__(config)
+        self.context_norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.equilibrium = EquilibriumLayer(config.equilibrium())
+
+    def build_mixer(self, layer: int) -> MambaMixer:
+        c = self.config
+        assert c.d_inner is not None
+        return MambaMixer(c.d_model, d_inner=c.d_inner, d_state=c.d_state, d_conv=c.d_conv, d_head=c.d_head)
+
+    @property
+    def solver(self) -> SolverConfig:
+        """How equilibria are found. Assigning another changes this model, not its config or checkpoints."""
+        return self.equilibrium.solver
+
+    @solver.setter
+    def solver(self, solver: SolverConfig) -> None:
+        self.equilibrium.solver = solver
+
+    @property
+    def memory(self) -> HopfieldMemory:
+        """Learned patterns and writable slots."""
+        return self.equilibrium.memory
+
+    @property
+    def memory_patterns(self) -> nn.Parameter:
+        """The learned patterns, the only parameter with ``memory`` in its name."""
+        return self.memory.memory_patterns
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute mixers and dynamics in the backward pass instead of keeping what it needs: slower, less memory."""
+        self._checkpoint_gradients(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep what the backward pass needs."""
+        self._checkpoint_gradients(False)
+
+    def _checkpoint_gradients(self, enabled: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, MambaMixer | MambaCell):
+                module.gradient_checkpointing = enabled
+
+    def forward(
+        self,
+        tokens: Shaped[Tensor, "..."],
+        *,
+        attention_mask: Shaped[Tensor, "..."] | None = None,
+        cu_seqlens: Shaped[Tensor, "..."] | None = None,
+        z_init: Shaped[Tensor, "..."] | None = None,
+    ) -> MambaHopfieldOutput:
+        """Logits of the token after each position, and the equilibria.
+
+        Args:
+            z_init: where the iterations start, ``B T D`` or ``B D``; None where the model would start. Changes
+                equilibria within the tolerance only, except in the descent regime, where it selects among several.
+
+        Raises: ValueError as ``AbstractDecoder.forward``, and for a ``z_init`` of another shape or not finite.
+        """
+        x, layout = self._embed(tokens, attention_mask, cu_seqlens, None)
+        for block in self.blocks:
+            x = block(x, attention_mask=layout.mask, cu_seqlens=layout.cu_seqlens)
+        found = self.equilibrium(self.context_norm(x), layout, z_init=z_init)
+        return MambaHopfieldOutput(self.unembed(self.norm(found.output)), equilibrium=found)
+
+    def init_state(self, batch_size: int) -> MambaHopfieldState:
+        state = super().init_state(batch_size)
+        return MambaHopfieldState(state.blocks, state.position, self.equilibrium.init_state(batch_size))
+
+    def step(
+        self,
+        tokens: Shaped[Tensor, "..."],
+        state: LMState,
+        *,
+        attention_mask: Shaped[Tensor, "..."] | None = None,
+    ) -> MambaHopfieldOutput:
+        """Logits after the next tokens of a stream, as a pass over the whole gives them; ``state`` is unchanged."""
+        assert isinstance(state, MambaHopfieldState)
+        x, layout = self._embed(tokens, attention_mask, None, state.position)
+        states: list[Any] = []
+        for block, block_state in zip(self.blocks, state.blocks, strict=True):
+            x, block_state = block.extend(x, block_state, layout)
+            states.append(block_state)
+        found, dynamics = self.equilibrium.extend(self.context_norm(x), state.equilibrium, layout)
+        after = MambaHopfieldState(tuple(states), layout.advance(state.position), dynamics)
+        return MambaHopfieldOutput(self.unembed(self.norm(found.output)), after, equilibrium=found)
+
+    def write_memory(
+        self, equilibrium: Equilibrium, mask: Bool[Tensor, "B T"] | None = None, *, in_eval: bool = False
+    ) -> int:
+        """Store the equilibria of a call in the memory's slots, detached; between calls, never within one.
+
+        Pads and tokens that have not converged are not stored.
+
+        Args:
+            mask: tokens to store; None means all.
+            in_eval: allow it in evaluation mode, in which the memory does not change by accident.
+
+        Returns: rows that changed the memory; those that are not novel may not.
+        Raises: ValueError without slots, and in evaluation mode without ``in_eval``.
+        """
+        chosen = equilibrium.solution.converged
+        if mask is not None:
+            chosen = chosen & equilibrium.rows(mask)
+        return self.memory.write(equilibrium.rows(equilibrium.z), chosen, in_eval=in_eval)
+
+
+def small(vocab_size: int) -> MambaHopfieldConfig:
+    """Beside ``transformer.small``: 4 blocks of width 128, 256 patterns."""
+    return MambaHopfieldConfig(
+        vocab_size=vocab_size, d_model=128, n_layers=4, d_head=32, n_patterns=256, max_seq_len=256
+    )
+
+
+def medium(vocab_size: int) -> MambaHopfieldConfig:
+    """6 blocks of width 512, 5,000 patterns: the size of the original's README."""
+    return MambaHopfieldConfig(
+        vocab_size=vocab_size, d_model=512, d_state=64, n_layers=6, n_patterns=5000, max_seq_len=1024
+    )

@@ -1,0 +1,158 @@
+"""Gradients of equilibria: exact, in constant memory, in evaluation mode as in training."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from equilibrium_cases import TIGHT, context, make_layer, run
+from helmholtz.layers.equilibrium import EquilibriumLayer
+from helmholtz.solvers import Implicit, Unrolled
+
+MASK = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 1, 1]], dtype=torch.bool)
+
+
+EXACT = Implicit(rtol=1e-13, on_nonconvergence="ignore")
+
+
+def exact(layer: EquilibriumLayer) -> EquilibriumLayer:
+    """With the implicit gradient as far as float64 goes."""
+    layer.adjoint = EXACT
+    return layer
+
+
+def gradients(
+    layer: EquilibriumLayer, c: Tensor, mask: Tensor | None = None, *, scale: float = 1.0, **given: Tensor
+) -> dict[str, Tensor]:
+    """Gradients of random sums of output, equilibrium and what was retrieved, by input and all parameters."""
+    c = c.clone().requires_grad_()
+    found = run(layer, c, mask, **given)
+    g = torch.Generator().manual_seed(0)
+    loss = sum(
+        (x * torch.randn(x.shape, generator=g, dtype=torch.float64)).sum()
+        for x in (found.output, found.z, found.retrieved)
+    )
+    named = {"c": c, **dict(layer.named_parameters())}
+    named.pop("dynamics.start_proj.weight")  # where the iteration starts does not matter
+    return dict(zip(named, torch.autograd.grad(scale * loss, list(named.values())), strict=True))
+
+
+@pytest.mark.parametrize("stability", ["contractive", "descent"])
+@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "pads"])
+def test_the_implicit_gradient_is_that_of_a_long_unroll(stability: str, mask: Tensor | None) -> None:
+    c = context(2, 5, 8)
+    if mask is not None:
+        c = c * mask.unsqueeze(-1)
+    layer = exact(make_layer(stability=stability))
+    z = run(layer, c, mask).z.detach()  # from here, as several attractors may be within reach
+    implicit = gradients(layer, c, mask)
+    layer.adjoint = Unrolled(n_steps=200)
+    unrolled = gradients(layer, c, mask, z_init=z)
+    assert implicit.keys() == unrolled.keys()
+    for name, expected in unrolled.items():
+        assert expected.any(), name
+        error = (implicit[name] - expected).norm() / expected.norm()
+        assert error < 1e-6, f"{name}: {error:.3g}"
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_the_gradient_is_linear_in_the_scale_of_the_loss(scale: float) -> None:
+    layer, c = make_layer(), context(2, 5, 8)
+    expected, found = gradients(layer, c), gradients(layer, c, scale=scale)
+    for name, value in found.items():
+        torch.testing.assert_close(value / scale, expected[name], rtol=1e-9, atol=1e-12)
+
+
+def test_phantom_gradients_come_closer_with_each_step() -> None:
+    c = context(2, 5, 8)
+    expected, errors = gradients(exact(make_layer()), c)["c"], []
+    for steps in (1, 3, 9, 27):
+        found = gradients(make_layer(adjoint="phantom", adjoint_steps=steps), c)["c"]
+        errors.append(((found - expected).norm() / expected.norm()).item())
+    assert all(after < before / 5 for before, after in zip(errors, errors[1:], strict=False))
+    assert errors[0] > 1e-2 and errors[-1] < 1e-6
+
+
+@pytest.mark.parametrize("stability", ["contractive", "descent"])
+def test_gradcheck_by_context_and_parameters(stability: str) -> None:
+    layer = make_layer(d_model=6, d_inner=6, d_state=3, d_head=3, n_patterns=5, stability=stability)
+    leaves = {name: p for name, p in layer.named_parameters() if "start_proj" not in name}
+
+    def call(c: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(leaves, values, strict=True))
+        names = torch.func.functional_call(_Call(layer), {f"layer.{k}": v for k, v in given.items()}, (c,))
+        return names
+
+    c = context(1, 3, 6).requires_grad_()
+    assert torch.autograd.gradcheck(call, (c, *leaves.values()), eps=1e-6, atol=1e-6)
+
+
+class _Call(torch.nn.Module):
+    def __init__(self, layer: EquilibriumLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        found = run(self.layer, c)
+        return found.output, found.retrieved
+
+
+def test_evaluation_mode_changes_neither_values_nor_gradients() -> None:
+    layer, c = make_layer(), context(2, 5, 8)
+    training = gradients(layer.train(), c)
+    evaluating = gradients(layer.eval(), c)
+    assert all(torch.equal(evaluating[name], value) for name, value in training.items())
+    with torch.no_grad():
+        silent = run(layer, c)
+    assert torch.equal(silent.output, run(layer, c).output) and not silent.output.requires_grad
+
+
+def test_a_frozen_input_leaves_the_parameters_their_gradients() -> None:
+    layer = make_layer()
+    run(layer, context(2, 5, 8)).output.square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        if "start_proj" not in name:
+            assert parameter.grad is not None and parameter.grad.any(), name
+
+
+def test_the_start_learns_from_its_distance_to_the_equilibrium() -> None:
+    layer = make_layer()
+    found = run(layer, context(2, 5, 8))
+    (found.z_init - found.z.detach()).square().sum().backward()
+    assert layer.dynamics.start_proj.weight.grad.any()
+    assert layer.memory.memory_patterns.grad is None or not layer.memory.memory_patterns.grad.any()
+
+
+def test_a_second_derivative_is_refused() -> None:
+    layer, c = make_layer(), context(1, 3, 8).requires_grad_()
+    (slope,) = torch.autograd.grad(run(layer, c).z.square().sum(), c, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(slope.square().sum(), c)
+
+
+def saved_bytes(call: Callable[[], object]) -> int:
+    sizes = []
+
+    def pack(x: Tensor) -> Tensor:
+        sizes.append(x.nbytes)
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        kept = call()
+    assert kept is not None
+    return sum(sizes)
+
+
+@pytest.mark.parametrize("adjoint", ["implicit", "phantom"])
+def test_what_is_kept_for_the_gradient_does_not_grow_with_the_iterations(adjoint: str) -> None:
+    layer, c = make_layer(adjoint=adjoint), context(2, 20, 8).requires_grad_()
+    sizes = {}
+    for steps in (4, 200):
+        layer.solver = replace(TIGHT, max_steps=steps, mode="picard", rtol=1e-300, on_nonconvergence="ignore")
+        sizes[steps] = saved_bytes(lambda: run(layer, c))
+        taken = run(layer, c).num_steps.max()
+        assert taken == 4 if steps == 4 else taken > 8
+    assert sizes[4] == sizes[200] > 0
