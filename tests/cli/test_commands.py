@@ -285,3 +285,24 @@ def test_inspect_shows_parameters_temperatures_and_the_reading_of_a_text(workspa
     assert "Reading: tokens read (effective)" in out
     assert picture.stat().st_size > 5000
     assert call(capsys, *arguments, f"--picture={picture}")[0] == 2
+
+
+def test_a_mamba_model_goes_through_every_command(workspace, capsys, tmp_path):
+    """Without heads and a feed-forward: trained, read, written, measured, compared."""
+    run = tmp_path / "run"
+    settings = yaml.safe_load((workspace / "run.yaml").read_text())
+    settings["model"] = {"architecture": "mamba", "d_model": 32, "n_layers": 2, "d_state": 8, "d_head": 16}
+    settings["train"]["output_dir"] = str(run)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    assert call(capsys, "train", f"--config={tmp_path / 'run.yaml'}")[0] == 0
+    code, out, _ = call(capsys, "inspect", "--checkpoint", run)
+    assert code == 0
+    assert "blocks.1.mixer" in out and "blocks.1.mlp" not in out
+    assert "of the baseline block's 12,544" in out  # 4 D^2 + 3 D 88
+    code, out, _ = call(capsys, "generate", "--checkpoint", run, "--prompt=the king")
+    assert code == 0
+    code, out, _ = call(capsys, "evaluate", "--checkpoint", run, "--data", workspace / "data")
+    assert code == 0
+    code, out, _ = call(capsys, "compare", "--runs", run, workspace / "run", "--output", tmp_path / "table")
+    assert code == 0
+    assert "mamba" in out and "fem_lm" in out

@@ -1,4 +1,4 @@
-"""A model of all five priors is trained, interrupted, resumed, reloaded and sampled from."""
+"""A FEM of all five priors and a Mamba are trained, interrupted, resumed, reloaded and sampled from."""
 
 import json
 from dataclasses import replace
@@ -10,6 +10,7 @@ from helmholtz.data.tokenizer import load_tokenizer
 from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.models.fem_lm import FEMLMConfig
 from helmholtz.models.generation import SamplingSettings, generate
+from helmholtz.models.mamba import MambaConfig
 from helmholtz.training.callbacks import Callback
 from helmholtz.training.run import train
 from tiny_runs import WORDS, prepare_text, tiny_run
@@ -17,17 +18,28 @@ from tiny_runs import WORDS, prepare_text, tiny_run
 PRIORS = ("softmax", "linear", "gla", "rnn_softmax", "mamba")
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    model = FEMLMConfig(
+MODELS = {
+    "fem_lm": FEMLMConfig(
         vocab_size=257, d_model=32, n_layers=5, n_heads=2, d_ff=32, max_seq_len=64, prior=PRIORS, dropout=0.1
-    )
+    ),
+    "mamba": MambaConfig(
+        vocab_size=257, d_model=32, n_layers=3, d_state=8, d_head=16, max_seq_len=64, dropout=0.1
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return prepare_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(params=MODELS)
+def run(request, data, tmp_path):
     base = tiny_run(
-        prepare_text(folder), folder, steps=30, seq_len=24, batch_size=4, accumulation=1, lr=1e-2,
+        data, tmp_path, steps=30, seq_len=24, batch_size=4, accumulation=1, lr=1e-2,
         eval_every=10, save_every=10,
     )  # fmt: skip
-    return replace(base, architecture="fem_lm", model=model)
+    return replace(base, architecture=request.param, model=MODELS[request.param])
 
 
 def into(run, folder, **changes):
