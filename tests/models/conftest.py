@@ -11,7 +11,9 @@ from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.fem_lm import FEMLM, FEMLMConfig, MixerOptions
 from helmholtz.models.free_transformer import FreeTransformer, FreeTransformerConfig
 from helmholtz.models.mamba import Mamba, MambaConfig
+from helmholtz.models.mamba_hopfield import MambaHopfield, MambaHopfieldConfig
 from helmholtz.models.transformer import Transformer, TransformerConfig
+from helmholtz.solvers import SolverConfig
 
 
 def _transformer(**fields: object) -> Callable[[], AbstractDecoder]:
@@ -32,6 +34,14 @@ def _mamba(**fields: object) -> Callable[[], AbstractDecoder]:
     return lambda: Mamba(MambaConfig(**sizes, d_state=8, d_head=16, **fields))
 
 
+def _mamba_hopfield(**fields: object) -> Callable[[], AbstractDecoder]:
+    sizes = {name: SIZES[name] for name in ("vocab_size", "d_model", "n_layers", "max_seq_len")}
+    solver = SolverConfig(max_steps=100, rtol=1e-6, energy_rtol=1e-6)
+    return lambda: MambaHopfield(
+        MambaHopfieldConfig(**sizes, d_state=8, d_head=16, n_patterns=16, solver=solver, **fields)
+    )
+
+
 DECODERS: dict[str, Callable[[], AbstractDecoder]] = {
     "transformer": _transformer(),
     "transformer-gqa-untied": _transformer(n_kv_heads=2, tie_embeddings=False),
@@ -40,6 +50,11 @@ DECODERS: dict[str, Callable[[], AbstractDecoder]] = {
     "free-bits-gqa-untied": _free(post_sampler="bits", n_kv_heads=2, tie_embeddings=False),
     "mamba": _mamba(),
     "mamba-narrow-untied": _mamba(d_inner=48, d_conv=2, tie_embeddings=False),
+    "mamba-hopfield": _mamba_hopfield(),
+    # warm enough for one attractor per token: which of several is reached may change with a rounding
+    "mamba-hopfield-descent-untied": _mamba_hopfield(
+        stability="descent", beta=0.2, n_slots=8, tie_embeddings=False
+    ),
     **{f"fem-{prior}": _fem(prior=prior) for prior in PRIORS},
 }
 
