@@ -58,20 +58,25 @@ def _decays(steps: Tensor, strict: bool) -> tuple[Tensor, Tensor, Tensor]:
     return weights[:, :length, :length], since, until
 
 
-def _rows(x: Tensor, length: int, scale: Tensor | None = None) -> Tensor:
-    """``B G*L H P``, times ``scale: B G*L H``, as contiguous ``R L P``."""
-    x = x.unflatten(1, (-1, length)).transpose(2, 3)
+def _chunks(x: Tensor, t: slice, length: int) -> Tensor:
+    """The steps ``t`` of ``x: B T ...`` as a view ``B G L ...``."""
+    return x[:, t].unflatten(1, (-1, length))
+
+
+def _rows(x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """``B G L H P``, times ``scale: B G L H``, as contiguous ``R L P``."""
+    x = x.transpose(2, 3)
     out = x.new_empty(x.shape)
     if scale is None:
         out.copy_(x)
     else:
-        torch.mul(x, scale.unflatten(1, (-1, length)).transpose(2, 3).unsqueeze(-1), out=out)
+        torch.mul(x, scale.transpose(2, 3).unsqueeze(-1), out=out)
     return out.flatten(0, 2)
 
 
-def _steps(rows: Tensor, like: Tensor) -> Tensor:
-    """``R L ...`` as ``B G*L H ...``, the inverse of ``_rows``."""
-    return rows.unflatten(0, (len(like), -1, like.shape[2])).transpose(2, 3).flatten(1, 2)
+def _by_head(rows: Tensor, like: Tensor) -> Tensor:
+    """``R L ...`` as a view ``B G L H ...``: the inverse of ``_rows``."""
+    return rows.unflatten(0, (*like.shape[:2], like.shape[3])).transpose(2, 3)
 
 
 def _per_head(x: Tensor, factor: Tensor) -> Tensor:
@@ -123,13 +128,13 @@ class _Chunked(torch.autograd.Function):
         all_starts = []
         with full_precision(x.device):
             for t, length in _spans(x, chunk):
-                weights, since, until = _decays(_rows(steps[:, t, :, None], length).squeeze(-1), strict)
-                b, c = (z[:, t].reshape(-1, length, z.shape[2]) for z in (B, C))
-                u = _rows(x[:, t], length, delta[:, t])
-                added = torch.bmm(u.mT, _per_head(b, until))
+                u, delta_t, log_decay, b, c = (_chunks(z, t, length) for z in (x, delta, steps, B, C))
+                weights, since, until = _decays(_rows(log_decay.unsqueeze(-1)).squeeze(-1), strict)
+                b, c, rows = b.flatten(0, 1), c.flatten(0, 1), _rows(u, delta_t)
+                added = torch.bmm(rows.mT, _per_head(b, until))
                 starts, state = _carry(since[:, -1:], added, state)
-                out = torch.bmm(_scores(weights, b, c), u).baddbmm_(_per_head(c, since), starts.mT)
-                torch.addcmul(_steps(out, x), x[:, t], D.unsqueeze(-1), out=y[:, t])
+                out = torch.bmm(_scores(weights, b, c), rows).baddbmm_(_per_head(c, since), starts.mT)
+                torch.addcmul(_by_head(out, u), u, D.unsqueeze(-1), out=_chunks(y, t, length))
                 all_starts.append(starts)
         ctx.save_for_backward(x, delta, steps, B, C, D, *all_starts)
         ctx.chunk, ctx.strict = chunk, strict
@@ -139,47 +144,50 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         x, delta, steps, B, C, D, *all_starts = ctx.saved_tensors
-        gradients = tuple(torch.empty_like(z) for z in (x, delta, steps, B, C))
-        dD = (dy * x).sum((0, 1, 3))
-        spans = _spans(x, ctx.chunk)
+        gradients = [torch.empty_like(z) for z in (x, delta, steps, B, C)]
+        dD = torch.zeros_like(D)
         with full_precision(x.device):
-            for (t, length), starts in zip(spans[::-1], all_starts[::-1], strict=True):
-                span = tuple(z[:, t] for z in (x, delta, steps, B, C))
-                *parts, dstate = _span_backward(span, D, starts, dy[:, t], dstate, length, ctx.strict)
-                for whole, part in zip(gradients, parts, strict=True):
-                    whole[:, t] = part
+            for (t, length), starts in zip(_spans(x, ctx.chunk)[::-1], all_starts[::-1], strict=True):
+                span = [_chunks(z, t, length) for z in (x, delta, steps, B, C)]
+                dspan = [_chunks(z, t, length) for z in gradients]
+                dstate = _span_backward(
+                    span, dspan, D, dD, starts, _chunks(dy, t, length), dstate, ctx.strict
+                )
         return *gradients, dD, dstate, None, None
 
 
 def _span_backward(
-    span: tuple[Tensor, ...],
+    span: list[Tensor],
+    gradients: list[Tensor],
     D: Tensor,
+    dD: Tensor,
     starts: Tensor,
     dy: Tensor,
     dstate: Tensor,
-    length: int,
     strict: bool,
-) -> tuple[Tensor, ...]:
-    """Gradients of ``x, delta, steps, B, C`` and of the state before the span."""
-    x, delta, steps, B, C = span
-    weights, since, until = _decays(_rows(steps.unsqueeze(-1), length).squeeze(-1), strict)
-    b, c = (z.reshape(-1, length, z.shape[2]) for z in (B, C))
-    u, dout = _rows(x, length, delta), _rows(dy, length)
+) -> Tensor:
+    """Write a span's gradients of ``x, delta, steps, B, C``, add that of D; returns that of the state before it."""
+    (x, delta, steps, B, C), (dx, ddelta, dsteps, dB, dC) = span, gradients
+    weights, since, until = _decays(_rows(steps.unsqueeze(-1)).squeeze(-1), strict)
+    b, c, u, dout = B.flatten(0, 1), C.flatten(0, 1), _rows(x, delta), _rows(dy)
     scores, read, write = _scores(weights, b, c), _per_head(c, since), _per_head(b, until)
     ends, dstate = _carry(since[:, -1:], torch.bmm(dout.mT, read), dstate, reverse=True)
     dscores, dread, dwrite = torch.bmm(dout, u.mT), torch.bmm(dout, starts), torch.bmm(u, ends)
-    du = _steps(torch.bmm(scores.mT, dout).baddbmm_(write, ends.mT), x)
+    du = _by_head(torch.bmm(scores.mT, dout).baddbmm_(write, ends.mT), x)
     # a step's decay acts on the pairs i >= t > j; summed over those alone, its gradient has no cancellation
     crossing, before = scores.mul_(dscores), torch.ones_like(weights[0]).triu_(1)
-    dsteps = (crossing.flatten(0, 1) @ before).view_as(crossing).tril_().sum(1)
+    dlog = (crossing.flatten(0, 1) @ before).view_as(crossing).tril_().sum(1)
     from_past, to_future = (read * dread).sum(-1), (write * dwrite).sum(-1)
-    dsteps += from_past @ before.mT + from_past + to_future @ before
-    dsteps += (starts * ends).sum((1, 2)).unsqueeze(-1) * since[:, -1]
+    dlog += from_past @ before.mT + from_past + to_future @ before
+    dlog += (starts * ends).sum((1, 2)).unsqueeze(-1) * since[:, -1]
+    dsteps.copy_(_by_head(dlog, x))
     dproducts = _over_heads(dscores.mul_(weights), len(b))
-    dC = torch.baddbmm(_over_heads(dread * since, len(b)), dproducts, b)
-    dB = torch.baddbmm(_over_heads(dwrite * until, len(b)), dproducts.mT, c)
-    dx = torch.addcmul(dy * D.unsqueeze(-1), du, delta.unsqueeze(-1))
-    return dx, (du * x).sum(-1), _steps(dsteps, x), dB.view_as(B), dC.view_as(C), dstate
+    dC.copy_(torch.baddbmm(_over_heads(dread * since, len(b)), dproducts, b).view_as(dC))
+    dB.copy_(torch.baddbmm(_over_heads(dwrite * until, len(b)), dproducts.mT, c).view_as(dB))
+    torch.mul(dy, D.unsqueeze(-1), out=dx).addcmul_(du, delta.unsqueeze(-1))
+    torch.sum(du.mul_(x), dim=-1, out=ddelta)
+    dD += _by_head(dout, x).mul_(x).sum((0, 1, 2, 4))
+    return dstate
 
 
 def _step(
