@@ -20,10 +20,28 @@ from helmholtz.evals.inspection import (
 )
 from helmholtz.evals.plots import plot_selection
 from helmholtz.evals.runs import find_checkpoint
-from helmholtz.models.base import AbstractDecoder
+from helmholtz.layers.equilibrium_reading import equilibrium_statistics, learned_strengths
+from helmholtz.layers.unconverged import one_convergence_warning
+from helmholtz.models.base import AbstractDecoder, evaluation_mode
 from helmholtz.models.checkpoint import load_checkpoint
+from helmholtz.models.mamba_hopfield import MambaHopfield
 
-DESCRIPTION = "What a model is made of, what its mixers have learned, and how they read a text."
+DESCRIPTION = (
+    "What a model is made of, what its mixers have learned and how they read a text, or what an equilibrium model has "
+    "learned and where the tokens of a text come to rest."
+)
+EQUILIBRIUM_NOTES = {
+    "kappa": "factor of the state-space term",
+    "strength": "factor of the patterns' term",
+    "contraction_bound": "of the map's Lipschitz constant on any text; below 1 every equilibrium is unique",
+    "margin": "nats by which a stored pattern outweighs the others; reliable from 3",
+    "slots_used": "patterns written beside the learned ones",
+    "converged": "share of tokens",
+    "retrieval_entropy": "nats; its exponential is the number of patterns a token reads",
+    "usage_entropy": "nats; of the weights averaged over tokens",
+    "lipschitz_local": "largest at an equilibrium",
+    "lipschitz_certificate": "proven for these tokens",
+}
 
 
 def parameter_table(model: AbstractDecoder) -> Table:
@@ -60,12 +78,31 @@ def temperature_table(model: AbstractDecoder) -> Table:
     return table
 
 
-def reading_table(model: AbstractDecoder, text: str, checkpoint: Path, picture: Path | None) -> Table:
-    """How each layer reads ``text``; the most selective head is drawn into ``picture``."""
-    tokenizer = load_tokenizer(checkpoint / TOKENIZER)
-    tokens = tokenizer.encode(text)
+def equilibrium_table(model: MambaHopfield, text: str | None, checkpoint: Path) -> Table:
+    """What all tokens share and, of ``text``, how its tokens come to rest."""
+    statistics, title = learned_strengths(model.equilibrium), "What the equilibrium has learned"
+    if text is not None:
+        tokens = _read(text, checkpoint)
+        with evaluation_mode(model), one_convergence_warning(model):
+            found = model(torch.tensor([tokens])).equilibrium
+        statistics |= equilibrium_statistics(model.equilibrium, [found])
+        title = f"{title}, and its equilibria at {len(tokens)} tokens"
+    table = Table("quantity", "value", "meaning", title=title)
+    for name, value in statistics.items():
+        table.add_row(name, f"{value:.4g}", EQUILIBRIUM_NOTES.get(name, ""))
+    return table
+
+
+def _read(text: str, checkpoint: Path) -> list[int]:
+    tokens = load_tokenizer(checkpoint / TOKENIZER).encode(text)
     if len(tokens) < 2:
         raise ValueError(f"text: wanted at least 2 tokens to read, got {len(tokens)}")
+    return tokens
+
+
+def reading_table(model: AbstractDecoder, text: str, checkpoint: Path, picture: Path | None) -> Table:
+    """How each layer reads ``text``; the most selective head is drawn into ``picture``."""
+    tokens, tokenizer = _read(text, checkpoint), load_tokenizer(checkpoint / TOKENIZER)
     readings = read_text(model, torch.tensor([tokens]))
     columns = ("layer", "prior reads", "posterior reads", "beta max", "hidden beta", "KL gap", "lambda")
     table = Table(*columns, title="Reading: tokens read (effective), temperatures, KL in nats, inner gate")
@@ -92,21 +129,31 @@ def run(arguments: list[str], console: Console) -> int:
     parser.add_argument(
         "--checkpoint", type=str, required=True, help="a run (its best weights) or a checkpoint"
     )
-    parser.add_argument("--text", type=str | None, default=None, help="show how the mixers read this text")
+    parser.add_argument(
+        "--text",
+        type=str | None,
+        default=None,
+        help="show how the mixers read this text, or how its tokens come to rest",
+    )
     parser.add_argument("--picture", type=str | None, default=None, help="file for a picture of the reading")
     values = parse(parser, arguments)
     checkpoint, text, picture = find_checkpoint(values["checkpoint"]), values["text"], values["picture"]
     if picture and text is None:
         raise ValueError("picture: there is nothing to draw without a text")
     model = load_checkpoint(checkpoint)
+    if picture and isinstance(model, MambaHopfield):
+        raise ValueError("picture: helmholtz landscape draws the equilibria of a mamba_hopfield")
     console.print(json.dumps(json.loads((checkpoint / "config.json").read_text()), indent=2), markup=False)
     console.print(parameter_table(model))
     for line in budget_lines(model):
         console.print(line)
+    if isinstance(model, MambaHopfield):
+        console.print(equilibrium_table(model, text, checkpoint))
+        return 0
     if mixers(model):
         console.print(temperature_table(model))
     elif text is not None:
-        raise ValueError("text: this model has no Free Energy Mixer whose reading could be shown")
+        raise ValueError("text: this model has neither Free Energy Mixers nor equilibria to show it with")
     if text is not None:
         console.print(reading_table(model, text, checkpoint, Path(picture) if picture else None))
         if picture:

@@ -8,10 +8,9 @@ from helmholtz.cli.arguments import Parser, config_files, make_parser, parse, re
 from helmholtz.data.prepare import DataConfig
 from helmholtz.data.tokens import TokenDataset
 from helmholtz.models import MODELS
-from helmholtz.models.free_transformer import FreeTransformer
 from helmholtz.training.config import TrainConfig
-from helmholtz.training.free_bits import FreeBitsConfig
-from helmholtz.training.run import RunConfig
+from helmholtz.training.equilibrium import SolverStage
+from helmholtz.training.run import ObjectiveConfig, RunConfig, objective_class
 
 DEFAULT_ARCHITECTURE = "fem_lm"
 ARCHITECTURE = "--model.architecture"
@@ -20,7 +19,8 @@ ARCHITECTURE = "--model.architecture"
 def run_parser(command: str, description: str, arguments: list[str]) -> Parser:
     """Groups ``data``, ``model`` and ``train``, so that one YAML file serves both commands.
 
-    A Free Transformer has the group ``objective`` as well. The vocabulary size is no option: it is the data's.
+    A Free Transformer and a Mamba-Hopfield model have the group ``objective`` as well. The vocabulary size is no
+    option: it is the data's.
     """
     parser = make_parser(command, description)
     name = _architecture(arguments)
@@ -28,8 +28,9 @@ def run_parser(command: str, description: str, arguments: list[str]) -> Parser:
     parser.add_argument(ARCHITECTURE, type=str, default=name, help=f"one of {', '.join(MODELS)}")
     _add_config(parser, MODELS[name].config_class, "model", {"vocab_size"})
     parser.add_class_arguments(TrainConfig, "train")
-    if MODELS[name] is FreeTransformer:
-        parser.add_class_arguments(FreeBitsConfig, "objective")
+    objective = objective_class(name)
+    if objective is not None:
+        parser.add_class_arguments(objective, "objective")
     return parser
 
 
@@ -54,8 +55,16 @@ def run_config(parser: Parser, arguments: list[str]) -> RunConfig:
         model=MODELS[name].config_class.from_dict(model | {"vocab_size": vocab_size}),
         data=data,
         train=TrainConfig(**values["train"]),
-        objective=FreeBitsConfig(**values["objective"]) if "objective" in values else None,
+        objective=_objective(name, values["objective"]) if "objective" in values else None,
     )
+
+
+def _objective(architecture: str, values: dict[str, Any]) -> ObjectiveConfig:
+    config_class = objective_class(architecture)
+    assert config_class is not None
+    if "curriculum" in values:
+        values = values | {"curriculum": tuple(SolverStage(**vars(stage)) for stage in values["curriculum"])}
+    return config_class(**values)
 
 
 def _architecture(arguments: list[str]) -> str:

@@ -11,6 +11,7 @@ from helmholtz.layers.fem_reading import Reading, inspect_read
 from helmholtz.layers.sizing import attention_parameters
 from helmholtz.models.base import AbstractDecoder, AttentionModelConfig, evaluation_mode
 from helmholtz.models.free_transformer import FreeTransformer
+from helmholtz.models.mamba_hopfield import MambaHopfield
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,8 @@ class ReadSummary:
 
 
 def count_parameters(model: AbstractDecoder) -> list[ParameterCount]:
-    """Embedding, each block's mixer, feed-forward and norms, encoder and table of a plan, final norm, output matrix."""
+    """Embedding, each block's mixer, feed-forward and norms, encoder and table of a plan, dynamics and patterns of an
+    equilibrium, final norm, output matrix."""
     parts: list[tuple[str, nn.Module | nn.Parameter]] = [("embed", model.embed)]
     for index, block in enumerate(model.blocks):
         parts += _children(f"blocks.{index}", block)
@@ -49,6 +51,9 @@ def count_parameters(model: AbstractDecoder) -> list[ParameterCount]:
         for name, child in model.encoder.named_children():
             parts += _children("encoder.block", child) if name == "block" else [(f"encoder.{name}", child)]
         parts.append(("post_sampler", model.post_sampler))
+    if isinstance(model, MambaHopfield):
+        parts.append(("context_norm", model.context_norm))
+        parts += _equilibrium_parts(model)
     parts += [("norm", model.norm), ("unembed", model.unembed)]
     seen: set[int] = set()
     counts = []
@@ -59,6 +64,17 @@ def count_parameters(model: AbstractDecoder) -> list[ParameterCount]:
         counts.append(ParameterCount(name, sum(own.values())))
     assert sum(count.parameters for count in counts) == sum(p.numel() for p in model.parameters())
     return counts
+
+
+def _equilibrium_parts(model: MambaHopfield) -> list[tuple[str, nn.Module | nn.Parameter]]:
+    layer = model.equilibrium
+    own = list(layer.dynamics.named_parameters(recurse=False))
+    return [
+        *_children("equilibrium.dynamics", layer.dynamics),
+        *((f"equilibrium.dynamics.{name}", parameter) for name, parameter in own),
+        ("equilibrium.memory", layer.memory),
+        ("equilibrium.o_proj", layer.o_proj),
+    ]
 
 
 def _children(name: str, module: nn.Module) -> list[tuple[str, nn.Module | nn.Parameter]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from helmholtz._checks import check, check_integer
 from helmholtz.data.tokens import TokenDataset
+from helmholtz.layers.unconverged import one_convergence_warning
 from helmholtz.models.base import AbstractDecoder, evaluation_mode
 from helmholtz.models.generation import SamplingSettings, generate
 
@@ -46,13 +47,14 @@ def evaluate_language(
     has predicted them. Every token but those of the first window has at least ``overlap`` tokens of context.
 
     Raises: ValueError for an overlap that leaves nothing to predict, or a window the model cannot take.
+    Warns: ConvergenceWarning, once, if equilibria did not converge.
     """
     check_window(model, seq_len)
     overlap = seq_len // 2 if overlap is None else overlap
     check(0 <= overlap < seq_len, "overlap", overlap, f"in [0, seq_len = {seq_len})")
     stream = text_stream(data)
     device, nats = model.embed.weight.device, 0.0
-    with evaluation_mode(model):
+    with evaluation_mode(model), one_convergence_warning(model):
         for tokens, targets in _windows(stream, seq_len, overlap, batch_size):
             logits = model(tokens.to(device)).logits.float()
             losses = F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten(), reduction="none")

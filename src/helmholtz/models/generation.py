@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from helmholtz.layers.unconverged import one_convergence_warning
 from helmholtz.models.base import AbstractDecoder, LMState
 from helmholtz.models.decoding import TokenDecoder, is_plain
 from helmholtz.models.free_transformer import FreeTransformer
@@ -37,10 +38,12 @@ def generate(
     Returns: the new tokens of each row, without the prompt.
     Raises: ValueError for no or empty prompts, ids outside the vocabulary, or a prompt that with its
         continuation exceeds ``max_seq_len``.
+    Warns: ConvergenceWarning, once, if equilibria did not converge.
     """
     if isinstance(model, FreeTransformer):
         return [row.tokens for row in generate_planned(model, prompts, settings, callback=callback)]
-    return continue_rows(_DecoderStream(model), prompts, settings, callback)
+    with one_convergence_warning(model):
+        return continue_rows(_DecoderStream(model), prompts, settings, callback)
 
 
 class _DecoderStream(AbstractStream):

@@ -19,11 +19,24 @@ from helmholtz.models import MODELS
 from helmholtz.models.base import AbstractDecoder, ModelConfig
 from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.models.free_transformer import FreeTransformer
+from helmholtz.models.mamba_hopfield import MambaHopfield, MambaHopfieldConfig
 from helmholtz.training.callbacks import Callback, JSONLMetrics, ProgressBar, RunResult, TensorBoard
 from helmholtz.training.checkpoint import can_resume, claim, first_difference
 from helmholtz.training.config import TrainConfig
+from helmholtz.training.equilibrium import EquilibriumObjective, EquilibriumObjectiveConfig
 from helmholtz.training.free_bits import FreeBitsConfig, FreeBitsObjective
 from helmholtz.training.loop import Trainer, seed_everything
+
+ObjectiveConfig = FreeBitsConfig | EquilibriumObjectiveConfig
+
+
+def objective_class(architecture: str) -> type[FreeBitsConfig] | type[EquilibriumObjectiveConfig] | None:
+    """The settings of what a model minimises beside its cross-entropy; None if that is all."""
+    if MODELS[architecture] is FreeTransformer:
+        return FreeBitsConfig
+    if MODELS[architecture] is MambaHopfield:
+        return EquilibriumObjectiveConfig
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +49,8 @@ class RunConfig:
     data: DataConfig
     """The text; ``data.folder`` must have been prepared with these settings."""
     train: TrainConfig
-    objective: FreeBitsConfig | None = None
-    """Of a Free Transformer, and of no other model; None there means ``FreeBitsConfig()``."""
+    objective: ObjectiveConfig | None = None
+    """Of the model's ``objective_class``, and None of a model without; None elsewhere means the defaults."""
 
     def __post_init__(self) -> None:
         check_choice("model.architecture", self.architecture, MODELS)
@@ -47,15 +60,31 @@ class RunConfig:
         self._check_objective()
 
     def _check_objective(self) -> None:
-        if MODELS[self.architecture] is not FreeTransformer:
-            absent = f"absent for {self.architecture}: only a free_transformer has one"
+        wanted = objective_class(self.architecture)
+        if wanted is None:
+            absent = f"absent for {self.architecture}: only a free_transformer and a mamba_hopfield have one"
             check(self.objective is None, "objective", self.objective, absent)
             return
         if self.objective is None:
-            object.__setattr__(self, "objective", FreeBitsConfig())
-        for name in ("kappa_steps", "kl_warmup_steps"):
-            steps, wanted = getattr(self.objective, name), f"at most train.steps = {self.train.steps}"
-            check(steps <= self.train.steps, f"objective.{name}", steps, wanted)
+            object.__setattr__(self, "objective", wanted())
+        of_this = f"a {wanted.__name__} for {self.architecture}"
+        check(isinstance(self.objective, wanted), "objective", self.objective, of_this)
+        for name, steps in self._scheduled().items():
+            latest = f"at most train.steps = {self.train.steps}"
+            check(steps <= self.train.steps, f"objective.{name}", steps, latest)
+
+    def _scheduled(self) -> dict[str, int]:
+        """The steps that the objective's schedules name."""
+        c = self.objective
+        if isinstance(c, FreeBitsConfig):
+            return {"kappa_steps": c.kappa_steps, "kl_warmup_steps": c.kl_warmup_steps}
+        assert isinstance(c, EquilibriumObjectiveConfig) and isinstance(self.model, MambaHopfieldConfig)
+        steps = {"curriculum.from_step": c.curriculum[-1].from_step} if c.curriculum else {}
+        if c.memory_write_step is not None:
+            wanted = "absent without writable patterns (model.n_slots = 0)"
+            check(self.model.n_slots > 0, "objective.memory_write_step", c.memory_write_step, wanted)
+            steps["memory_write_step"] = c.memory_write_step
+        return steps
 
 
 class Summary(Callback):
@@ -146,7 +175,13 @@ def _trainer(
 ) -> Trainer:
     if config.objective is None:
         return Trainer(model, train_data, validation, config.train)
-    objective = FreeBitsObjective(config.objective, seed=config.train.seed)
+    objective: FreeBitsObjective | EquilibriumObjective
+    if isinstance(config.objective, FreeBitsConfig):
+        objective = FreeBitsObjective(config.objective, seed=config.train.seed)
+        factors = {"encoder.": config.objective.encoder_lr_factor}
+    else:
+        objective = EquilibriumObjective(config.objective, seed=config.train.seed)
+        factors = {"equilibrium.memory.": config.objective.memory_lr_factor}
     return Trainer(
         model,
         train_data,
@@ -154,7 +189,7 @@ def _trainer(
         config.train,
         objective=objective,
         report=objective.report,
-        lr_factors={"encoder.": config.objective.encoder_lr_factor},
+        lr_factors=factors,
     )
 
 

@@ -1,0 +1,209 @@
+"""Training of equilibrium models: cross-entropy, and what makes equilibria cheap to find, stable and near patterns."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from helmholtz._checks import check, check_integer, check_non_negative, check_positive
+from helmholtz.layers.equilibrium import Equilibrium, EquilibriumLayer
+from helmholtz.layers.equilibrium_reading import (
+    active_patterns,
+    equilibrium_statistics,
+    is_mean_retrieval,
+    retrieval_energy,
+    start_distance,
+)
+from helmholtz.models.mamba_hopfield import MambaHopfield
+from helmholtz.ops.losses import cross_entropy
+from helmholtz.solvers import SolverConfig
+from helmholtz.solvers.spectrum import local_lipschitz
+from helmholtz.training.objectives import Objective, Report
+
+ENOUGH_CONVERGED = 0.99
+"""Share of converged tokens below which an evaluation warns."""
+POWER_STEPS = 8
+"""Products with the Jacobian per training step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolverStage:
+    """How carefully equilibria are solved for in training from some step on."""
+
+    from_step: int
+    """Optimizer steps after which it begins."""
+    max_steps: int
+    """Of the solver."""
+    rtol: float
+    """Both of the solver's tolerances."""
+
+    def __post_init__(self) -> None:
+        check_integer("objective.curriculum.from_step", self.from_step, minimum=0)
+        check_integer("objective.curriculum.max_steps", self.max_steps)
+        check_positive("objective.curriculum.rtol", self.rtol)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EquilibriumObjectiveConfig:
+    """What a Mamba-Hopfield model minimises beside its cross-entropy, and how its training changes with the step."""
+
+    energy_weight: float = 0.0
+    """Of the retrieval energy: pulls equilibria and patterns towards each other."""
+    convergence_weight: float = 0.05
+    """Of the distance from start to equilibrium: trains the start alone, so that fewer steps are needed."""
+    stability_weight: float = 0.0
+    """Of what the map's local Lipschitz constant exceeds contraction_target by, squared."""
+    contraction_target: float = 0.9
+    """Local Lipschitz constant that is free."""
+    curriculum: tuple[SolverStage, ...] = ()
+    """Stages with growing from_step; before the first, and in all evaluations, the model's own solver is used."""
+    memory_write_step: int | None = None
+    """Optimizer steps after which training writes novel equilibria into the writable patterns; None: never."""
+    memory_lr_factor: float = 1.0
+    """Learning rate of the learned patterns over that of the rest."""
+
+    def __post_init__(self) -> None:
+        for name in ("energy_weight", "convergence_weight", "stability_weight", "contraction_target"):
+            check_non_negative(f"objective.{name}", getattr(self, name))
+        check_positive("objective.memory_lr_factor", self.memory_lr_factor)
+        if self.memory_write_step is not None:
+            check_integer("objective.memory_write_step", self.memory_write_step, minimum=0)
+        steps = [stage.from_step for stage in self.curriculum]
+        growing = all(before < after for before, after in zip(steps, steps[1:], strict=False))
+        check(growing, "objective.curriculum", steps, "stages with growing from_step")
+
+    def stage(self, step: int) -> SolverStage | None:
+        """The stage after ``step`` optimizer steps; None before the first."""
+        begun = [stage for stage in self.curriculum if stage.from_step <= step]
+        return begun[-1] if begun else None
+
+    def writes(self, step: int) -> bool:
+        """Whether training writes into the memory after ``step`` optimizer steps."""
+        return self.memory_write_step is not None and step >= self.memory_write_step
+
+
+class EquilibriumObjective:
+    r"""Cross-entropy, and three terms of the equilibria whose weights may be 0 and then cost nothing:
+
+    .. math:: \ell = -\frac1T \sum_t \log p(x_{t+1} | x_{\le t}) + w_E L_E + w_c L_c + w_s L_s
+
+    ``energy`` (``retrieval_energy``), ``convergence`` (``start_distance``) and ``stability``
+    (``contraction_excess``). The bound is the cross-entropy alone. Beside them, ``num_steps`` and ``unconverged`` say
+    how the solver fared: mean steps and share of tokens.
+
+    While the model trains, the curriculum's solver replaces the model's for the call and unconverged tokens are
+    counted, not warned of (a solver with ``on_nonconvergence="raise"`` still raises where no stage replaces it); novel
+    equilibria are written into the memory after the forward pass. In evaluation mode the solver is the model's own and
+    nothing is written.
+
+    Args:
+        seed: of the random vectors that the power iteration starts at, the same in every call.
+        n_targets: only so many last tokens are asked for, as in ``objectives.last_tokens``; None asks for all.
+    """
+
+    def __init__(
+        self, config: EquilibriumObjectiveConfig, *, seed: int = 0, n_targets: int | None = None
+    ) -> None:
+        self.config, self.seed, self.n_targets = config, seed, n_targets
+
+    def __call__(self, model: nn.Module, tokens: Int[Tensor, "B T1"], step: int) -> Objective:
+        model, c = _with_equilibria(model), self.config
+        with training_solver(model, c.stage(step) if model.training else None):
+            output = model(tokens[:, :-1])
+        found = output.equilibrium
+        n_targets = self.n_targets or tokens.shape[1] - 1
+        nats = cross_entropy(output.logits[:, -n_targets:], tokens[:, -n_targets:])
+        weighted = self._terms(model.equilibrium, found)
+        loss = nats
+        for weight, term in weighted.values():
+            loss = loss + weight * term
+        if model.training and c.writes(step):
+            model.write_memory(found)
+        terms = {"cross_entropy": nats} | {name: term for name, (_, term) in weighted.items()}
+        terms["num_steps"] = found.solution.num_steps.float().mean()
+        terms["unconverged"] = (~found.solution.converged).float().mean()
+        return Objective(loss, {name: term.detach() for name, term in terms.items()}, nats.detach())
+
+    def _terms(
+        self, layer: EquilibriumLayer, found: Equilibrium
+    ) -> dict[str, tuple[float, Float[Tensor, ""]]]:
+        """Weight and term by name; without those of weight 0."""
+        c, terms = self.config, dict[str, tuple[float, Float[Tensor, ""]]]()
+        if c.energy_weight:
+            terms["energy"] = (c.energy_weight, retrieval_energy(layer, found).mean())
+        if c.convergence_weight:
+            terms["convergence"] = (c.convergence_weight, start_distance(layer, found).mean())
+        if c.stability_weight:
+            excess = contraction_excess(found, c.contraction_target, seed=self.seed)
+            terms["stability"] = (c.stability_weight, excess)
+        return terms
+
+    def report(self, model: nn.Module, batches: Sequence[Int[Tensor, "_ T1"]], step: int) -> Report:
+        """``equilibrium_statistics`` of the text under the model's own solver, and what is wrong with them."""
+        model = _with_equilibria(model)
+        with training_solver(model, None):
+            calls = (model(tokens[:, :-1]).equilibrium for tokens in batches)
+            statistics = equilibrium_statistics(model.equilibrium, calls)
+        return Report(statistics, _warnings(model.equilibrium, statistics))
+
+
+def contraction_excess(found: Equilibrium, target: float, *, seed: int = 0) -> Float[Tensor, ""]:
+    r"""Mean of :math:`\max(0, L - L_\mathrm{target})^2` over all tokens, at their equilibria and at their starts.
+
+    :math:`L` is the largest eigenvalue of the Jacobian there. At a minimum of the energy it is at most 1, so that only
+    the starts show what makes the way there long. Both points count as constant, as in Jacobian regularisation (Bai et
+    al. 2021): the gradient is that of the energy's coefficients.
+    """
+    points = (found.rows(found.z).detach(), found.rows(found.z_init).detach())
+    excess = []
+    for z in points:
+        generator = torch.Generator().manual_seed(seed)
+        constant = local_lipschitz(found.problem, z, steps=POWER_STEPS, generator=generator)
+        excess.append((constant - target).relu().square().mean())
+    return torch.stack(excess).mean()
+
+
+@contextlib.contextmanager
+def training_solver(model: MambaHopfield, stage: SolverStage | None) -> Iterator[None]:
+    """The model solves as ``stage`` says, or as ever if None, and leaves it to the caller to count what is unsolved."""
+    own: SolverConfig = model.solver
+    quiet = "ignore" if stage is not None or own.on_nonconvergence == "warn" else own.on_nonconvergence
+    changed = replace(own, on_nonconvergence=quiet)
+    if stage is not None:
+        changed = replace(changed, max_steps=stage.max_steps, rtol=stage.rtol, energy_rtol=stage.rtol)
+    model.solver = changed
+    try:
+        yield
+    finally:
+        model.solver = own
+
+
+def _warnings(layer: EquilibriumLayer, statistics: dict[str, float]) -> dict[str, str]:
+    warnings = dict[str, str]()
+    if statistics["converged"] < ENOUGH_CONVERGED:
+        n_tokens = round(statistics["n_tokens"])
+        n_open = round((1 - statistics["converged"]) * n_tokens)
+        warnings["unconverged"] = (
+            f"{n_open:,} of {n_tokens:,} tokens did not converge (mean relative residual "
+            f"{statistics['residual']:.1e}); a larger model.solver.max_steps or model.solver.rtol, "
+            "objective.convergence_weight, objective.stability_weight or a lower train.lr may help"
+        )
+    entropy = statistics["retrieval_entropy"]
+    if is_mean_retrieval(layer, entropy):
+        n_active = active_patterns(layer)
+        warnings["retrieval_collapsed"] = (
+            f"retrieval is the mean of all patterns: entropy {entropy:.2f} of at most ln {n_active} = "
+            f"{math.log(n_active):.2f} nats (margin of a pattern: {statistics['margin']:.1f} nats); "
+            "a larger model.beta, fewer model.n_patterns or objective.energy_weight may help"
+        )
+    return warnings
+
+
+def _with_equilibria(model: nn.Module) -> MambaHopfield:
+    if not isinstance(model, MambaHopfield):
+        raise TypeError(f"EquilibriumObjective trains a MambaHopfield, got {type(model).__name__}")
+    return model
