@@ -7,7 +7,11 @@ from torch import Tensor
 from helmholtz.solvers.loop import AbstractRule, Point, Rows
 
 RIDGE = 1e-6
-"""Added to the Gram matrix, whose mean diagonal is 1."""
+"""Added to the newest iterate's diagonal entry of the residuals' cosines."""
+
+AGEING = 10.0
+"""The ridge grows by this factor with every older iterate: where residuals are parallel and many mixtures would do,
+as near a single slow direction, the newest iterates are taken. Without it such a row needs 14 steps instead of 11."""
 
 GROWTH = 4.0
 """A row whose squared residual grew by more starts anew."""
@@ -16,9 +20,10 @@ GROWTH = 4.0
 class Mixing:
     r"""The last iterates of each row, and their mixture with the smallest residual.
 
-    :math:`z = \sum_i \alpha_i f(z_i)` with :math:`\sum_i \alpha_i = 1` and :math:`|\sum_i \alpha_i r_i|` minimal, from
-    :math:`(G / \bar g + 10^{-6} I) \alpha \propto 1`, where :math:`G` is the Gram matrix of the residuals and
-    :math:`\bar g` its mean diagonal. Solved in float64.
+    :math:`z = \sum_i \alpha_i f(z_i)` with :math:`\sum_i \alpha_i = 1` and :math:`|\sum_i \alpha_i r_i|^2 + \sum_i
+    \rho_i \alpha_i^2 |r_i|^2` minimal: :math:`(C + \mathrm{diag}\, \rho)\, (|r| \odot \alpha) \propto 1 / |r|` for the
+    matrix ``C`` of the residuals' cosines. The ridge is relative to each residual, so that large old ones do not blur
+    small new ones. Solved in float64.
 
     Source: Walker & Ni, "Anderson Acceleration for Fixed-Point Iterations", 2011.
     """
@@ -52,16 +57,18 @@ class Mixing:
     def mix(self) -> Float[Tensor, "n D"]:
         """The mixture; the map of the newest iterate where it is not finite."""
         assert self._maps is not None
-        valid, gram = self._valid, self._gram.double()
-        gram = gram.masked_fill(~(valid.unsqueeze(1) & valid.unsqueeze(2)), 0)
-        scale = gram.diagonal(dim1=1, dim2=2).sum(1) / valid.sum(1)
-        gram = gram / scale.clamp(min=torch.finfo(torch.float64).tiny).view(-1, 1, 1)
-        ridge = torch.where(valid, RIDGE, 1.0)
-        solved = torch.linalg.solve_ex(gram + ridge.diag_embed(), valid.double().unsqueeze(2))[0].squeeze(2)
-        weights = (solved / solved.sum(1, keepdim=True)).to(self._maps.dtype)
+        valid, newest = self._valid, (self._count - 1) % self.window
+        size = self._gram.diagonal(dim1=1, dim2=2).double().sqrt()
+        size = torch.where(valid & (size > 0), size, 1)
+        cosines = self._gram / (size.unsqueeze(1) * size.unsqueeze(2))
+        cosines = cosines.masked_fill(~(valid.unsqueeze(1) & valid.unsqueeze(2)), 0)
+        age = (newest - torch.arange(self.window, device=size.device)) % self.window
+        ridge = torch.where(valid, RIDGE * AGEING ** age.double(), 1.0)
+        solved = torch.linalg.solve_ex(cosines + ridge.diag_embed(), (valid / size).unsqueeze(2))[0]
+        weights = solved.squeeze(2) / size
+        weights = (weights / weights.sum(1, keepdim=True)).to(self._maps.dtype)
         mixed = (weights.unsqueeze(2) * self._maps).sum(1)
-        newest = self._maps[:, (self._count - 1) % self.window]
-        return torch.where(mixed.isfinite().all(1, keepdim=True), mixed, newest)
+        return torch.where(mixed.isfinite().all(1, keepdim=True), mixed, self._maps[:, newest])
 
     def restart(self, rows: Bool[Tensor, "n"]) -> None:
         """Forget all but the newest iterate of these rows."""

@@ -78,7 +78,7 @@ def solve(
     check(z0.is_floating_point(), "z0", z0.dtype, "of a floating-point dtype")
     check(bool(z0.isfinite().all()), "z0", "NaN or infinity", "finite")
     with torch.autocast(z0.device.type, enabled=False):
-        z0 = z0.to(torch.promote_types(z0.dtype, torch.float32))
+        z0 = z0.detach().to(torch.promote_types(z0.dtype, torch.float32))
         rows, trace = Rows.of(problem, z0), Trace(record=record)
         outcome = _run(rows, z0, config, trace) if len(z0) else _nothing(z0)
         unstable = _saddles(rows, outcome)
