@@ -15,6 +15,7 @@ COMMANDS = {
     "plan": "the latent plan of a text, and what samples share under one",
     "synthetic": "the experiment of the Free Transformer on a law whose entropy is known",
     "recall": "what a Hopfield memory recalls of spoilt patterns, keys and pairs in a context",
+    "continual": "learning one map after another with and without a memory",
     "compare": "one table, one result file and pictures for several runs",
     "validate": "whether an equilibrium model keeps what its mathematics promises",
     "landscape": "the energy around a token's equilibrium, drawn",
