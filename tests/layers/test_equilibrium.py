@@ -123,7 +123,7 @@ def test_a_start_that_is_not_finite_is_refused_unless_at_a_pad(value: float) -> 
 def test_a_context_that_is_not_finite_is_refused() -> None:
     layer, c = make_layer(), context(2, 5, 8)
     c[1, 2, 3] = torch.nan
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(ValueError, match="the context must be finite at every real token"):
         run(layer, c)
 
 
@@ -158,6 +158,15 @@ def test_another_solver_can_be_assigned_and_nothing_else() -> None:
     assert layer.config.solver == TIGHT
     with pytest.raises((ValueError, TypeError), match="solver"):  # the latter where types are checked
         layer.solver = {"max_steps": 3}
+
+
+def test_inference_mode_gives_the_same() -> None:
+    layer, c = make_layer(), context(2, 5, 8)
+    expected = run(layer, c)
+    with torch.inference_mode():
+        found = run(layer, c)
+        assert found.certificate() == expected.certificate()
+    assert torch.equal(found.output, expected.output)
 
 
 @torch.no_grad()

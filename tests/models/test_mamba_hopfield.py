@@ -1,12 +1,14 @@
 """The equilibrium model: causality to the bit, streams, memory, names, and what its config refuses."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from decoder_cases import tokens_of
@@ -186,6 +188,29 @@ def test_a_checkpoint_holds_what_was_written(tmp_path: Path) -> None:
     assert loaded.write_memory(loaded(tokens).equilibrium, in_eval=True) > 0, "buffers can be written"
     narrow = load_checkpoint(tmp_path / "a", dtype=torch.bfloat16)
     assert narrow.memory.store.counts.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda x: x.float(),
+            r"counts' is torch.float32 of shape \(6,\), the config asks for torch.int64 \(6,\)",
+        ),
+        (lambda x: x[:5], r"counts' is torch.int64 of shape \(5,\), the config asks for torch.int64 \(6,\)"),
+    ],
+    ids=["dtype", "shape"],
+)
+def test_a_checkpoint_whose_slots_do_not_fit_is_refused(
+    change: Callable[[Tensor], Tensor], message: str, tmp_path: Path
+) -> None:
+    save_checkpoint(make_model(n_slots=6), tmp_path / "a")
+    file = tmp_path / "a" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["equilibrium.memory.store.counts"] = change(tensors["equilibrium.memory.store.counts"])
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(tmp_path / "a")
 
 
 def test_bfloat16_autocast_is_finite_and_near() -> None:

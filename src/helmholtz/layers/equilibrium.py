@@ -209,7 +209,7 @@ class EquilibriumLayer(nn.Module):
             z_init: where to start, ``B T D`` or ``B D`` for all tokens of a row; None starts at ``W_0 c``. In the
                 descent regime it selects the attractor.
 
-        Raises: ValueError for a ``z_init`` of another shape, or not finite at a real token.
+        Raises: ValueError for a ``z_init`` of another shape, and if it or the context is not finite at a real token.
         """
         return self._equilibrium(c, self.dynamics(c, layout), z_init)
 
@@ -229,7 +229,8 @@ class EquilibriumLayer(nn.Module):
     ) -> Equilibrium:
         index, shape = dynamics.index, c.shape[:2]
         start = _rows(dynamics.start if z_init is None else _given_start(z_init, dynamics.start), index)
-        check(bool(start.isfinite().all()), "z_init", "NaN or infinity", "finite at every real token")
+        name = "z_init" if z_init is not None else "the context"
+        check(bool(start.isfinite().all()), name, "NaN or infinity", "finite at every real token")
         with full_precision(c.device):
             problem = TokenProblem(dynamics.field, self.dynamics.energy_parameters(self.memory))
             solution = solve(problem, start, self.solver)
