@@ -1,0 +1,153 @@
+"""``helmholtz landscape``."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from helmholtz._checks import check, check_integer
+from helmholtz._files import write_atomically
+from helmholtz._run_folder import TOKENIZER
+from helmholtz.cli.arguments import Parser, make_parser, parse
+from helmholtz.cli.validate import load_equilibrium_model
+from helmholtz.data.tokenizer import load_tokenizer
+from helmholtz.evals.landscape import EnergyLandscapeAnalyzer, EnergySlice, MemoryOrganisation, points_to_dict
+from helmholtz.evals.landscape_case import SAME, Basis
+from helmholtz.evals.landscape_flow import Basins, Trajectories
+from helmholtz.evals.landscape_plots import plot_basins, plot_memory, plot_slice, plot_trajectories
+from helmholtz.evals.plots import visible
+from helmholtz.evals.runs import find_checkpoint
+
+DESCRIPTION = (
+    "The energy around a token at rest: a slice, the solvers' paths, basins of attraction, the memory."
+)
+
+
+def make_landscape_parser() -> Parser:
+    parser = make_parser("landscape", DESCRIPTION)
+    option = parser.add_argument
+    option("--checkpoint", type=str, required=True, help="a run (its best weights) or a checkpoint")
+    option("--text", type=str | None, default=None, help="the text whose tokens have the energies")
+    option("--ids", type=list[int] | None, default=None, help="or its ids, such as [5,17,3]")
+    option("--token", type=int, default=-1, help="whose energy to draw; negative ones count from the end")
+    option("--basis", type=Basis, default="memory", help="what spans the plane of slice and basins")
+    option(
+        "--radius", type=float | None, default=None, help="half the side; default: what is there to be seen"
+    )
+    option("--resolution", type=int, default=61, help="points along a side, odd")
+    option("--seed", type=int, default=0, help="of random directions")
+    option("--output", type=str, required=True, help="folder of the pictures and of landscape.json")
+    option("--threads", type=int, default=1, help="CPU threads")
+    return parser
+
+
+def read_tokens(values: dict[str, Any], checkpoint: Path) -> tuple[torch.Tensor, str]:
+    """Ids of the text, and how to name the token in titles."""
+    text, ids, place = values["text"], values["ids"], values["token"]
+    if (text is None) == (ids is None):
+        raise ValueError("text and ids: wanted one of them")
+    check(text != "" and ids != [], "text or ids", text if ids is None else ids, "not empty")
+    if ids is not None:
+        check(-len(ids) <= place < len(ids), "token", place, f"in [{-len(ids)}, {len(ids)}), the ids")
+        return torch.tensor([ids]), f"token {place % len(ids)}, id {ids[place]}"
+    tokenizer = load_tokenizer(checkpoint / TOKENIZER)
+    ids = tokenizer.encode(text)
+    check(-len(ids) <= place < len(ids), "token", place, f"in [{-len(ids)}, {len(ids)}), the text's tokens")
+    return torch.tensor([ids]), f"token {place % len(ids)}, {visible(tokenizer.decode([ids[place]]))!r}"
+
+
+def slice_to_dict(found: EnergySlice) -> dict[str, Any]:
+    return {
+        "basis": found.plane.basis,
+        "axes": found.plane.names,
+        "patterns_in_plane": found.plane.anchors,
+        "radius": found.ticks[-1].item(),
+        "lowest": found.lowest,
+        "highest_energy": found.energy.max().item(),
+    }
+
+
+def trajectories_to_dict(found: Trajectories) -> dict[str, Any]:
+    rtol = found.case.solver.rtol
+    paths = {
+        path.mode: {
+            "steps_to_rtol": path.num_steps(rtol),
+            "steps": len(path.energy) - 1,
+            "evaluations": path.num_evaluations,
+            "converged": path.converged,
+            "ends_at_equilibrium": path.ends_at_equilibrium,
+            "energy": path.energy.tolist(),
+            "residual": path.residual.tolist(),
+        }
+        for path in found.paths
+    }
+    return {"certificate": found.certificate, "contraction": found.contraction, "rtol": rtol, "paths": paths}
+
+
+def basins_to_dict(found: Basins, by_solver: Basins) -> dict[str, Any]:
+    """Of plain steps; ``solver_agrees`` is the part of the starts from which the model's solver ends where they do."""
+    same = [
+        found.converged[j, i]
+        and by_solver.converged[j, i]
+        and (found.end(j, i).z - by_solver.end(j, i).z).norm() < SAME * found.case.radius
+        for j in range(len(found.ticks))
+        for i in range(len(found.ticks))
+    ]
+    return {
+        "solver_agrees": sum(map(bool, same)) / len(same),
+        "shares": found.shares,
+        "unconverged": 1 - found.converged.double().mean().item(),
+        "mean_steps": found.num_steps.double().mean().item(),
+        "largest_steps": int(found.num_steps.max()),
+    }
+
+
+def memory_to_dict(found: MemoryOrganisation) -> dict[str, Any]:
+    return {
+        "n_patterns": len(found.usage),
+        "margin": found.margin,
+        "largest_cosine": found.largest_cosine,
+        "used_patterns": math.exp(found.usage_entropy),
+        "used_patterns_per_token": math.exp(found.token_entropy),
+        "most_used": found.most_used[:10].tolist(),
+        "usage_of_most_used": found.usage[found.most_used[:10]].tolist(),
+    }
+
+
+def run(arguments: list[str], console: Console) -> int:
+    values = parse(make_landscape_parser(), arguments)
+    check_integer("threads", values["threads"])
+    torch.set_num_threads(values["threads"])
+    checkpoint, folder = find_checkpoint(values["checkpoint"]), Path(values["output"])
+    model = load_equilibrium_model(checkpoint)
+    tokens, name = read_tokens(values, checkpoint)
+    analyzer = EnergyLandscapeAnalyzer.of(model, tokens, seed=values["seed"])
+    plane = {key: values[key] for key in ("token", "basis", "radius", "resolution")}
+    found, paths = analyzer.slice(**plane), analyzer.trajectories(token=values["token"])
+    around, memory = analyzer.basins(**plane), analyzer.memory()
+    points = analyzer.critical_points(around)
+    title = f"{model.config.stability} model, {name}"
+    plot_slice(found, folder / "slice.png", title=f"Energy of {name} ({model.config.stability} regime)")
+    plot_trajectories(paths, folder / "trajectories.png", title=f"How the solvers come to rest: {title}")
+    saddles = points[len(around.attractors) :]
+    plot_basins(around, folder / "basins.png", title=f"Where starts end: {title}", saddles=saddles)
+    plot_memory(
+        memory, folder / "memory.png", title=f"{len(memory.usage)} patterns and {tokens.shape[1]} tokens"
+    )
+    content = {
+        "model": model.config.to_dict(),
+        "tokens": tokens[0].tolist(),
+        "token": values["token"],
+        "slice": slice_to_dict(found),
+        "trajectories": trajectories_to_dict(paths),
+        "basins": basins_to_dict(around, analyzer.basins(**plane, mode=model.solver.mode)),
+        "critical_points": points_to_dict(points),
+        "memory": memory_to_dict(memory),
+    }
+    write_atomically(folder / "landscape.json", json.dumps(content, indent=1) + "\n")
+    pictures = "slice.png, trajectories.png, basins.png, memory.png and landscape.json"
+    console.print(f"wrote {pictures} in {folder}", markup=False)
+    return 0

@@ -1,0 +1,133 @@
+"""``helmholtz validate``."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from helmholtz._checks import check_integer
+from helmholtz._files import write_atomically
+from helmholtz._hardware import describe_hardware, git_commit
+from helmholtz._run_folder import TOKENIZER
+from helmholtz.cli.arguments import Parser, make_parser, parse
+from helmholtz.data.tokenizer import load_tokenizer
+from helmholtz.evals.convergence import ConvergenceReport, ConvergenceValidator
+from helmholtz.evals.runs import find_checkpoint
+from helmholtz.models.checkpoint import load_checkpoint
+from helmholtz.models.mamba_hopfield import MambaHopfield, MambaHopfieldConfig
+
+DESCRIPTION = (
+    "Whether a Mamba-Hopfield model keeps what its mathematics promises: contraction, descent, stability, uniqueness, "
+    "gradient, causality. The exit code is 1 if a check fails."
+)
+FRESH = {"vocab_size": 256, "d_model": 64, "d_state": 64, "d_head": 32, "n_layers": 6, "n_patterns": 256}
+"""The original's shape, narrow."""
+
+
+def make_validate_parser() -> Parser:
+    parser = make_parser("validate", DESCRIPTION)
+    option = parser.add_argument
+    option("--checkpoint", type=str | None, default=None, help="a run (its best weights) or a checkpoint")
+    option("--fresh", action="store_true", help="a new model instead, of the sizes under model")
+    option("--text", type=str | None, default=None, help="text to test on; default: random tokens")
+    option("--batch", type=int, default=2, help="sequences of random tokens")
+    option("--time", type=int, default=16, help="random tokens of a sequence")
+    option("--seed", type=int, default=0, help="of a new model, of random tokens and of disturbances")
+    option("--output", type=str | None, default=None, help="file for all that was measured, as JSON")
+    option("--json", action="store_true", help="print JSON instead of the table")
+    option("--threads", type=int, default=1, help="CPU threads")
+    parser.add_class_arguments(MambaHopfieldConfig, "model", skip={"solver"})
+    parser.set_defaults({f"model.{name}": value for name, value in FRESH.items()})
+    return parser
+
+
+def options(arguments: list[str]) -> dict[str, Any]:
+    """Values of the command line. Raises: ValueError naming what is wrong or has no meaning."""
+    parser = make_validate_parser()
+    values = parse(parser, arguments)
+    both = values["checkpoint"] is not None and values["fresh"]
+    if both or (values["checkpoint"] is None and not values["fresh"]):
+        raise ValueError("checkpoint and fresh: wanted one of them")
+    defaults = parser.get_defaults().as_dict()
+    changed = [name for name, value in values["model"].items() if value != defaults["model"][name]]
+    if values["checkpoint"] is not None and changed:
+        raise ValueError(
+            f"model.{changed[0]} and checkpoint: a saved model has its sizes; they are for --fresh"
+        )
+    if values["fresh"] and values["text"] is not None:
+        raise ValueError("text and fresh: a new model has no tokenizer")
+    for name in ("batch", "time"):
+        if values["text"] is not None and values[name] != defaults[name]:
+            raise ValueError(f"{name} and text: {name} is of random tokens")
+        check_integer(name, values[name])
+    check_integer("seed", values["seed"], minimum=0)
+    check_integer("threads", values["threads"])
+    return values
+
+
+def load(values: dict[str, Any]) -> tuple[MambaHopfield, torch.Tensor | None]:
+    """The model to test, and the tokens of the text if there is one."""
+    if values["fresh"]:
+        torch.manual_seed(values["seed"])
+        return MambaHopfield(MambaHopfieldConfig.from_dict(values["model"])), None
+    checkpoint = find_checkpoint(values["checkpoint"])
+    model = load_equilibrium_model(checkpoint)
+    if values["text"] is None:
+        return model, None
+    return model, torch.tensor([load_tokenizer(checkpoint / TOKENIZER).encode(values["text"])])
+
+
+def load_equilibrium_model(checkpoint: Path) -> MambaHopfield:
+    """Raises: ValueError for a model without equilibria."""
+    model = load_checkpoint(checkpoint)
+    if not isinstance(model, MambaHopfield):
+        raise ValueError(
+            f"checkpoint: {checkpoint} is a {type(model).__name__}; only a MambaHopfield has equilibria"
+        )
+    return model
+
+
+def report_table(report: ConvergenceReport) -> Table:
+    """A line per number: first those that decide, with their limits, then those that are told."""
+    table = Table("test", "number", "measured", "limit", "", box=None, padding=(0, 2, 0, 0))
+    for name, test in report.tests().items():
+        for line in test.checks():
+            verdict = "[green]passed[/green]" if line.passed else "[bold red]FAILED[/bold red]"
+            limit = f"{line.comparison} {line.limit:.4g}"
+            table.add_row(name, line.what, f"{line.measured:.4g}", limit, verdict)
+            name = ""
+        for what, value in test.notes().items():
+            table.add_row("", what, f"{value:.4g}", "", "")
+    return table
+
+
+def run(arguments: list[str], console: Console) -> int:
+    values = options(arguments)
+    torch.set_num_threads(values["threads"])
+    model, tokens = load(values)
+    begin = time.perf_counter()
+    sizes = {"seed": values["seed"], "batch": values["batch"], "time": values["time"]}
+    report = ConvergenceValidator(model, tokens, **sizes).run_all_tests()
+    result = {
+        "model": model.config.to_dict(),
+        "checkpoint": values["checkpoint"],
+        **report.to_dict(),
+        "seed": values["seed"],
+        "seconds": time.perf_counter() - begin,
+        "commit": git_commit(),
+        "hardware": describe_hardware(),
+    }
+    text = json.dumps(result, indent=1)
+    if values["json"]:
+        console.print(text, markup=False)
+    else:
+        console.print(report_table(report))
+        verdict = "all tests passed" if report.all_passed else f"failed: {', '.join(report.failed)}"
+        console.print(f"{model.config.stability} regime, {result['seconds']:.0f} s: {verdict}", markup=False)
+    if values["output"] is not None:
+        write_atomically(Path(values["output"]), text + "\n")
+    return 0 if report.all_passed else 1

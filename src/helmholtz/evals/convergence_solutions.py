@@ -1,0 +1,158 @@
+"""Tests of the equilibria: do disturbed tokens return, and do all starts and modes of the solver agree."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from helmholtz.evals.convergence_case import (
+    SOLVER_MODES,
+    AbstractTest,
+    Check,
+    ValidationCase,
+    solving_with,
+)
+from helmholtz.evals.equilibria import equilibrium_ball, points_in_ball, random_directions
+from helmholtz.solvers import Solution, solve
+from helmholtz.solvers.spectrum import top_eigenvector
+
+EIGENVECTOR_STEPS = 100
+RANDOM_STARTS = 8
+"""Per token."""
+FAR, NEAR = 0.1, 0.05
+"""Disturbances in norms of the patterns, of a contraction and of a model that may have several equilibria."""
+RETURNED = 0.02
+"""Distance, in norms of the patterns, within which a disturbed token of the second kind counts as returned."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class StabilityTest(AbstractTest):
+    """Whether a token that is pushed away from its equilibrium comes back, also along the weakest direction."""
+
+    contractive: bool
+    tested_equilibria: int
+    """Tokens for which the model's own solver found an equilibrium; each is pushed three times."""
+    stability_rate: float
+    """Part of the pushes that are undone."""
+    worst_return: float
+    """Largest distance from the equilibrium after a push, in its norm."""
+
+    @property
+    def is_stable(self) -> bool:
+        return self.passed
+
+    def checks(self) -> tuple[Check, ...]:
+        return (
+            Check("equilibria tested", self.tested_equilibria, ">", 0),
+            Check("pushes that are undone", self.stability_rate, ">=", 0.99 if self.contractive else 0.95),
+        )
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class UniquenessTest(AbstractTest):
+    """Whether random starts, starts given to the model and all modes of the solver lead to one equilibrium."""
+
+    contractive: bool
+    start_distance: float
+    """Largest distance between ends of random starts and the equilibrium, in its norm."""
+    z_init_distance: float
+    """The same for starts that are handed to the model as ``z_init``."""
+    mode_distance: float
+    """The same for the modes of the solver."""
+    allowed: float
+    """``10 rtol / (1 - L)``."""
+    unsolved: int
+    """Starts from which the solver did not converge."""
+    mean_attractors: float
+    """Different ends per token, of the equilibrium and random starts."""
+    max_attractors: int
+    tested_starts: int
+
+    @property
+    def is_unique(self) -> bool:
+        return self.max_attractors == 1
+
+    def checks(self) -> tuple[Check, ...]:
+        tested = Check("starts tested", self.tested_starts, ">", 0)
+        if not self.contractive:
+            return (tested,)
+        return (
+            Check("distance, random starts", self.start_distance, "<=", self.allowed),
+            Check("distance, z_init", self.z_init_distance, "<=", self.allowed),
+            Check("distance, modes", self.mode_distance, "<=", self.allowed),
+            Check("starts without a solution", self.unsolved, "<=", 0),
+            tested,
+        )
+
+    def notes(self) -> dict[str, float]:
+        return {"attractors per token": self.mean_attractors, "at most": self.max_attractors}
+
+
+def check_stability(case: ValidationCase) -> StabilityTest:
+    rows = case.found.nonzero().flatten()
+    if not len(rows):
+        return StabilityTest(case.contractive, 0, 0.0, math.nan)
+    problem, z, generator = case.problem.take(rows), case.z[rows], case.generator(5)
+    weakest = top_eigenvector(problem, z, steps=EIGENVECTOR_STEPS, generator=generator)
+    size = (FAR if case.contractive else NEAR) * case.radius
+    returned, distances = [], []
+    for direction in (random_directions(z, generator=generator), weakest, -weakest):
+        end = solve(problem, z + size * direction, case.solver)
+        distance, norm = (end.value - z).norm(dim=-1), z.norm(dim=-1)
+        near = case.allowed_distance * norm if case.contractive else norm.new_tensor(RETURNED * case.radius)
+        returned.append(end.converged & (distance <= near))
+        distances.append(distance / norm)
+    return StabilityTest(
+        contractive=case.contractive,
+        tested_equilibria=len(rows),
+        stability_rate=torch.stack(returned).double().mean().item(),
+        worst_return=torch.stack(distances).max().item(),
+    )
+
+
+def check_uniqueness(case: ValidationCase) -> UniquenessTest:
+    problem, z, generator = case.problem, case.z, case.generator(6)
+    ball, center = equilibrium_ball(problem), torch.zeros_like(z)
+    starts = [points_in_ball(center, ball, generator=generator) for _ in range(RANDOM_STARTS)]
+    found = solve(problem.take(torch.arange(len(z)).repeat(RANDOM_STARTS)), torch.cat(starts), case.solver)
+    ends = found.value.view(RANDOM_STARTS, *z.shape)
+    modes = [solve(problem, case.start, replace(case.solver, mode=mode)) for mode in SOLVER_MODES]
+    attractors = torch.tensor([_num_places(row, 0.1 * case.radius) for row in torch.stack([z, *ends], dim=1)])
+    unsolved = [int((~solution.converged).sum()) for solution in (found, *modes)]
+    given = _from_z_init(case, starts[0])
+    return UniquenessTest(
+        contractive=case.contractive,
+        start_distance=_relative(ends, z),
+        z_init_distance=_relative(given.value, z),
+        mode_distance=_relative(torch.stack([solution.value for solution in modes]), z),
+        allowed=case.allowed_distance,
+        unsolved=sum(unsolved) + int((~given.converged).sum()),
+        mean_attractors=attractors.double().mean().item(),
+        max_attractors=int(attractors.max()),
+        tested_starts=found.value.shape[0],
+    )
+
+
+def _relative(ends: Float[Tensor, "*m N D"], z: Float[Tensor, "N D"]) -> float:
+    return ((ends - z).norm(dim=-1) / z.norm(dim=-1)).max().item()
+
+
+def _num_places(points: Float[Tensor, "m D"], distance: float) -> int:
+    """How many of the points are farther than ``distance`` from all that were counted before."""
+    counted: list[Tensor] = []
+    for point in points:
+        if all((point - other).norm() >= distance for other in counted):
+            counted.append(point)
+    return len(counted)
+
+
+def _from_z_init(case: ValidationCase, start: Float[Tensor, "N D"]) -> Solution:
+    """Solve through the model's forward pass, which a user gives a start."""
+    with solving_with(case.model, case.solver):
+        z_init = start.view(*case.tokens.shape, -1)
+        return case.model(case.tokens, z_init=z_init).equilibrium.solution

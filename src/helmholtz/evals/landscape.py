@@ -1,0 +1,225 @@
+"""The energy of a model's tokens as arrays: slices, paths of the solvers, basins, critical points, the memory.
+
+``landscape_plots`` draws them. Everything is computed in float64, whatever the model's dtype.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from helmholtz._checks import check, check_integer, check_positive
+from helmholtz.evals.equilibria import active_patterns, equilibrium_of
+from helmholtz.evals.landscape_case import Basis, Plane, TokenCase, choose_plane, token_case
+from helmholtz.evals.landscape_flow import (
+    Basins,
+    CriticalPoint,
+    Trajectories,
+    basins,
+    saddles_between,
+    trajectories,
+)
+from helmholtz.layers.equilibrium import Equilibrium
+from helmholtz.models.mamba_hopfield import MambaHopfield
+from helmholtz.ops.hopfield import hopfield_weights, retrieval_margin
+from helmholtz.solvers import SolverConfig
+from helmholtz.solvers.base import Mode
+
+MARGIN = 1.25
+"""Half the side of a slice, in distances of the farthest thing that it should hold."""
+SHOWN_PATTERNS = 64
+"""Patterns, the most used ones, whose cosines are compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class EnergySlice:
+    """The energy in a plane through an equilibrium. Index ``[j, i]`` is at ``(ticks[i], ticks[j])``."""
+
+    case: TokenCase
+    plane: Plane
+    ticks: Float[Tensor, "n"]
+    energy: Float[Tensor, "n n"]
+    """Above the equilibrium's."""
+    descent: Float[Tensor, "n n 2"]
+    """The negative gradient's part in the plane."""
+    residual: Float[Tensor, "n n"]
+    """Norm of the whole gradient, ``|f(z) - z|``."""
+
+    @property
+    def lowest(self) -> tuple[float, float]:
+        """Coordinates of the grid point with the smallest energy; the equilibrium is at (0, 0)."""
+        j, i = divmod(int(self.energy.argmin()), len(self.ticks))
+        return self.ticks[i].item(), self.ticks[j].item()
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryOrganisation:
+    """How the patterns lie and how much they are used."""
+
+    coordinates: Float[Tensor, "K 2"]
+    """Along the patterns' two main directions, from their mean."""
+    equilibria: Float[Tensor, "N 2"]
+    """The tokens' equilibria in the same plane."""
+    explained: float
+    """Part of the patterns' variance in these directions."""
+    most_used: Int[Tensor, "k"]
+    """Indices of at most 64 patterns, the most used first."""
+    cosine: Float[Tensor, "k k"]
+    """Between those."""
+    usage: Float[Tensor, "K"]
+    """Mean retrieval weight over the tokens; sums to 1."""
+    usage_entropy: float
+    """Of ``usage``, in nats; ``ln K`` if all are used alike."""
+    token_entropy: float
+    """Mean entropy of one token's weights: how many patterns it retrieves at once."""
+    margin: float
+    """``retrieval_margin``, in nats; below 3 retrieval is unreliable."""
+
+    @property
+    def largest_cosine(self) -> float:
+        """Between two different patterns of those compared; 1 with fewer than two."""
+        other = self.cosine - 2 * torch.eye(len(self.cosine), dtype=self.cosine.dtype)
+        return other.max().item() if len(other) > 1 else 1.0
+
+
+class EnergyLandscapeAnalyzer:
+    """Arrays that describe the energies of the tokens of one call.
+
+    Args:
+        equilibrium: of a call of the model; its tokens are named by row of the batch and place in the sequence.
+        solver: the model's.
+        seed: of random directions.
+    """
+
+    def __init__(self, equilibrium: Equilibrium, solver: SolverConfig, *, seed: int = 0) -> None:
+        check_integer("seed", seed, minimum=0)
+        self.equilibrium = equilibrium
+        self.solver = solver
+        self.seed = seed
+
+    @classmethod
+    def of(
+        cls, model: MambaHopfield, tokens: Int[Tensor, "B T"], *, seed: int = 0
+    ) -> "EnergyLandscapeAnalyzer":
+        """Of the equilibria of a text under ``model``, which is left in the mode it was in."""
+        return cls(equilibrium_of(model, tokens), model.solver, seed=seed)
+
+    def case(self, *, row: int = 0, token: int = -1) -> TokenCase:
+        """One token's energy, its start and its equilibrium. Raises: as ``token_case``."""
+        return token_case(self.equilibrium, self.solver, row=row, token=token)
+
+    def slice(
+        self,
+        *,
+        row: int = 0,
+        token: int = -1,
+        basis: Basis = "memory",
+        radius: float | None = None,
+        resolution: int = 41,
+    ) -> EnergySlice:
+        """Energy and gradient in a plane, from ``resolution^2`` points in one call.
+
+        Args:
+            basis: what spans the plane, see ``choose_plane``.
+            radius: half the side; None takes in the start and the patterns that lie in the plane.
+            resolution: points along a side; odd, so that the equilibrium is one of them.
+        """
+        case = self.case(row=row, token=token)
+        plane = choose_plane(case, basis, seed=self.seed)
+        ticks = _ticks(case, plane, radius, resolution)
+        step, energy = case.evaluate(plane.grid(ticks))
+        size = (resolution, resolution)
+        return EnergySlice(
+            case=case,
+            plane=plane,
+            ticks=ticks,
+            energy=energy.view(size),
+            descent=(step @ plane.axes.T).view(*size, 2),
+            residual=step.norm(dim=-1).view(size),
+        )
+
+    def trajectories(self, *, row: int = 0, token: int = -1) -> Trajectories:
+        """How every mode of the solver, and plain steps, come from the token's start to rest."""
+        return trajectories(self.case(row=row, token=token))
+
+    def basins(
+        self,
+        *,
+        row: int = 0,
+        token: int = -1,
+        basis: Basis = "memory",
+        radius: float | None = None,
+        resolution: int = 41,
+        mode: Mode = "picard",
+    ) -> Basins:
+        """Where the starts of a grid end, solved in one batch; arguments as of ``slice`` and ``basins``."""
+        case = self.case(row=row, token=token)
+        plane = choose_plane(case, basis, seed=self.seed)
+        return basins(case, plane, _ticks(case, plane, radius, resolution), mode=mode)
+
+    def critical_points(self, found: Basins) -> tuple[CriticalPoint, ...]:
+        """The attractors of a plane and the saddles between them."""
+        minima = [point for point in found.attractors if point.kind == "minimum"]
+        return (*found.attractors, *saddles_between(found.case, minima))
+
+    def memory(self) -> MemoryOrganisation:
+        """How the memory's patterns lie, and which of them the tokens use. Raises: ValueError for an empty memory."""
+        parameters = self.equilibrium.parameters
+        patterns = active_patterns(parameters).detach().double()
+        check(len(patterns) > 0, "memory", "no patterns", "a memory with patterns to look at")
+        z = self.equilibrium.rows(self.equilibrium.z).detach().double()
+        weights = hopfield_weights(z, patterns, parameters.beta)
+        usage = weights.mean(0)
+        most_used = usage.argsort(descending=True)[:SHOWN_PATTERNS]
+        units = torch.nn.functional.normalize(patterns[most_used], dim=-1)
+        mean = patterns.mean(0)
+        sizes, directions = torch.linalg.svd(patterns - mean, full_matrices=False)[1:]
+        variance = sizes.square()
+        axes = directions[:2]
+        return MemoryOrganisation(
+            coordinates=_flat(patterns - mean, axes),
+            equilibria=_flat(z - mean, axes),
+            explained=(variance[:2].sum() / variance.sum()).item() if variance.any() else 1.0,
+            most_used=most_used,
+            cosine=units @ units.T,
+            usage=usage,
+            usage_entropy=torch.special.entr(usage).sum().item(),
+            token_entropy=torch.special.entr(weights).sum(-1).mean().item(),
+            margin=retrieval_margin(
+                patterns.shape[1], len(patterns), parameters.beta, patterns.norm(dim=-1).amax().item()
+            ),
+        )
+
+
+def _flat(offsets: Float[Tensor, "n D"], axes: Float[Tensor, "k D"]) -> Float[Tensor, "n 2"]:
+    """Two coordinates, the second 0 where there is but one direction."""
+    flat = offsets @ axes.T
+    return torch.nn.functional.pad(flat, (0, 2 - flat.shape[1]))
+
+
+def _ticks(case: TokenCase, plane: Plane, radius: float | None, resolution: int) -> Float[Tensor, "n"]:
+    check_integer("resolution", resolution, minimum=3)
+    check(resolution % 2 == 1, "resolution", resolution, "odd: the equilibrium is the point in the middle")
+    if radius is None:
+        shown = torch.cat([case.start.unsqueeze(0), case.patterns[list(plane.anchors)]])
+        radius = MARGIN * max(plane.coordinates(shown).abs().max().item(), 0.5 * case.radius)
+    check_positive("radius", radius)
+    return torch.linspace(-radius, radius, resolution, dtype=torch.float64)
+
+
+def points_to_dict(points: tuple[CriticalPoint, ...]) -> list[dict[str, Any]]:
+    """Critical points for JSON, without their coordinates."""
+    return [
+        {
+            "kind": point.kind,
+            "energy": point.energy,
+            "gradient_norm": point.gradient_norm,
+            "smallest_curvature": point.smallest_curvature,
+            "num_descending": point.num_descending,
+            "nearest_pattern": point.nearest_pattern,
+            "pattern_distance": point.pattern_distance,
+        }
+        for point in points
+    ]
