@@ -181,15 +181,16 @@ def nearest_pattern(z: Float[Tensor, "N D"], patterns: Float[Tensor, "K D"]) -> 
 def oracle_recall(
     query: Float[Tensor, "N D"], patterns: Float[Tensor, "K D"], beta: float
 ) -> Float[Tensor, "N D"]:
-    """The retrieval steps in plain float64, until no query moves: shares no line with the memory that it checks."""
-    z, rows = query.double(), patterns.double()
+    """The retrieval steps in plain float64, until a query moves no more: shares no line with the memory that it checks."""
+    z, rows, active = query.double(), patterns.double(), torch.arange(len(query))
     for _ in range(ORACLE_STEPS):
-        scores = beta * z @ rows.T
+        scores = beta * z[active] @ rows.T
         share = torch.exp(scores - scores.amax(1, keepdim=True))
         new = share @ rows / share.sum(1, keepdim=True)
-        moved = (new - z).norm(dim=1) / (new.norm(dim=1) + 1e-9)
-        z = new
-        if moved.max() < ORACLE_RTOL:
+        moved = (new - z[active]).norm(dim=1) / (new.norm(dim=1) + 1e-9)
+        z[active] = new
+        active = active[moved >= ORACLE_RTOL]
+        if not len(active):
             break
     return z
 
