@@ -181,8 +181,8 @@ def nearest_pattern(z: Float[Tensor, "N D"], patterns: Float[Tensor, "K D"]) -> 
 def oracle_recall(
     query: Float[Tensor, "N D"], patterns: Float[Tensor, "K D"], beta: float
 ) -> Float[Tensor, "N D"]:
-    """The retrieval steps in plain float64, until a query moves no more: shares no line with the memory that it checks."""
-    z, rows, active = query.double(), patterns.double(), torch.arange(len(query))
+    """The retrieval steps in plain float64 until a query rests: shares no line with the memory that it checks."""
+    z, rows, active = query.double().clone(), patterns.double(), torch.arange(len(query))
     for _ in range(ORACLE_STEPS):
         scores = beta * z[active] @ rows.T
         share = torch.exp(scores - scores.amax(1, keepdim=True))
