@@ -9,7 +9,7 @@ from helpers import DTYPES, assert_matches, grads
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 2), (7, 6), (2, 5, 66)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2), (7, 6), (2, 5, 66), (2, 3, 1024)], ids=str)
 def test_output_and_gradient_match_the_reference(shape, dtype) -> None:
     gate_up = (4 * torch.randn(shape)).to(dtype)
     narrow = torch.finfo(dtype).eps > torch.finfo(torch.float32).eps
@@ -29,3 +29,13 @@ def test_gradcheck_once_and_twice() -> None:
     (plain,) = torch.autograd.grad(swiglu(gate_up).sin().sum(), gate_up)
     (graph,) = torch.autograd.grad(swiglu(gate_up).sin().sum(), gate_up, create_graph=True)
     torch.testing.assert_close(graph, plain)
+
+
+def test_rows_of_the_gradient_never_lie_whole_pages_apart() -> None:
+    for width, stride in ((1024, 1040), (2048, 2064), (1000, 1000)):
+        gate_up = torch.randn(3, width, requires_grad=True)
+        (gradient,) = torch.autograd.grad(swiglu(gate_up).sum(), gate_up)
+        assert gradient.shape == (3, width) and gradient.stride() == (stride, 1)
+    weight = torch.randn(3, 1024, requires_grad=True)
+    swiglu(weight).sum().backward()
+    assert weight.grad is not None and weight.grad.is_contiguous()

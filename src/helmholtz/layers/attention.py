@@ -15,6 +15,7 @@ from helmholtz.layers.sequence import SequenceLayout, sequence_layout
 from helmholtz.layers.state import KVCache
 from helmholtz.ops.attention import softmax_attention
 from helmholtz.ops.rope import rotate_split
+from helmholtz.ops.rotary_attention import rotary_attention
 
 
 @final
@@ -68,7 +69,11 @@ class Attention(AbstractMixer[KVCache]):
         """
         self._check_width(x)
         layout = sequence_layout(x if source is None else source, attention_mask, cu_seqlens)
-        q, k, v = self._project(x, source, layout)
+        heads = self._project(x, source, layout)
+        if layout.mask is None and layout.cu_seqlens is None:
+            read = rotary_attention(*heads, self.n_heads, self.n_kv_heads, causal=self.causal)
+            return apply_linear(self.o_proj, read)
+        q, k, v = rotate_split(*heads, self.n_heads, self.n_kv_heads)
         read = softmax_attention(
             q, k, v, causal=self.causal, key_mask=layout.mask, cu_seqlens=layout.cu_seqlens
         )
@@ -88,7 +93,7 @@ class Attention(AbstractMixer[KVCache]):
     ) -> tuple[Float[Tensor, "B T D"], KVCache]:
         self._check_causal()
         self._check_width(x)
-        q, k, v = self._project(x, source, layout)
+        q, k, v = rotate_split(*self._project(x, source, layout), self.n_heads, self.n_kv_heads)
         state = state.append(k, v, layout.mask)
         return self._output(softmax_attention(q, state.k, state.v, key_mask=state.mask), layout), state
 
@@ -103,9 +108,8 @@ class Attention(AbstractMixer[KVCache]):
 
     def _project(
         self, x: Float[Tensor, "#B #T D"], source: Float[Tensor, "B T D"] | None, layout: SequenceLayout
-    ) -> tuple[Float[Tensor, "B H T K"], Float[Tensor, "B G T K"], Float[Tensor, "B G T K"]]:
-        """Queries of ``x``, keys and values of ``source``; queries and keys rotated by their positions."""
-        heads, groups = self.n_heads, self.n_kv_heads
+    ) -> tuple[Float[Tensor, "B T N K"], Float[Tensor, "*BT K"], Float[Tensor, "*BT K"]]:
+        """Queries of ``x``, keys and values of ``source`` side by side, and the table that turns them."""
         pads = None if layout.mask is None else ~layout.mask.unsqueeze(-1)
         if pads is not None and source is None:  # whatever a pad holds, NaN included
             x = x.masked_fill(pads, 0)
@@ -117,7 +121,7 @@ class Attention(AbstractMixer[KVCache]):
             q, kv = self._apart(x, source)
             joint = torch.cat([q.expand(*source.shape[:2], -1), kv], dim=-1)
         cos, sin = layout.rotation(self.d_head, self.rope_theta)
-        return rotate_split(joint.view(*joint.shape[:2], -1, self.d_head), cos, sin, heads, groups)
+        return joint.view(*joint.shape[:2], -1, self.d_head), cos, sin
 
     def _apart(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
         """Queries of ``x``, keys and values of ``source``; whole products only where a module must be called."""

@@ -28,7 +28,8 @@ def rope_table(
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
+def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
+    """``x`` rotated into ``out``, in one dtype; the table of a ``rope_table`` broadcasts to ``x``."""
     (a, b), (low, high), (first, second) = (y.chunk(2, dim=-1) for y in (x, sin, out))
     torch.mul(x, cos, out=out)
     first.addcmul_(b, low)
@@ -43,7 +44,7 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx, x, cos, sin):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cos, sin)
         wide = x.to(cos.dtype)
-        return _turn(wide, cos, sin, torch.empty_like(wide)).to(x.dtype)
+        return turn(wide, cos, sin, torch.empty_like(wide)).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -117,7 +118,7 @@ class _RotateSplit(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         plain, v = joint.split([heads + groups, groups], dim=2)
         wide = plain.to(cos.dtype)
-        turned = _turn(wide, cos, sin, torch.empty_like(wide)).to(joint.dtype)
+        turned = turn(wide, cos, sin, torch.empty_like(wide)).to(joint.dtype)
         q, k = turned.split([heads, groups], dim=2)
         return q, k, v
 
@@ -132,8 +133,8 @@ class _RotateSplit(torch.autograd.Function):
         q, k, v = out.split(sizes, dim=2)
         for grad, into in zip(grads[:2], (q, k), strict=True):
             if grad.dtype == cos.dtype:
-                _turn(grad, cos, -sin, into)
+                turn(grad, cos, -sin, into)
             else:
-                into.copy_(_turn(grad.to(cos.dtype), cos, -sin, torch.empty_like(grad, dtype=cos.dtype)))
+                into.copy_(turn(grad.to(cos.dtype), cos, -sin, torch.empty_like(grad, dtype=cos.dtype)))
         v.copy_(grads[2])
         return out, None, None, None, None

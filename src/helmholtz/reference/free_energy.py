@@ -70,6 +70,20 @@ def softmax_attention(
     )
 
 
+def rotary_attention(
+    joint: Float[Tensor, "B T N K"],
+    positions: Int[Tensor, "B T"],
+    heads: int,
+    groups: int,
+    *,
+    causal: bool = True,
+) -> Float[Tensor, "B T HK"]:
+    """Attention of heads that lie side by side; queries and keys are rotated by their positions."""
+    q, k, v = joint.double().transpose(1, 2).split([heads, groups, groups], dim=1)
+    read = softmax_attention(rope(q, positions), rope(k, positions), v, causal=causal)
+    return read.transpose(1, 2).flatten(2)
+
+
 def free_energy_from_weights(
     weights: Float[Tensor, "... S"],
     v: Float[Tensor, "... S"],
