@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from decoder_cases import codes_of, make_free, tokens_of
-from helmholtz.layers import Attention, FreeEnergyMixer, FreeEnergyMixerConfig
+from helmholtz.layers import Attention, FreeEnergyMixer, FreeEnergyMixerConfig, MambaMixer
 from helmholtz.layers.latent import Plan
 
 # the compiler itself warns about what it does
@@ -42,6 +42,11 @@ def test_a_mixer_compiles_with_its_own_gradients_beside_the_graph(prior):
     layer = FreeEnergyMixer(FreeEnergyMixerConfig(d_model=32, n_heads=4, prior=prior))
     assert layer.tdc is not None
     nn.init.normal_(layer.tdc.out_proj.weight, std=0.1)
+    assert_compiled_equals_eager(layer, fullgraph=False)
+
+
+def test_a_mamba_mixer_compiles_with_its_own_gradients_beside_the_graph():
+    layer = MambaMixer(32, d_inner=64, d_state=8, d_head=16)
     assert_compiled_equals_eager(layer, fullgraph=False)
 
 

@@ -190,6 +190,12 @@ def _span_backward(
     return dstate
 
 
+@torch.compiler.disable  # a compiler cannot trace writes into views
+def _chunked(*inputs: Any) -> tuple[Tensor, Tensor]:
+    y, last = _Chunked.apply(*inputs)
+    return y, last
+
+
 def _step(
     x: Tensor,
     delta: Tensor,
@@ -260,5 +266,5 @@ def ssd(
     if reset is not None:
         steps = steps.masked_fill(reset.unsqueeze(-1), -torch.inf)
     inputs = (u, step_sizes, steps, b, c, skip, state.to(compute))
-    y, last = _step(*inputs, strict) if num_steps == 1 else _Chunked.apply(*inputs, chunk, strict)
+    y, last = _step(*inputs, strict) if num_steps == 1 else _chunked(*inputs, chunk, strict)
     return y.to(x.dtype), last
