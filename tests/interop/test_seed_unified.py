@@ -76,7 +76,7 @@ def test_every_key_reaches_the_model():
         ({"alpha": 1.0}, "'alpha' has no meaning here: the equilibrium is where"),
         ({"lambda_l2": 0.1}, "'lambda_l2' has no meaning"),
         ({"memory_sise": 4}, "no key 'memory_sise'; did you mean 'memory_size'"),
-        ({"solver_type": "alternate"}, "must be one of .*'alternating'"),
+        ({"max_iterations": 0}, "max_steps must be an integer of at least 1"),
         ({"tol_fixedpoint": 0.0}, "must be a finite number above 0, got 0.0"),
     ],
 )
