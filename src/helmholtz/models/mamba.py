@@ -55,6 +55,7 @@ class Mamba(AbstractDecoder):
 
     def _checkpoint_gradients(self, enabled: bool) -> None:
         for block in self.blocks:
+            assert isinstance(block.mixer, MambaMixer)
             block.mixer.gradient_checkpointing = enabled
 
 
