@@ -73,7 +73,7 @@ def test_narrow_rows(mode, max_steps, dtype, threads):
 @pytest.mark.parametrize("mode", ["alternating", "simultaneous"])
 def test_wide_rows(mode, width, n_patterns, dtype, threads):
     torch.set_num_threads(threads)
-    check(width, n_patterns, dtype, quiet(mode, 4), n=80)
+    check(width, n_patterns, dtype, quiet(mode, 8), n=80)
 
 
 def test_every_evaluation_has_whole_tiles():
