@@ -15,6 +15,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SIGNATURES = {
     "docs/design/001-foundation.md",
     "docs/design/004-free-transformer.md",
+    "docs/design/005-mamba-hopfield.md",
 }  # lists signatures, in the shape of Python but not to be run
 TOO_LONG_TO_RUN = {"docs/training.md"}  # trains for minutes: its blocks are compiled, its imports run
 
