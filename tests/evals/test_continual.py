@@ -1,5 +1,7 @@
 """Continual learning: its measures, when the memory is written and which answer counts."""
 
+import json
+
 import pytest
 import torch
 
@@ -37,6 +39,7 @@ def test_measures_of_a_matrix():
     assert result.forward_transfer == pytest.approx(((0.2 - 0.1) + (0.3 - 0.1)) / 2)
     assert result.diagonal == pytest.approx(0.9)
     assert result.to_dict()["forgetting"] == result.forgetting and result.to_dict()["matrix"] == matrix
+    assert ContinualResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
     one = ContinualResult(((0.5,),), 0.1, 0, 0, None, None)
     assert one.forgetting == one.backward_transfer == one.forward_transfer == 0
 

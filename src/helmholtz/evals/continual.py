@@ -6,7 +6,7 @@ not, and are the control.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, final, get_args
 
 import torch
@@ -93,6 +93,12 @@ class ContinualResult:
         """For a result file, the measures included."""
         names = ("accuracy", "backward_transfer", "forgetting", "forward_transfer", "diagonal")
         return {**{name: getattr(self, name) for name in names}, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ContinualResult":
+        """What ``to_dict`` gave, also as JSON brings it back."""
+        own = {field.name: values[field.name] for field in fields(cls)}
+        return cls(**{**own, "matrix": tuple(tuple(row) for row in own["matrix"])})
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -8,6 +8,8 @@ from helmholtz.layers.equilibrium_config import EquilibriumConfig
 from helmholtz.layers.fem import FreeEnergyMixer, MixerState
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig, fem_widths
 from helmholtz.layers.fem_reading import Reading, inspect_read, read_statistics
+from helmholtz.layers.hopfield import HopfieldMemory, MarginWarning
+from helmholtz.layers.key_value_memory import KeyValueMemory, NGramKeys
 from helmholtz.layers.mamba import MambaCell, MambaMixer, MambaState
 from helmholtz.layers.mlp import SwiGLU
 from helmholtz.layers.sizing import matched_d_ff
@@ -22,11 +24,15 @@ __all__ = [
     "EquilibriumLayer",
     "FreeEnergyMixer",
     "FreeEnergyMixerConfig",
+    "HopfieldMemory",
     "KVCache",
+    "KeyValueMemory",
     "MambaCell",
     "MambaMixer",
     "MambaState",
+    "MarginWarning",
     "MixerState",
+    "NGramKeys",
     "Reading",
     "SwiGLU",
     "TokenProblem",
