@@ -90,8 +90,9 @@ def _weights(model: AbstractDecoder) -> dict[str, Tensor]:
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:
+    """Each tensor in memory of its own: in the file they start anywhere, and how a product rounds may depend on it."""
     try:
-        return load_file(file)
+        return {name: tensor.clone() for name, tensor in load_file(file).items()}
     except FileNotFoundError as error:
         raise ValueError(f"{file}: no such file") from error
     except SafetensorError as error:
