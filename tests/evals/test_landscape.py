@@ -194,8 +194,8 @@ def test_symmetric_patterns_share_the_plane_along_bisectors(n):
     assert len(found.attractors) == n
     parts = [(found.label == number).double().mean().item() for number in range(n)]
     assert found.shares == pytest.approx(parts) and list(found.shares) == sorted(parts, reverse=True)
-    assert {point.nearest_pattern for point in found.attractors} == set(range(n))
-    ends = torch.tensor([point.nearest_pattern for point in found.attractors])[found.label.flatten()]
+    assert {point.pattern for point in found.attractors} == set(range(n))
+    ends = torch.tensor([point.pattern for point in found.attractors])[found.label.flatten()]
     scores = plane.grid(ticks) @ patterns.T
     nearest, decided = scores.argmax(-1), scores.sort(-1).values.diff(dim=-1)[:, -1] > 1e-6
     assert decided.float().mean() > 0.9
@@ -218,6 +218,7 @@ def test_a_saddle_is_told_from_minima_however_few_its_falling_directions():
     # J = lambda beta R^2 along the line of the patterns, 0 across
     assert ridge.smallest_curvature == pytest.approx(1 - 2 * math.sqrt(32))
     assert critical_point(case, case.z).kind == "minimum"
+    assert ridge.pattern_weight == pytest.approx(0.5) and critical_point(case, case.z).pattern_weight > 0.99
     plane = choose_plane(replace(case, start=case.start + 1))  # everything else is on one line
     found = basins(case, plane, torch.linspace(-3, 3, 10, dtype=torch.float64))
     (saddle,) = saddles_between(case, found.attractors)
@@ -286,7 +287,7 @@ def test_pictures_are_small_and_leave_no_figure(tmp_path):
     around = found.basins(resolution=11)
     plot_slice(found.slice(resolution=21), tmp_path / "a" / "slice.png", title="slice")
     plot_trajectories(found.trajectories(), tmp_path / "trajectories.png", title="paths")
-    plot_basins(around, tmp_path / "basins.png", title="basins", saddles=found.critical_points(around))
+    plot_basins(around, tmp_path / "basins.png", title="basins", points=found.critical_points(around))
     plot_memory(found.memory(), tmp_path / "memory.png", title="memory")
     files = sorted(tmp_path.rglob("*.png"))
     assert [file.name for file in files] == ["slice.png", "basins.png", "memory.png", "trajectories.png"]

@@ -132,8 +132,7 @@ def run(arguments: list[str], console: Console) -> int:
     title = f"{model.config.stability} model, {name}"
     plot_slice(found, folder / "slice.png", title=f"Energy of {name} ({model.config.stability} regime)")
     plot_trajectories(paths, folder / "trajectories.png", title=f"How the solvers come to rest: {title}")
-    saddles = points[len(around.attractors) :]
-    plot_basins(around, folder / "basins.png", title=f"Where starts end: {title}", saddles=saddles)
+    plot_basins(around, folder / "basins.png", title=f"Where starts end: {title}", points=points)
     plot_memory(
         memory, folder / "memory.png", title=f"{len(memory.usage)} patterns and {tokens.shape[1]} tokens"
     )

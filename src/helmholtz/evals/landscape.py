@@ -218,8 +218,8 @@ def points_to_dict(points: tuple[CriticalPoint, ...]) -> list[dict[str, Any]]:
             "gradient_norm": point.gradient_norm,
             "smallest_curvature": point.smallest_curvature,
             "num_descending": point.num_descending,
-            "nearest_pattern": point.nearest_pattern,
-            "pattern_distance": point.pattern_distance,
+            "pattern": point.pattern,
+            "pattern_weight": point.pattern_weight,
         }
         for point in points
     ]

@@ -11,6 +11,7 @@ from torch import Tensor
 from helmholtz.evals.equilibria import jacobian, repeated
 from helmholtz.evals.landscape_case import SAME, Plane, TokenCase
 from helmholtz.layers.equilibrium import TokenProblem
+from helmholtz.ops.hopfield import hopfield_weights
 from helmholtz.solvers import solve
 from helmholtz.solvers.base import Mode
 
@@ -77,8 +78,10 @@ class CriticalPoint:
     """Smallest eigenvalue of the energy's Hessian ``I - J``, from its whole spectrum."""
     num_descending: int
     """Negative eigenvalues: independent directions in which the energy falls."""
-    nearest_pattern: int | None
-    pattern_distance: float | None
+    pattern: int | None
+    """The one that it retrieves most; None without patterns."""
+    pattern_weight: float
+    """Its retrieval weight."""
 
     @property
     def kind(self) -> Literal["minimum", "saddle"]:
@@ -150,15 +153,15 @@ def critical_point(case: TokenCase, z: Float[Tensor, "D"]) -> CriticalPoint:
     """
     step, energy = case.evaluate(z.unsqueeze(0))
     curvature = 1 - torch.linalg.eigvalsh(jacobian(case.problem, 0, z))
-    nearest = (case.patterns - z).norm(dim=-1).min(0) if len(case.patterns) else None
+    weights = hopfield_weights(z, case.patterns, case.problem.parameters.beta)
     return CriticalPoint(
         z=z,
         energy=energy.item(),
         gradient_norm=step.norm().item(),
         smallest_curvature=curvature.min().item(),
         num_descending=int((curvature < 0).sum()),
-        nearest_pattern=None if nearest is None else int(nearest.indices),
-        pattern_distance=None if nearest is None else nearest.values.item(),
+        pattern=int(weights.argmax()) if len(weights) else None,
+        pattern_weight=weights.max().item() if len(weights) else 0.0,
     )
 
 

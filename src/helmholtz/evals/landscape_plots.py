@@ -6,6 +6,7 @@ patterns.
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -157,6 +158,8 @@ def _frame(axes: Any, plane: Plane, ticks: list[float]) -> None:
 def plot_trajectories(found: Trajectories, file: Path, *, title: str) -> None:
     """Energy and residual at each step of every mode, and their paths in the plane of their main directions."""
     plt = pyplot()
+    from matplotlib.ticker import MaxNLocator
+
     figure, (first, second, third) = plt.subplots(1, 3, figsize=WIDE, layout="constrained")
     for path in found.paths:
         colour, marker, line = MODE_STYLES[path.mode]
@@ -176,9 +179,13 @@ def plot_trajectories(found: Trajectories, file: Path, *, title: str) -> None:
     third.scatter(0, 0, s=180, marker="*", color="#E69F00", edgecolors="black", zorder=5, label="equilibrium")
     third.set(xlabel="first main direction (R)", ylabel="second main direction (R)")
     _at_least(third)
-    third.set_title(f"paths: the plane holds {100 * found.explained:.0f} % of them")
+    third.set_title(f"paths ({100 * found.explained:.0f} % in this plane)")
     for axes in (first, second, third):
-        axes.grid(alpha=0.3)
+        axes.grid(color="0.9")
+        axes.title.set_fontsize(10)
+        axes.tick_params(labelsize=8)
+    for axes in (first, second):
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     figure.legend(loc="outside lower center", ncols=3, fontsize=9)
     figure.suptitle(title, fontsize=11)
     _save(figure, file, plt)
@@ -189,12 +196,9 @@ def _path_label(path: SolverPath, found: Trajectories) -> str:
     steps = path.num_steps(rtol)
     name = MODE_NAMES.get(path.mode, path.mode)
     where = "" if path.ends_at_equilibrium else ", ends elsewhere"
-    reached = (
-        f"{steps} steps to {rtol:g}"
-        if steps is not None
-        else f"not at {rtol:g} in {len(path.energy) - 1} steps"
-    )
-    return f"{name}: {reached}{where}"
+    if steps is None:
+        return f"{name}: not at {rtol:g} in {len(path.energy) - 1} steps{where}"
+    return f"{name}: {steps} {'step' if steps == 1 else 'steps'} to {rtol:g}{where}"
 
 
 def _draw_slopes(axes: Any, found: Trajectories) -> None:
@@ -208,7 +212,7 @@ def _draw_slopes(axes: Any, found: Trajectories) -> None:
         if 0 < factor < 1:
             line = [first * factor**step for step in range(n) if first * factor**step > LOWEST_SHOWN]
             axes.semilogy(
-                range(len(line)), line, color=colour, linestyle="--", label=f"{name}: {factor:.2f} per step"
+                range(len(line)), line, color=colour, linestyle="--", label=f"{name}: {factor:.2g} per step"
             )
     rtol = found.case.solver.rtol
     axes.axhline(rtol, color="#56B4E9", linewidth=1, label=f"the model stops at {rtol:g}")
@@ -225,10 +229,11 @@ def _two(places: Tensor) -> Tensor:
     return torch.nn.functional.pad(places, (0, 2 - places.shape[-1]))
 
 
-def plot_basins(found: Basins, file: Path, *, title: str, saddles: tuple[CriticalPoint, ...] = ()) -> None:
-    """Which attractor each start of the plane ends in, and after how many steps."""
+def plot_basins(found: Basins, file: Path, *, title: str, points: Sequence[CriticalPoint] = ()) -> None:
+    """Which attractor each start of the plane ends in, and after how many steps; of ``points``, saddles are marked."""
     plt = pyplot()
     from matplotlib.colors import BoundaryNorm, ListedColormap
+    from matplotlib.ticker import MaxNLocator
 
     figure, (left, right) = plt.subplots(1, 2, figsize=TALL, layout="constrained")
     ticks, last = (found.ticks / found.case.radius).tolist(), len(COLOURS) - 1
@@ -246,16 +251,19 @@ def plot_basins(found: Basins, file: Path, *, title: str, saddles: tuple[Critica
         vmin=fewest,
         rasterized=True,
     )
-    figure.colorbar(mesh, ax=right, label="steps to a residual of 1e-8", shrink=0.8)
+    _colour_bar(figure, mesh, right, "plain steps to a residual of 1e-8")
+    mesh.colorbar.locator = MaxNLocator(8, integer=True)
+    mesh.colorbar.update_ticks()
     n = len(found.attractors)
     left.set_title(
-        "every start has one end" if n == 1 else f"starts by where they end: {n} attractors", fontsize=10
+        "every start ends in one place" if n == 1 else f"starts by where they end: {n} attractors",
+        fontsize=10,
     )
     right.set_title("how long they take", fontsize=10)
     for axes in (left, right):
         _draw_markers(axes, found.case, found.plane)
         _frame(axes, found.plane, ticks)
-    _draw_saddles(left, found, saddles)
+    _draw_saddles(left, found, points)
     handles, labels = left.get_legend_handles_labels()
     patches, names = _basin_legend(plt, found)
     figure.legend(
@@ -265,8 +273,9 @@ def plot_basins(found: Basins, file: Path, *, title: str, saddles: tuple[Critica
     _save(figure, file, plt)
 
 
-def _draw_saddles(axes: Any, found: Basins, saddles: tuple[CriticalPoint, ...]) -> None:
-    near = [point.z for point in saddles if found.plane.distance(point.z) < 0.1 * found.case.radius]
+def _draw_saddles(axes: Any, found: Basins, points: Sequence[CriticalPoint]) -> None:
+    saddles = [point.z for point in points if point.kind == "saddle"]
+    near = [z for z in saddles if found.plane.distance(z) < SAME * found.case.radius]
     if near:
         places = found.plane.coordinates(torch.stack(near)) / found.case.radius
         axes.scatter(
@@ -298,13 +307,12 @@ def _basin_legend(plt: Any, found: Basins) -> tuple[list[Any], list[str]]:
 
 
 def _place(case: TokenCase, point: CriticalPoint) -> str:
-    """What an attractor is called: by the pattern at which it is, if it is at one."""
+    """What an attractor is called: by the pattern that it retrieves, if there is one."""
     if (point.z - case.z).norm() < SAME * case.radius:
         return "this equilibrium, E 0"
-    if point.pattern_distance is not None and point.pattern_distance < 0.25 * case.radius:
-        name = f"near pattern {point.nearest_pattern}"
-    else:
-        name = f"a {point.kind} between patterns"
+    name = f"retrieves pattern {point.pattern}" if point.pattern_weight > 0.5 else "retrieves a mixture"
+    if point.kind == "saddle":
+        name = f"a saddle, {name}"
     return f"{name}, E {point.energy:+.2g}"
 
 
@@ -335,7 +343,7 @@ def plot_memory(found: MemoryOrganisation, file: Path, *, title: str) -> None:
     third.set_title(
         f"in use: {alike:.0f} patterns, {math.exp(found.token_entropy):.1f} by a token", fontsize=10
     )
-    third.grid(alpha=0.3)
+    third.grid(color="0.9")
     figure.legend(loc="outside lower center", ncols=3, fontsize=9)
     figure.suptitle(
         f"{title}\nretrieval margin {found.margin:.1f} nats (3 and more retrieve reliably)", fontsize=11
