@@ -1,11 +1,12 @@
-"""The demo: five language models on the complete Shakespeare, at equal budgets, compared.
+"""The demo: seven language models on the complete Shakespeare, at equal budgets, compared.
 
-    python examples/demo.py                # about 7 minutes on 2 cores; interrupted, it goes on where it was
+    python examples/demo.py                # about 11 minutes on 2 cores; interrupted, it goes on where it was
     python examples/demo.py --seed 1       # the same with another seed
 
-Trains the baseline, the Free Energy Mixer with the softmax and the GLA prior, and a Free Transformer next to its
-control (no plan, one more block), one process each, through the command line that users have. Everything is in
-runs/demo and results/comparison; with a seed other than 0 in runs/demo-seed<n> and results/comparison-seed<n>.
+Trains the baseline, the Free Energy Mixer with the softmax and the GLA prior, a Free Transformer next to its control
+(no plan, one more block), and Mamba with and without an equilibrium per token, one process each, through the command
+line that users have. Everything is in runs/demo and results/comparison; with a seed other than 0 in runs/demo-seed<n>
+and results/comparison-seed<n>.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("baseline", "fem_softmax", "fem_gla", "control", "free_transformer")
+NAMES = ("baseline", "fem_softmax", "fem_gla", "control", "free_transformer", "mamba", "mamba_hopfield")
 PROMPT = "KING HENRY.\n"
 SENTENCE = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer"
 
@@ -66,6 +67,7 @@ def show(console: Console, runs: Path, results: Path) -> list[Path]:
         "--n_plans=4",
         f"--picture={pictures[-1]}",
     )
+    pictures += equilibria(console, f"--checkpoint={runs / 'mamba_hopfield'}", results)
     for name in NAMES:
         text = helmholtz(
             "generate",
@@ -80,8 +82,18 @@ def show(console: Console, runs: Path, results: Path) -> list[Path]:
     return pictures
 
 
+def equilibria(console: Console, checkpoint: str, results: Path) -> list[Path]:
+    """Whether the trained model keeps its promises, and the energy of a token; returns the pictures."""
+    console.rule("the equilibria of Mamba-Hopfield")
+    helmholtz("validate", checkpoint, f"--text={SENTENCE}", f"--output={results / 'validate.json'}")
+    helmholtz(
+        "landscape", checkpoint, f"--text={SENTENCE}", f"--output={results / 'landscape'}", capture=True
+    )
+    return sorted((results / "landscape").glob("*.png"))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train and compare five language models of equal size.")
+    parser = argparse.ArgumentParser(description="Train and compare seven language models of equal size.")
     parser.add_argument("--seed", type=int, default=0)
     seed = parser.parse_args().seed
     console, begin = Console(highlight=False), time.perf_counter()
