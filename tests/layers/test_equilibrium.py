@@ -44,6 +44,8 @@ def test_pads_come_out_as_zero_and_change_nothing() -> None:
     assert not found.num_steps[~MASK].any() and found.num_steps[MASK].all()
     assert found.rows(found.z).shape == (7, 8)
     assert torch.equal(found.scatter(found.rows(found.z)), found.z)
+    assert torch.equal(found.scatter(torch.ones(7), pad=-1) == 1, MASK)
+    assert (found.scatter(torch.ones(7), pad=-1)[~MASK] == -1).all()
 
 
 def test_a_call_of_pads_alone() -> None:
