@@ -4,6 +4,7 @@ from helmholtz.layers import (
     Attention,
     FreeEnergyMixer,
     FreeEnergyMixerConfig,
+    HopfieldMemory,
     fem_widths,
     inspect_read,
     matched_d_ff,
@@ -17,6 +18,7 @@ from helmholtz.models.mamba import MambaConfig
 from helmholtz.models.mamba_hopfield import MambaHopfieldConfig
 from helmholtz.models.planning import PlanSettings, generate_planned
 from helmholtz.models.transformer import TransformerConfig
+from helmholtz.solvers import SolverConfig
 
 __version__ = "0.1.0"
 
@@ -29,12 +31,14 @@ __all__ = [
     "FreeEnergyMixerConfig",
     "FreeTransformer",
     "FreeTransformerConfig",
+    "HopfieldMemory",
     "Mamba",
     "MambaConfig",
     "MambaHopfield",
     "MambaHopfieldConfig",
     "PlanSettings",
     "SamplingSettings",
+    "SolverConfig",
     "Transformer",
     "TransformerConfig",
     "fem_widths",
