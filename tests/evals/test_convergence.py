@@ -91,6 +91,9 @@ def test_results_are_plain_values_and_follow_the_seed():
     assert first["all_passed"] is True
     assert first["contraction"]["checks"][0].keys() == {"what", "measured", "comparison", "limit", "passed"}
     assert first["energy_descent"]["violation_rate"] == 0
+    words = {"contraction": "is_contractive", "energy_descent": "monotonic_descent", "stability": "is_stable",
+             "uniqueness": "is_unique", "lyapunov": "is_lyapunov"}  # fmt: skip
+    assert all(first[test][word] is True for test, word in words.items())
     assert first["lyapunov"]["lyapunov_rate"] == first["stability"]["stability_rate"] == 1
 
 

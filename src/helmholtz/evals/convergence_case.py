@@ -53,14 +53,18 @@ class AbstractTest(abc.ABC):
         """Numbers that are told and decide nothing."""
         return {}
 
+    def verdicts(self) -> dict[str, bool]:
+        """What the numbers say in a word, by the original's names."""
+        return {}
+
     @property
     def passed(self) -> bool:
         return all(check.passed for check in self.checks())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: all fields, ``passed`` and the checks."""
+        """Plain values: all fields, the verdicts, ``passed`` and the checks."""
         checks = [asdict(check) | {"passed": check.passed} for check in self.checks()]
-        return asdict(self) | {"passed": self.passed, "checks": checks}
+        return asdict(self) | self.verdicts() | {"passed": self.passed, "checks": checks}
 
 
 @final

@@ -60,6 +60,9 @@ class ContractionTest(AbstractTest):
     def is_contractive(self) -> bool:
         return self.certificate < 1 and self.max_lipschitz <= self.certificate + 1e-3
 
+    def verdicts(self) -> dict[str, bool]:
+        return {"is_contractive": self.is_contractive}
+
     def checks(self) -> tuple[Check, ...]:
         tested = Check("points tested", self.tested_points, ">", 0)
         if not self.contractive:
@@ -99,6 +102,9 @@ class DescentTest(AbstractTest):
     @property
     def monotonic_descent(self) -> bool:
         return self.violation_rate == 0 and not any(self.mode_violations.values())
+
+    def verdicts(self) -> dict[str, bool]:
+        return {"monotonic_descent": self.monotonic_descent}
 
     def checks(self) -> tuple[Check, ...]:
         rising = (Check(f"rising steps, {name}", n, "<=", 0) for name, n in self.mode_violations.items())

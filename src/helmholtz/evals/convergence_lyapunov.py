@@ -50,6 +50,9 @@ class LyapunovTest(AbstractTest):
     def is_lyapunov(self) -> bool:
         return self.passed
 
+    def verdicts(self) -> dict[str, bool]:
+        return {"is_lyapunov": self.is_lyapunov}
+
     def checks(self) -> tuple[Check, ...]:
         return (
             Check("starts where V is positive", self.positive_rate, ">=", 1),

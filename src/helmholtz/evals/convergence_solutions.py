@@ -45,6 +45,9 @@ class StabilityTest(AbstractTest):
     def is_stable(self) -> bool:
         return self.passed
 
+    def verdicts(self) -> dict[str, bool]:
+        return {"is_stable": self.is_stable}
+
     def checks(self) -> tuple[Check, ...]:
         return (
             Check("equilibria tested", self.tested_equilibria, ">", 0),
@@ -76,6 +79,9 @@ class UniquenessTest(AbstractTest):
     @property
     def is_unique(self) -> bool:
         return self.max_attractors == 1
+
+    def verdicts(self) -> dict[str, bool]:
+        return {"is_unique": self.is_unique}
 
     def checks(self) -> tuple[Check, ...]:
         tested = Check("starts tested", self.tested_starts, ">", 0)
