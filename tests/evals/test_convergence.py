@@ -190,6 +190,21 @@ def test_a_wrong_energy_is_found(monkeypatch):
     report = validate(fresh())
     assert {"energy_descent", "lyapunov", "residual_energy"} <= set(report.failed)
     assert "contraction" not in report.failed and "gradient" not in report.failed
+    assert report.lyapunov.decreasing_rate < 1
+
+
+def test_an_energy_four_times_too_large_is_not_bounded_by_the_residual(monkeypatch):
+    both, energy = TokenProblem.map_and_energy, TokenProblem.energy
+
+    def larger(self, z):
+        f, value = both(self, z)
+        return f, 4 * value
+
+    monkeypatch.setattr(TokenProblem, "map_and_energy", larger)
+    monkeypatch.setattr(TokenProblem, "energy", lambda self, z: 4 * energy(self, z))
+    report = validate(fresh(), batch=1)
+    assert report.failed == ("lyapunov", "residual_energy")
+    assert report.lyapunov.bound_rate == 0 and report.lyapunov.decreasing_rate == 1
 
 
 def test_a_solver_that_goes_uphill_is_found(monkeypatch):
