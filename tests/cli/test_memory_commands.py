@@ -1,8 +1,10 @@
 import json
 
 import pytest
+import torch
 
 from helmholtz.cli import continual, recall
+from helmholtz.cli.learners import LEARNERS, build_learner
 from helmholtz.cli.main import main
 from helmholtz.evals.recall import Corruption
 
@@ -27,7 +29,7 @@ def test_recall_from_the_shell(capsys, tmp_path, _tiny):
         "--profile=tiny",
         "--trials=25",
         "--pairs=1",
-        "--train-steps=3",
+        "--train_steps=3",
         f"--output={tmp_path}",
     )
     code, out, _ = call(capsys, *command)
@@ -37,8 +39,8 @@ def test_recall_from_the_shell(capsys, tmp_path, _tiny):
     assert {"date", "commit", "hardware", "seed"} <= content.keys()
     assert all(row["agrees"] and row["n_trials"] == 25 for row in content["patterns"] + content["values"])
     assert content["in_context"]["written"]["accuracy"] >= 0.99
-    assert content["in_context"]["untrained decoder"]["steps"] == 0
-    assert content["in_context"]["trained decoder"]["steps"] == 3
+    assert content["in_context"]["untrained mamba_hopfield"]["steps"] == 0
+    assert content["in_context"]["trained mamba_hopfield"]["steps"] == 3
     assert (tmp_path / "recall.png").stat().st_size > 10_000
     assert "32 pairs in a context, written: 1.000 (chance 0.016)" in out and "mask 0.5" in out
 
@@ -61,8 +63,11 @@ def test_continual_from_the_shell(capsys, tmp_path):
 
 
 def test_every_learner_can_be_built():
-    for build in continual.LEARNERS.values():
-        assert build(30).config.vocab_size == 30
+    for name in LEARNERS:
+        model = build_learner(name, vocab_size=30, n_tokens=4, seed=1)
+        again = build_learner(name, vocab_size=30, n_tokens=4, seed=1)
+        assert (model.config.vocab_size, model.config.max_seq_len) == (30, 4)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -70,8 +75,9 @@ def test_every_learner_can_be_built():
     [
         (["recall", "--profile=huge"], "profile must be one of ['ci', 'full'], got 'huge'"),
         (["recall", "--trials=0"], "trials must be an integer of at least 1, got 0"),
-        (["recall", "--train-steps=-1"], "train_steps must be an integer of at least 0, got -1"),
+        (["recall", "--train_steps=-1"], "train_steps must be an integer of at least 0, got -1"),
         (["continual", "--learner=mambo"], "did you mean 'mamba'?"),
+        (["recall", "--learner=rnn"], "learner must be one of"),
         (["continual", "--seeds", "-1"], "seeds must be an integer of at least 0, got -1"),
         (["continual", "--step", "1"], "unknown option --step; did you mean 'steps'?"),
     ],

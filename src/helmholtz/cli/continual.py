@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,34 +16,16 @@ from helmholtz._checks import check_choice, check_integer
 from helmholtz._files import write_atomically
 from helmholtz._hardware import describe_hardware, git_commit
 from helmholtz.cli.arguments import make_parser, parse
+from helmholtz.cli.learners import LEARNERS, build_learner
 from helmholtz.data.recall import MapTask
 from helmholtz.evals.continual import ContinualConfig, ContinualLearning, ContinualResult, joint_accuracy
 from helmholtz.evals.memory_plots import plot_continual
 from helmholtz.models.base import AbstractDecoder
-from helmholtz.models.mamba import Mamba, MambaConfig
-from helmholtz.models.mamba_hopfield import MambaHopfield, MambaHopfieldConfig
-from helmholtz.models.transformer import Transformer, TransformerConfig
 
 DESCRIPTION = (
     "Continual learning: maps over shared inputs and labels, one after another, by a decoder alone, with a memory, "
     "with a memory whose keys drift, with one that is too small, and on all maps at once."
 )
-D_MODEL, N_LAYERS, N_TOKENS = 64, 2, 2
-LEARNERS: dict[str, Callable[[int], AbstractDecoder]] = {
-    "transformer": lambda vocab_size: Transformer(
-        TransformerConfig(
-            vocab_size=vocab_size, d_model=D_MODEL, n_layers=N_LAYERS, n_heads=2, max_seq_len=N_TOKENS
-        )
-    ),
-    "mamba": lambda vocab_size: Mamba(
-        MambaConfig(vocab_size=vocab_size, d_model=D_MODEL, n_layers=N_LAYERS, max_seq_len=N_TOKENS)
-    ),
-    "mamba_hopfield": lambda vocab_size: MambaHopfield(
-        MambaHopfieldConfig(
-            vocab_size=vocab_size, d_model=D_MODEL, n_layers=N_LAYERS, n_patterns=64, max_seq_len=N_TOKENS
-        )
-    ),
-}
 JOINT = "all maps at once"
 
 
@@ -74,8 +56,7 @@ def learn(
 
 
 def _build(learner: str, config: ContinualConfig, seed: int) -> AbstractDecoder:
-    torch.manual_seed(seed)
-    return LEARNERS[learner](config.task.vocab_size)
+    return build_learner(learner, vocab_size=config.task.vocab_size, n_tokens=2, seed=seed)
 
 
 def result_table(

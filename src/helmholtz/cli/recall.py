@@ -15,6 +15,7 @@ from helmholtz._checks import check_choice, check_integer
 from helmholtz._files import write_atomically
 from helmholtz._hardware import describe_hardware, git_commit
 from helmholtz.cli.arguments import make_parser, parse
+from helmholtz.cli.learners import LEARNERS, build_learner
 from helmholtz.data.recall import PairTask
 from helmholtz.evals.in_context_recall import InContextRecall, InContextResult, recall_by_memory
 from helmholtz.evals.memory_plots import plot_recall
@@ -25,11 +26,10 @@ from helmholtz.evals.recall import (
     recall_patterns,
     recall_values,
 )
-from helmholtz.models.transformer import Transformer, TransformerConfig
 
 DESCRIPTION = (
     "Recall from a Hopfield memory: patterns spoilt by noise, masks and flips beside a float64 oracle and the nearest "
-    "neighbour, values from keys, and pairs in a context. Nothing is trained unless --train-steps says so."
+    "neighbour, values from keys, and pairs in a context. Nothing is trained unless --train_steps says so."
 )
 NOISES = (0.0, 0.5, 1.0, 1.5)
 SPOILT = (
@@ -80,22 +80,19 @@ def value_results(profile: str, trials: int, seed: int, console: Console) -> lis
 
 
 def in_context_results(
-    pairs: int, steps: int, seed: int, console: Console
+    learner: str, pairs: int, steps: int, seed: int, console: Console
 ) -> dict[str, tuple[PairTask, InContextResult]]:
     """A memory that is written, an untrained decoder and, if asked for, the trained one."""
     written = PairTask(n_pairs=32, n_keys=64, n_values=64)
     task = PairTask(n_pairs=pairs, n_keys=max(16, pairs), n_values=16)
-    torch.manual_seed(seed)
-    config = TransformerConfig(
-        vocab_size=task.vocab_size, d_model=64, n_layers=2, n_heads=2, max_seq_len=task.n_tokens
-    )
-    recall = InContextRecall(Transformer(config), task, seed=seed)
+    model = build_learner(learner, vocab_size=task.vocab_size, n_tokens=task.n_tokens, seed=seed)
+    recall = InContextRecall(model, task, seed=seed)
     results = {"written": (written, recall_by_memory(written, 1000, seed=seed))}
-    results["untrained decoder"] = (task, recall.evaluate())
+    results[f"untrained {learner}"] = (task, recall.evaluate())
     if steps:
         with console.status(f"training on {pairs} pairs"):
             recall.train(steps)
-        results["trained decoder"] = (task, recall.evaluate())
+        results[f"trained {learner}"] = (task, recall.evaluate())
     return results
 
 
@@ -174,13 +171,17 @@ def options(arguments: list[str]) -> dict[str, Any]:
     )
     parser.add_argument("--pairs", type=int, default=4, help="pairs in the context of the decoder")
     parser.add_argument(
-        "--train-steps", type=int, default=0, help="steps of a decoder on them; 0 trains none"
+        "--learner", type=str, default="mamba_hopfield", help=f"the decoder: one of {', '.join(LEARNERS)}"
+    )
+    parser.add_argument(
+        "--train_steps", type=int, default=0, help="steps of a decoder on them; 0 trains none"
     )
     parser.add_argument("--seed", type=int, default=0, help="of patterns, queries and weights")
     parser.add_argument("--output", type=str, default="results/memory", help="folder of the result")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     values = parse(parser, arguments)
     check_choice("profile", values["profile"], PROFILES)
+    check_choice("learner", values["learner"], LEARNERS)
     for name in ("trials", "pairs", "threads"):
         check_integer(name, values[name])
     for name in ("train_steps", "seed"):
@@ -196,7 +197,7 @@ def run(arguments: list[str], console: Console) -> int:
     console.print(pattern_table(patterns))
     pairs = value_results(profile, values["trials"], seed, console)
     console.print(value_table(pairs))
-    in_context = in_context_results(values["pairs"], values["train_steps"], seed, console)
+    in_context = in_context_results(values["learner"], values["pairs"], values["train_steps"], seed, console)
     for name, (task, result) in in_context.items():
         console.print(
             f"{task.n_pairs} pairs in a context, {name}: {result.accuracy:.3f} (chance {result.chance:.3f})"

@@ -35,7 +35,7 @@ def plot_recall(results: Sequence[RecallResult], file: Path) -> None:
         axes.set_xlabel("noise, in norms of the pattern")
         axes.set_ylim(-0.04, 1.04)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc="lower left")
+        axes.legend(fontsize=8, loc="center left")
     panels[0][0].set_ylabel("patterns recalled")
     figure.suptitle(
         "recall: memory (line), float64 oracle (circles), nearest neighbour (dashed)", fontsize=10

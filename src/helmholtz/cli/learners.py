@@ -1,0 +1,31 @@
+"""The small decoders that the memory experiments train."""
+
+from typing import Any
+
+import torch
+
+from helmholtz._checks import check_choice
+from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.mamba import Mamba, MambaConfig
+from helmholtz.models.mamba_hopfield import MambaHopfield, MambaHopfieldConfig
+from helmholtz.models.transformer import Transformer, TransformerConfig
+
+LEARNERS = ("transformer", "mamba", "mamba_hopfield")
+D_MODEL, N_LAYERS, N_PATTERNS = 64, 2, 64
+
+
+def build_learner(name: str, *, vocab_size: int, n_tokens: int, seed: int) -> AbstractDecoder:
+    """A decoder for sequences of at most ``n_tokens``, its weights drawn by the seed (torch's global one is set)."""
+    check_choice("learner", name, LEARNERS)
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "d_model": D_MODEL,
+        "n_layers": N_LAYERS,
+        "max_seq_len": n_tokens,
+    }
+    if name == "transformer":
+        return Transformer(TransformerConfig(**sizes, n_heads=2))
+    if name == "mamba":
+        return Mamba(MambaConfig(**sizes))
+    return MambaHopfield(MambaHopfieldConfig(**sizes, n_patterns=N_PATTERNS))
