@@ -215,7 +215,7 @@ BAD_CONFIGS = {
     "beta": ({"beta": 0.0}, "beta must be a finite number above 0"),
     "novelty": ({"novelty": 1.5}, r"novelty must be in \(0, 1\], got 1.5"),
     "stability": ({"stability": "contract"}, "stability must be one of .*did you mean 'contractive'"),
-    "adjoint": ({"adjoint": "implict"}, "adjoint must be one of .*did you mean 'implicit'"),
+    "adjoint": ({"adjoint": "implicitly"}, "adjoint must be one of .*did you mean 'implicit'"),
     "adjoint_steps": ({"adjoint_steps": 0}, "adjoint_steps must be an integer of at least 1, got 0"),
     "policy": ({"slot_policy": "lifo"}, "slot_policy must be one of .*did you mean 'fifo'"),
 }
