@@ -94,6 +94,9 @@ def test_defect_06_a_row_does_not_depend_on_its_neighbours(mode):
     other = torch.cat([ids[:1], ids_of(1, seed=2)])
     assert torch.equal(model(ids)[0], model(other)[0])
     torch.testing.assert_close(model(ids)[:1], model(ids[:1]), rtol=0, atol=1e-5)
+    near, far = torch.zeros(2, 12, 16), torch.zeros(2, 12, 16)
+    far[1] = 30.0  # takes longer to come to rest
+    assert torch.equal(model(ids, z_init=near)[0][0], model(ids, z_init=far)[0][0])
 
 
 def test_defect_07_the_patterns_are_learned():

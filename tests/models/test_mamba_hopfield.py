@@ -94,6 +94,23 @@ def test_prefill_and_steps_equal_the_whole_pass(stability: str, prompt: int) -> 
     assert torch.equal(steps, whole.equilibrium.num_steps)
 
 
+@torch.no_grad()
+def test_a_stream_may_start_warm() -> None:
+    """At the predecessor's equilibrium: the same logits within the tolerance, from another start."""
+    model, tokens, kept = STREAMS["contractive"], tokens_of(2, 12), STREAMS["contractive"].solver
+    model.solver = SolverConfig(max_steps=100, rtol=2e-6, energy_rtol=1e-6)
+    out = model.step(tokens[:, :6], model.init_state(2))
+    for t in range(6, 12):
+        cold = model.step(tokens[:, t : t + 1], out.state)
+        warm = model.step(tokens[:, t : t + 1], out.state, z_init=out.equilibrium.z[:, -1])
+        assert torch.equal(warm.equilibrium.z_init[:, 0], out.equilibrium.z[:, -1])
+        torch.testing.assert_close(warm.logits, cold.logits, rtol=0, atol=1e-5)
+        out = warm
+    model.solver = kept
+    with pytest.raises(ValueError, match="z_init"):
+        model.step(tokens[:, :1], out.state, z_init=torch.zeros(3, 16))
+
+
 def test_generation_is_greedy_on_the_whole_pass() -> None:
     model, settings = STREAMS["contractive"], SamplingSettings(max_new_tokens=8, temperature=0)
     prompts = [[1, 2, 3, 4, 5], [6, 7]]

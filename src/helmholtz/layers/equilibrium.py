@@ -218,11 +218,16 @@ class EquilibriumLayer(nn.Module):
         return EquilibriumState(None)
 
     def extend(
-        self, c: Float[Tensor, "B T D"], state: EquilibriumState, layout: SequenceLayout
+        self,
+        c: Float[Tensor, "B T D"],
+        state: EquilibriumState,
+        layout: SequenceLayout,
+        *,
+        z_init: Shaped[Tensor, "..."] | None = None,
     ) -> tuple[Equilibrium, EquilibriumState]:
-        """Equilibria of the next tokens of a stream: those of the whole sequence."""
+        """Equilibria of the next tokens of a stream: those of the whole sequence; ``z_init`` as in ``forward``."""
         dynamics = self.dynamics(c, layout, state.recurrence)
-        return self._equilibrium(c, dynamics, None), EquilibriumState(dynamics.state)
+        return self._equilibrium(c, dynamics, z_init), EquilibriumState(dynamics.state)
 
     def _equilibrium(
         self, c: Float[Tensor, "B T D"], dynamics: Dynamics, z_init: Tensor | None

@@ -176,15 +176,22 @@ class MambaHopfield(AbstractDecoder):
         state: LMState,
         *,
         attention_mask: Shaped[Tensor, "..."] | None = None,
+        z_init: Shaped[Tensor, "..."] | None = None,
     ) -> MambaHopfieldOutput:
-        """Logits after the next tokens of a stream, as a pass over the whole gives them; ``state`` is unchanged."""
+        """Logits after the next tokens of a stream, as a pass over the whole gives them; ``state`` is unchanged.
+
+        Args:
+            z_init: as in ``forward``; ``equilibrium.z[:, -1]`` of the step before is a warm start. ``generate`` starts
+                where a whole pass does, which is nearer (``docs/design/005-mamba-hopfield.md``).
+        """
         assert isinstance(state, MambaHopfieldState)
         x, layout = self._embed(tokens, attention_mask, None, state.position)
         states: list[Any] = []
         for block, block_state in zip(self.blocks, state.blocks, strict=True):
             x, block_state = block.extend(x, block_state, layout)
             states.append(block_state)
-        found, dynamics = self.equilibrium.extend(self.context_norm(x), state.equilibrium, layout)
+        c = self.context_norm(x)
+        found, dynamics = self.equilibrium.extend(c, state.equilibrium, layout, z_init=z_init)
         after = MambaHopfieldState(tuple(states), layout.advance(state.position), dynamics)
         return MambaHopfieldOutput(self.unembed(self.norm(found.output)), after, equilibrium=found)
 
