@@ -23,6 +23,7 @@ WITHOUT_REFERENCE = {
     "scan_in_place": "the loop inside first_order_scan and its gradient, held to the reference of that name",
     "rope_table": "the angles of rope",
     "rotate": "rope with its angles given",
+    "turn": "the product inside rope and rotary_attention, held to both references",
     "rotate_split": "rope of queries and keys beside values; held to rope",
     "tilt_values": "first half of free_energy_read",
     "free_energy_from_mixed": "second half of free_energy_read",

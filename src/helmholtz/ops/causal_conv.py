@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from helmholtz.ops._compute import compute_dtype
+from helmholtz.ops._compute import beside_the_graph, compute_dtype
 
 _BLOCK = 2**16
 """Elements worked on at a time: the passes over a block's taps find it in a core's cache."""
@@ -52,12 +52,6 @@ class _Taps(torch.autograd.Function):
         return dpadded, dweight, dy.sum((0, 1)), None
 
 
-@torch.compiler.disable  # a compiler cannot trace writes into views
-def _taps(padded: Tensor, weight: Tensor, bias: Tensor, same: Tensor | None) -> Tensor:
-    y: Tensor = _Taps.apply(padded, weight, bias, same)
-    return y
-
-
 def _pick(x: Float[Tensor, "B T C"], rows: Int[Tensor, "B S"]) -> Float[Tensor, "B S C"]:
     return x.gather(1, rows.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
@@ -80,7 +74,7 @@ def _convolve(
         seen = padded if same is None else padded * same[:, 0]
         y = (seen * weight.T).sum(1, keepdim=True) + bias
     else:
-        y = _taps(padded, weight.T.contiguous(), bias, same)
+        y = beside_the_graph(_Taps.apply, padded, weight.T.contiguous(), bias, same)
     if count is None:
         return y, padded[:, x.shape[1] :]
     return y, _pick(padded, count.unsqueeze(-1) + torch.arange(past, device=x.device))

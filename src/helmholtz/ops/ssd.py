@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from helmholtz._checks import check
-from helmholtz.ops._compute import compute_dtype, full_precision
+from helmholtz.ops._compute import beside_the_graph, compute_dtype, full_precision
 
 # Shapes: G chunks of L steps are a span, worked on at once; K = B G, R = B G H rows. Log decays are only added, never
 # subtracted: for i right and j left of a midpoint the decay from j to i is since_i + until_j, both at most 0, and
@@ -190,12 +190,6 @@ def _span_backward(
     return dstate
 
 
-@torch.compiler.disable  # a compiler cannot trace writes into views
-def _chunked(*inputs: Any) -> tuple[Tensor, Tensor]:
-    y, last = _Chunked.apply(*inputs)
-    return y, last
-
-
 def _step(
     x: Tensor,
     delta: Tensor,
@@ -266,5 +260,8 @@ def ssd(
     if reset is not None:
         steps = steps.masked_fill(reset.unsqueeze(-1), -torch.inf)
     inputs = (u, step_sizes, steps, b, c, skip, state.to(compute))
-    y, last = _step(*inputs, strict) if num_steps == 1 else _chunked(*inputs, chunk, strict)
+    if num_steps == 1:
+        y, last = _step(*inputs, strict)
+    else:
+        y, last = beside_the_graph(_Chunked.apply, *inputs, chunk, strict)
     return y.to(x.dtype), last
