@@ -123,7 +123,10 @@ def ssd(
     reset: Bool[Tensor, "B T"] | None = None,
     strict: bool = False,
 ) -> tuple[Float[Tensor, "B T H P"], Float[Tensor, "B H P N"]]:
-    """``h_t = e^{delta_t A} h_{t-1} + delta_t x_t B_t^T``, ``y_t = h_t C_t + D x_t``; ``strict`` reads the first term."""
+    """``h_t = e^{delta_t A} h_{t-1} + delta_t x_t B_t^T`` and ``y_t = h_t C_t + D x_t``.
+
+    With ``strict``, ``y`` reads ``e^{delta_t A} h_{t-1}`` in place of ``h_t``.
+    """
     x, delta, A, B, C = (z.double() for z in (x, delta, A, B, C))
     skip = torch.zeros_like(A) if D is None else D.double()
     h = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[2]) if state is None else state.double()
