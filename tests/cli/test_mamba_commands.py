@@ -217,7 +217,7 @@ def test_inspect_shows_what_the_equilibrium_has_learned_and_where_a_text_comes_t
     assert call(capsys, "inspect", f"--checkpoint={workspace / 'mamba'}")[0] == 0
     code, _, err = call(capsys, "inspect", f"--checkpoint={workspace / 'mamba'}", "--text=the king")
     assert code == 2
-    assert "neither Free Energy Mixers nor equilibria" in err
+    assert "no Free Energy Mixer and no equilibrium" in err
 
 
 # --- the committed configs
