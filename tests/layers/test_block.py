@@ -24,10 +24,10 @@ def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def test_is_two_residual_branches_behind_norms() -> None:
-    layer, x = block(), torch.randn(2, 5, 16)
+    layer, x = block().double(), torch.randn(2, 5, 16, dtype=torch.float64)
     h = x + layer.mixer(norm(x, layer.mixer_norm.weight))
     expected = h + layer.mlp(norm(h, layer.mlp_norm.weight))
-    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_steps_equal_the_whole() -> None:
