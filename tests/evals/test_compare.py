@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from helmholtz.evals.compare import Row, compare, inequalities, leaders, model_label, same_model
+from helmholtz.evals.compare import Row, compare, inequalities, is_bounded, leaders, model_label, same_model
 from helmholtz.evals.plots import plot_loss_curves
 from helmholtz.evals.runs import Run, read_run
 from helmholtz.training.run import train
@@ -89,6 +89,12 @@ def test_models_are_labelled_by_their_priors():
     assert model_label({"architecture": "fem_lm", "model": {"prior": "gla"}}) == "fem_lm (gla)"
     hybrid = {"architecture": "fem_lm", "model": {"prior": ["gla", "softmax", "gla"]}}
     assert model_label(hybrid) == "fem_lm (gla, softmax)"
+
+
+def test_only_a_plan_makes_a_loss_a_bound():
+    assert is_bounded({"architecture": "free_transformer", "objective": {"kappa_bits": 0.5}})
+    assert not is_bounded({"architecture": "mamba_hopfield", "objective": {"energy_weight": 0.1}})
+    assert not is_bounded({"architecture": "transformer", "objective": None})
 
 
 def test_seeds_are_summarised(tmp_path):

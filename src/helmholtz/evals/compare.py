@@ -185,11 +185,15 @@ def leaders(rows: Sequence[Row]) -> set[str]:
     return wins or {name for name, value in exact.items() if value == lowest}
 
 
+def is_bounded(description: dict[str, Any]) -> bool:
+    """Whether a run's losses are upper bounds of the model's own: where it was trained with a plan."""
+    return "kappa_bits" in (description.get("objective") or {})
+
+
 def model_label(description: dict[str, Any]) -> str:
     """Architecture, with the priors of a FEM model, ``fem_lm (softmax)``, or the free bits of a plan's training."""
-    objective = description.get("objective")
-    if objective and "kappa_bits" in objective:
-        return f"{description['architecture']} ({objective['kappa_bits']:g} bits)"
+    if is_bounded(description):
+        return f"{description['architecture']} ({description['objective']['kappa_bits']:g} bits)"
     prior = description["model"].get("prior")
     names = prior if isinstance(prior, str) else ", ".join(dict.fromkeys(prior or ()))
     return f"{description['architecture']} ({names})" if names else description["architecture"]

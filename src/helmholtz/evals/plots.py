@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from helmholtz.evals.compare import model_label, same_model
+from helmholtz.evals.compare import is_bounded, model_label, same_model
 from helmholtz.evals.runs import read_run
 from helmholtz.layers.fem_reading import Reading
 
@@ -48,7 +48,7 @@ def plot_loss_curves(folders: Sequence[str | Path], file: Path) -> None:
     for run, (tokens, losses), key in zip(runs, curves, keys, strict=True):
         best = [min(curve[1]) for curve, other in zip(curves, keys, strict=True) if other == key]
         count = f", mean of {len(best)} seeds" if len(best) > 1 else ""
-        sign = "\N{LESS-THAN OR EQUAL TO} " if run.description.get("objective") else ""
+        sign = "\N{LESS-THAN OR EQUAL TO} " if is_bounded(run.description) else ""
         label = f"{run.name}: {model_label(run.description)}, {sign}{statistics.fmean(best):.3f}{count}"
         colour = f"C{list(dict.fromkeys(keys)).index(key)}"
         first = run is runs[keys.index(key)]
