@@ -49,6 +49,19 @@ def test_its_gradient_is_that_of_the_eigenvalue():
     torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("rows", [1, 7, 100])
+def test_neighbours_do_not_matter_by_a_single_bit(rows):
+    problem, z, _ = case(rows=rows)
+    together = top_eigenvector(problem, z, steps=5, generator=generator())
+    constants = local_lipschitz(problem, z, steps=5, generator=generator())
+    for chosen in ([rows - 1], list(range(rows))[::-3]):
+        some = problem.take(torch.tensor(chosen))
+        assert torch.equal(top_eigenvector(some, z[chosen], steps=5, generator=generator()), together[chosen])
+        assert torch.equal(
+            local_lipschitz(some, z[chosen], steps=5, generator=generator()), constants[chosen]
+        )
+
+
 def test_bad_steps_are_named():
     problem, z, _ = case()
     with pytest.raises(ValueError, match="steps must be an integer of at least 0, got -1"):

@@ -1,18 +1,22 @@
 """The largest eigenvalue of a map's Jacobian at a point: how much the map stretches there."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from helmholtz._checks import check_integer
 from helmholtz.solvers.base import AbstractProblem
+from helmholtz.solvers.loop import Rows
 
 
 @torch.no_grad()
 def top_eigenvector(
     problem: AbstractProblem, z: Float[Tensor, "N D"], *, steps: int, generator: torch.Generator
 ) -> Float[Tensor, "N D"]:
-    r"""Power iteration on the symmetric Jacobian, per row, from a random vector.
+    r"""Power iteration on the symmetric Jacobian, per row, from one random vector for all rows.
+
+    A row's result depends on no other row, by a single bit.
 
     Args:
         steps: products with the Jacobian. :math:`v^\top J v` is never above the largest eigenvalue and close below it
@@ -22,12 +26,12 @@ def top_eigenvector(
     Returns: unit vectors; a row whose Jacobian is 0 keeps the random one.
     """
     check_integer("steps", steps, minimum=0)
-    v = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
-    v = torch.nn.functional.normalize(v, dim=-1)
+    start = torch.randn(z.shape[-1], generator=generator, dtype=torch.float64)
+    v = F.normalize(start, dim=-1).to(z).repeat(len(z), 1)
+    rows = Rows.of(problem, z)
     for _ in range(steps):
-        product = problem.jvp(z, v)
-        v = torch.where(product.any(dim=-1, keepdim=True), product, v)
-        v = torch.nn.functional.normalize(v, dim=-1)
+        product = rows.jvp(z, v)
+        v = F.normalize(torch.where(product.any(dim=-1, keepdim=True), product, v), dim=-1)
     return v
 
 
@@ -40,4 +44,4 @@ def local_lipschitz(
     (Hellmann and Feynman).
     """
     v = top_eigenvector(problem, z, steps=steps, generator=generator)
-    return (v * problem.jvp(z, v)).sum(-1)
+    return (v * Rows.of(problem, z).jvp(z, v)).sum(-1)
