@@ -91,6 +91,43 @@ def test_a_restored_memory_goes_on_as_the_saved_one(policy):
     }  # fmt: skip
 
 
+def one_by_one(rows, n_slots, policy, novelty):
+    """What 600 calls of the definition would leave: directions, counts and the number of changes."""
+    slots, counts, cursor, asked, changed = [None] * n_slots, [0] * n_slots, 0, 0, 0
+    for row in F.normalize(rows, dim=-1):
+        held = [i for i in range(n_slots) if slots[i] is not None]
+        closest = max(held, key=lambda i: float(slots[i] @ row), default=None)
+        if closest is not None and slots[closest] @ row >= novelty:
+            if policy == "merge":
+                slots[closest] = F.normalize(counts[closest] * slots[closest] + row, dim=0)
+                counts[closest] += 1
+                changed += 1
+            continue
+        if policy == "reservoir":
+            slot = asked if asked < n_slots else hash_below(asked, asked + 1)
+        else:
+            slot, cursor = cursor, (cursor + 1) % n_slots
+        asked += 1
+        if slot < n_slots:
+            slots[slot], counts[slot] = row, 1
+            changed += 1
+    return torch.stack(slots), counts, changed
+
+
+@pytest.mark.parametrize("policy", ["fifo", "reservoir", "merge"])
+@pytest.mark.parametrize("novelty", [0.9, 1.0])
+def test_many_rows_at_once_are_written_as_one_by_one(policy, novelty):
+    """A third of the rows are near others: some of these are stored, some have just been given up."""
+    rows = rows_of(200, 8)
+    again = torch.randint(200, (300,), generator=torch.Generator().manual_seed(1))
+    rows = torch.cat([rows[:100], rows[again] + 0.1 * rows_of(300, 8, 2), rows[100:]])
+    slots, counts, changed = one_by_one(rows.double(), 20, policy, novelty)
+    memory = HopfieldMemory(8, 0, n_slots=20, policy=policy, novelty=novelty).double()
+    assert memory.write(rows.double()) == changed
+    assert memory.store.counts.tolist() == counts
+    torch.testing.assert_close(memory.slots / memory.radius, slots)
+
+
 def test_only_real_rows_are_written():
     memory = HopfieldMemory(16, 0, n_slots=8)
     rows = rows_of(3)

@@ -94,6 +94,19 @@ def test_a_stored_key_gets_its_new_value_in_place():
     assert memory.read(keys[:1]).value.item() == 3
 
 
+def test_pairs_of_one_call_are_written_in_their_order():
+    """What was stored before the call counts at a pair's turn only: replaced or given up meanwhile, it comes again."""
+    memory = KeyValueMemory(32, 10, 2)
+    keys, _ = pairs(3)
+    memory.write(keys[:1], torch.tensor([1]))
+    assert memory.write(keys[[0, 0]], torch.tensor([2, 1])) == 2
+    assert memory.read(keys[:1]).value.item() == 1
+    memory.write(keys[1:2], torch.tensor([5]))
+    assert memory.write(keys[[2, 0]], torch.tensor([7, 1])) == 2  # the third key takes the slot of the first
+    reading = memory.read(keys)
+    assert reading.answered.tolist() == [True, False, True] and reading.value[[0, 2]].tolist() == [1, 7]
+
+
 def test_a_full_memory_gives_up_the_oldest_or_any():
     keys, values = pairs(90)
     fifo, reservoir = (KeyValueMemory(32, 10, 60, policy=policy) for policy in ("fifo", "reservoir"))

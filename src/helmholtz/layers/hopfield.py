@@ -160,23 +160,22 @@ class HopfieldMemory(nn.Module):
             rows = rows[mask != 0]
         rows = rows.to(self.store.rows.dtype)
         check_rows("rows", rows, self.d_model)
-        return sum(self._write_row(row) for row in self.radius * F.normalize(rows, dim=-1))
+        # a merged row moves its slot, so that none can be left out
+        known = torch.inf if self.policy == "merge" else self.novelty * self.radius**2
+        return self.store.write(self.radius * F.normalize(rows, dim=-1), known, self._place)
 
-    def _write_row(self, row: Float[Tensor, "D"]) -> bool:
-        store = self.store
-        cosine = (store.rows @ row / self.radius**2).masked_fill(~store.occupied, -torch.inf)
-        closest = int(cosine.argmax())
-        if cosine[closest] < self.novelty:
+    def _place(self, row: Float[Tensor, "D"], products: Float[Tensor, "S"]) -> int | None:
+        """Puts a novel row into a slot of its own, merges another into the closest."""
+        store, closest = self.store, int(products.argmax())
+        if products[closest] < self.novelty * self.radius**2:
             slot = store.next_slot()
             if slot is not None:
                 store.put(slot, row)
-            return slot is not None
-        if self.policy != "merge":
-            return False
+            return slot
         count = int(store.counts[closest])
         mean = F.normalize(count * store.rows[closest] + row, dim=0)
         store.put(closest, self.radius * mean, count=count + 1)
-        return True
+        return closest
 
     def retrieve(self, query: Float[Tensor, "N D"], solver: SolverConfig = RECALL) -> Solution:
         r"""Plain associative recall, without projections: where the retrieval steps from each query end.

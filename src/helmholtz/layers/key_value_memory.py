@@ -160,19 +160,16 @@ class KeyValueMemory(nn.Module):
         inside = (values >= 0) & (values < len(self.values))
         check(bool(inside.all()), "values", "an id outside", f"in [0, {len(self.values)})")
         rows = torch.cat([F.normalize(keys, dim=-1), self.values[values]], dim=-1) * (self.radius / 2**0.5)
-        known = (rows @ self.store.rows.T).amax(-1) >= SAME_KEY * self.radius**2
-        return sum(self._write_row(row) for row in rows[~known])
+        return self.store.write(rows, SAME_KEY * self.radius**2, self._place)
 
-    def _write_row(self, row: Float[Tensor, "D"]) -> bool:
+    def _place(self, row: Float[Tensor, "D"], products: Float[Tensor, "S"]) -> int | None:
+        """Puts an association into the slot of its key, or into a new one."""
         half = self.radius**2 / 2
         same_key = self.store.rows[:, : self.d_key] @ row[: self.d_key] >= SAME_KEY * half
-        if same_key.any():
-            slot: int | None = int(same_key.int().argmax())
-        else:
-            slot = self.store.next_slot()
+        slot = int(same_key.int().argmax()) if same_key.any() else self.store.next_slot()
         if slot is not None:
             self.store.put(slot, row)
-        return slot is not None
+        return slot
 
     @torch.no_grad()
     def read(self, keys: Float[Tensor, "..."], solver: SolverConfig = RECALL) -> KeyValueReading:

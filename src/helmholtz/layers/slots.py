@@ -1,5 +1,6 @@
 """Rows that are written instead of learned, and which of them makes room for the next."""
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 from helmholtz._checks import check, check_choice, check_integer
 
 SlotPolicy = Literal["fifo", "reservoir"]
+
+BLOCK = 64
+"""Rows that are compared with all slots at once."""
 
 
 class Slots(nn.Module):
@@ -50,6 +54,44 @@ class Slots(nn.Module):
         slot = int(self.cursor)
         self.cursor.fill_((slot + 1) % n_slots)
         return slot
+
+    def write(
+        self,
+        rows: Float[Tensor, "N D"],
+        known: float,
+        place: Callable[[Float[Tensor, "D"], Float[Tensor, "S"]], int | None],
+    ) -> int:
+        """Place rows in their order, those left out that are known when their turn comes.
+
+        Args:
+            known: product with a stored row from which a row is known; infinity leaves none out.
+            place: puts a row, given its products with the slots (minus infinity with empty ones); returns the slot
+                that it changed, or None.
+
+        Returns: rows that changed a slot.
+        Cost: a Python step per placed row, and one per ``BLOCK`` rows for those left out.
+        """
+        return sum(self._write_block(block, known, place) for block in rows.split(BLOCK))
+
+    def _write_block(
+        self,
+        rows: Float[Tensor, "n D"],
+        known: float,
+        place: Callable[[Float[Tensor, "D"], Float[Tensor, "S"]], int | None],
+    ) -> int:
+        products = (rows @ self.rows.T).masked_fill(~self.occupied, -torch.inf)
+        num_changed = turn = 0
+        while turn < len(rows):
+            new = products[turn:].amax(-1) < known
+            if not new.any():
+                break
+            turn += int(new.int().argmax())
+            slot = place(rows[turn], products[turn])
+            if slot is not None:
+                products[:, slot] = rows @ self.rows[slot]
+                num_changed += 1
+            turn += 1
+        return num_changed
 
     def put(self, slot: int, row: Float[Tensor, "D"], *, count: int = 1) -> None:
         """Overwrite a slot with the mean of ``count`` rows."""
