@@ -217,6 +217,10 @@ BAD_CONFIGS = {
     "stability": ({"stability": "contract"}, "stability must be one of .*did you mean 'contractive'"),
     "adjoint": ({"adjoint": "implicitly"}, "adjoint must be one of .*did you mean 'implicit'"),
     "adjoint_steps": ({"adjoint_steps": 0}, "adjoint_steps must be an integer of at least 1, got 0"),
+    "adjoint_on_nonconvergence": (
+        {"adjoint_on_nonconvergence": "warm"},
+        "adjoint_on_nonconvergence must be one of .*did you mean 'warn'",
+    ),
     "policy": ({"slot_policy": "lifo"}, "slot_policy must be one of .*did you mean 'fifo'"),
 }
 
@@ -229,6 +233,14 @@ def test_a_bad_config_is_refused_by_name(case: str) -> None:
         object.__setattr__(config, name, value)
     with pytest.raises(ValueError, match=message):
         config.__post_init__()
+
+
+def test_a_saddle_ends_the_backward_pass_only_where_none_is_expected() -> None:
+    for stability, default in (("contractive", "raise"), ("descent", "warn")):
+        config = EquilibriumConfig(**SIZES, stability=stability)
+        assert config.adjoint_on_nonconvergence == default
+        chosen = EquilibriumConfig(**SIZES, stability=stability, adjoint_on_nonconvergence="ignore")
+        assert chosen.adjoint_on_nonconvergence == "ignore"
 
 
 def test_steps_of_the_adjoint_are_filled_in() -> None:

@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from equilibrium_cases import TIGHT, context, make_layer, run
 from helmholtz.layers.equilibrium import EquilibriumLayer
-from helmholtz.solvers import Implicit, Unrolled
+from helmholtz.solvers import ConvergenceError, ConvergenceWarning, Implicit, Unrolled
 
 MASK = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 1, 1]], dtype=torch.bool)
 
@@ -124,6 +124,35 @@ def test_the_start_learns_from_its_distance_to_the_equilibrium() -> None:
     (found.z_init - found.z.detach()).square().sum().backward()
     assert layer.dynamics.start_proj.weight.grad.any()
     assert layer.memory.memory_patterns.grad is None or not layer.memory.memory_patterns.grad.any()
+
+
+def at_a_saddle(**fields: object) -> tuple[EquilibriumLayer, Tensor]:
+    """Two opposite patterns pull from 0 in opposite directions: the equilibrium there is a saddle."""
+    layer = make_layer(stability="descent", n_patterns=2, **fields)
+    with torch.no_grad():
+        layer.memory.memory_patterns[1] = -layer.memory.memory_patterns[0]
+        layer.dynamics.log_strengths.copy_(torch.tensor([-60.0, 3.0]))
+    return layer, torch.zeros(2, 3, 8, dtype=torch.float64)
+
+
+def test_a_saddle_is_counted_once_per_backward_pass_in_the_descent_regime() -> None:
+    layer, c = at_a_saddle()
+    for _ in range(2):
+        found = run(layer, c.requires_grad_(), z_init=torch.zeros_like(c))
+        assert found.converged.all()
+        with pytest.warns(
+            ConvergenceWarning, match="not solved for 6 of 6 rows, 6 of them at a saddle"
+        ) as caught:
+            found.output.sum().backward()
+        assert len(caught) == 1
+    assert c.grad is not None and c.grad.isfinite().all()
+
+
+def test_a_saddle_raises_where_that_is_asked_for() -> None:
+    layer, c = at_a_saddle(adjoint_on_nonconvergence="raise")
+    found = run(layer, c.requires_grad_(), z_init=torch.zeros_like(c))
+    with pytest.raises(ConvergenceError, match="6 of them at a saddle"):
+        found.output.sum().backward()
 
 
 def test_a_second_derivative_is_refused() -> None:

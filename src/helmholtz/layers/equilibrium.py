@@ -290,4 +290,5 @@ def _adjoint(config: EquilibriumConfig) -> AbstractAdjoint:
         return Phantom(n_steps=steps)
     if config.adjoint == "unrolled":
         return Unrolled(n_steps=steps)
+    assert config.adjoint_on_nonconvergence is not None
     return Implicit(max_steps=steps, on_nonconvergence=config.adjoint_on_nonconvergence)

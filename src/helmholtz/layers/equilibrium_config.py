@@ -16,28 +16,23 @@ ADJOINT_STEPS: dict[str, int] = {"implicit": 50, "phantom": 5, "unrolled": 30}
 """Steps of each adjoint where none are given."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EquilibriumConfig:
-    """What an ``EquilibriumLayer`` is made of. Fields left None are filled in."""
+@dataclass(frozen=True, kw_only=True)
+class EquilibriumSettings:
+    """The memory, and how equilibria are found and differentiated, whatever the sizes. Fields left None are filled in.
 
-    d_model: int
-    """Width of context and equilibrium."""
-    d_inner: int
-    """Channels of the state-space term of the energy."""
-    d_state: int = 64
-    """States per channel of its recurrence."""
-    d_head: int = 64
-    """Channels that share a decay; a divisor of d_inner."""
+    Without slots: it is the second base of configs that have them.
+    """
+
     n_patterns: int = 1024
-    """Learned patterns."""
+    """Learned patterns of the memory."""
     n_slots: int = 0
-    """Writable patterns."""
+    """Writable patterns of the memory."""
     slot_policy: MemoryPolicy = "fifo"
     """What happens to a pattern when all slots are full, or when it is not novel; see ``HopfieldMemory``."""
     novelty: float = 0.9
     """Cosine to a written pattern below which another is novel."""
     beta: float = 2.0
-    """Inverse temperature of retrieval: the logits of a pattern on itself are beta sqrt(d_model)."""
+    """Inverse temperature of retrieval: the logit of a pattern on itself is beta sqrt(d_model)."""
     stability: Stability = "contractive"
     """"contractive": one equilibrium per token, certified. "descent": several, chosen by the start."""
     solver: SolverConfig = SolverConfig()
@@ -46,13 +41,12 @@ class EquilibriumConfig:
     """Gradient by the implicit function theorem, by a few steps from the equilibrium, or through all steps."""
     adjoint_steps: int | None = None
     """At most so many steps of conjugate gradients (50), steps from the equilibrium (5), steps from the start (30)."""
-    adjoint_on_nonconvergence: OnNonconvergence = "raise"
-    """What an implicit gradient does whose linear system was not solved."""
+    adjoint_on_nonconvergence: OnNonconvergence | None = None
+    """What an implicit gradient does whose linear system was not solved: raise, or warn in the descent regime, where a
+    token may rest at a saddle."""
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "d_inner", "d_state", "n_patterns"):
-            check_integer(name, getattr(self, name))
-        check_divides("d_head", self.d_head, "d_inner", self.d_inner)
+        check_integer("n_patterns", self.n_patterns)
         check_integer("n_slots", self.n_slots, minimum=0)
         check_choice("slot_policy", self.slot_policy, get_args(MemoryPolicy))
         check(0 < self.novelty <= 1, "novelty", self.novelty, "in (0, 1]")
@@ -62,4 +56,27 @@ class EquilibriumConfig:
         if self.adjoint_steps is None:
             object.__setattr__(self, "adjoint_steps", ADJOINT_STEPS[self.adjoint])
         check_integer("adjoint_steps", self.adjoint_steps)
+        if self.adjoint_on_nonconvergence is None:
+            default = "warn" if self.stability == "descent" else "raise"
+            object.__setattr__(self, "adjoint_on_nonconvergence", default)
         check_choice("adjoint_on_nonconvergence", self.adjoint_on_nonconvergence, ON_NONCONVERGENCE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EquilibriumConfig(EquilibriumSettings):
+    """What an ``EquilibriumLayer`` is made of."""
+
+    d_model: int
+    """Width of context and equilibrium."""
+    d_inner: int
+    """Channels of the state-space term of the energy."""
+    d_state: int = 64
+    """States per channel of its recurrence."""
+    d_head: int = 64
+    """Channels that share a decay; a divisor of d_inner."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "d_inner", "d_state"):
+            check_integer(name, getattr(self, name))
+        check_divides("d_head", self.d_head, "d_inner", self.d_inner)
+        EquilibriumSettings.__post_init__(self)

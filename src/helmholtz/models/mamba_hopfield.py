@@ -9,71 +9,33 @@ The public code of this idea is no guide: there energy and map were unrelated, o
 no gradient reached the dynamics (``docs/design/005-mamba-hopfield.md``).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, final
 
 from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
 from helmholtz.layers.equilibrium import Equilibrium, EquilibriumLayer, EquilibriumState
-from helmholtz.layers.equilibrium_config import AdjointName, EquilibriumConfig, Stability
-from helmholtz.layers.hopfield import HopfieldMemory, MemoryPolicy
+from helmholtz.layers.equilibrium_config import EquilibriumConfig, EquilibriumSettings
+from helmholtz.layers.hopfield import HopfieldMemory
 from helmholtz.layers.mamba import MambaCell, MambaMixer
 from helmholtz.layers.norm import RMSNorm
 from helmholtz.models.base import AbstractDecoder, LMOutput, LMState, ModelConfig
 from helmholtz.models.mamba import MambaConfig
 from helmholtz.solvers import SolverConfig
-from helmholtz.solvers.base import OnNonconvergence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MambaHopfieldConfig(MambaConfig):
+class MambaHopfieldConfig(EquilibriumSettings, MambaConfig):
     """Sizes of the Mamba blocks, the memory, and how equilibria are found and differentiated."""
-
-    n_patterns: int = 1024
-    """Learned patterns of the memory."""
-    n_slots: int = 0
-    """Writable patterns of the memory."""
-    slot_policy: MemoryPolicy = "fifo"
-    """What happens to a pattern when all slots are full, or when it is not novel; see ``HopfieldMemory``."""
-    novelty: float = 0.9
-    """Cosine to a written pattern below which another is novel."""
-    beta: float = 2.0
-    """Inverse temperature of retrieval: the logit of a pattern on itself is beta sqrt(d_model)."""
-    stability: Stability = "contractive"
-    """"contractive": one equilibrium per token, certified. "descent": several, chosen by the start."""
-    solver: SolverConfig = SolverConfig()
-    """How equilibria are found."""
-    adjoint: AdjointName = "implicit"
-    """Gradient by the implicit function theorem, by a few steps from the equilibrium, or through all steps."""
-    adjoint_steps: int | None = None
-    """At most so many steps of conjugate gradients (50), steps from the equilibrium (5), steps from the start (30)."""
-    adjoint_on_nonconvergence: OnNonconvergence = "raise"
-    """What an implicit gradient does whose linear system was not solved."""
 
     def __post_init__(self) -> None:
         MambaConfig.__post_init__(self)
-        self._fill("adjoint_steps", self.equilibrium().adjoint_steps)
+        EquilibriumSettings.__post_init__(self)
 
     def equilibrium(self) -> EquilibriumConfig:
         """The config of the equilibrium layer."""
-        assert self.d_inner is not None
-        return EquilibriumConfig(
-            d_model=self.d_model,
-            d_inner=self.d_inner,
-            d_state=self.d_state,
-            d_head=self.d_head,
-            n_patterns=self.n_patterns,
-            n_slots=self.n_slots,
-            slot_policy=self.slot_policy,
-            novelty=self.novelty,
-            beta=self.beta,
-            stability=self.stability,
-            solver=self.solver,
-            adjoint=self.adjoint,
-            adjoint_steps=self.adjoint_steps,
-            adjoint_on_nonconvergence=self.adjoint_on_nonconvergence,
-        )
+        return EquilibriumConfig(**{f.name: getattr(self, f.name) for f in fields(EquilibriumConfig)})
 
 
 @dataclass(frozen=True, slots=True)
