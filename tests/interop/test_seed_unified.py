@@ -10,7 +10,7 @@ import torch
 from helmholtz.interop.seeds import unified as seed
 from helmholtz.interop.seeds.unified.objectives import read_batch
 from helmholtz.models.checkpoint import load_checkpoint
-from helmholtz.training.loop import NonFiniteError
+from helmholtz.training.diagnosis import NonFiniteError
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIMS = {
@@ -54,6 +54,10 @@ def test_signatures_are_those_of_the_original():
     defaults = seed.UnifiedModelConfig(vocab_size=2)
     assert (defaults.d_model, defaults.d_state, defaults.d_conv, defaults.n_layers) == (512, 64, 4, 6)
     assert (defaults.memory_size, defaults.beta, defaults.max_iterations) == (1024, 2.0, 30)
+    arguments = inspect.signature(seed.UnifiedMambaHopfieldDEQ).parameters
+    for name, argument in arguments.items():
+        assert name == "vocab_size" or argument.default == getattr(defaults, name), name
+    assert set(arguments) == set(seed.UnifiedModelConfig.__slots__)
     generate = inspect.signature(seed.UnifiedMambaHopfieldDEQ.generate).parameters
     assert [generate[n].default for n in ("max_length", "temperature", "top_k")] == [100, 1.0, 50]
 

@@ -97,68 +97,49 @@ def in_context_results(
 
 
 def pattern_table(results: Sequence[RecallResult]) -> Table:
-    table = Table(
-        title="Patterns recalled (kappa = 0: no gain of a context enters)", box=None, padding=(0, 1, 0, 0)
-    )
-    for column in (
-        "D",
-        "K",
-        "margin",
-        "spoilt by",
-        "recalled",
-        "strict",
-        "oracle",
-        "nearest",
-        "steps",
-        "AUROC",
-        "",
-    ):
-        table.add_column(column, justify="right", no_wrap=True)
-    for r in results:
-        table.add_row(
-            str(r.d_model),
-            str(r.n_patterns),
-            f"{r.margin:.1f}{' !' if r.warned else ''}",
-            f"{r.corruption.kind} {r.corruption.level:g}",
-            f"{r.accuracy:.3f}",
-            f"{r.strict:.3f}",
-            f"{r.oracle:.3f}",
-            f"{r.nearest:.3f}",
-            f"{r.num_steps_mean:.1f} ({r.num_steps_max})",
-            "-" if r.auroc is None else f"{r.auroc:.2f}",
-            "" if r.agrees() else "DIFFERS",
-        )
-    return table
+    def row(r: RecallResult) -> dict[str, str]:
+        return {
+            "D": str(r.d_model),
+            "K": str(r.n_patterns),
+            "margin": f"{r.margin:.1f}{' !' if r.warned else ''}",
+            "spoilt by": f"{r.corruption.kind} {r.corruption.level:g}",
+            "recalled": f"{r.accuracy:.3f}",
+            "strict": f"{r.strict:.3f}",
+            "oracle": f"{r.oracle:.3f}",
+            "nearest": f"{r.nearest:.3f}",
+            "steps": f"{r.num_steps_mean:.1f} ({r.num_steps_max})",
+            "AUROC": "-" if r.auroc is None else f"{r.auroc:.2f}",
+            "": "" if r.agrees() else "DIFFERS",
+        }
+
+    return _table("Patterns recalled (kappa = 0: no gain of a context enters)", [row(r) for r in results])
 
 
 def value_table(results: Sequence[AssociationResult]) -> Table:
-    table = Table(title="Values recalled from keys", box=None, padding=(0, 1, 0, 0))
-    for column in (
-        "D key",
-        "pairs",
-        "beta",
-        "noise",
-        "recalled",
-        "oracle",
-        "nearest",
-        "answered",
-        "steps",
-        "",
-    ):
+    def row(r: AssociationResult) -> dict[str, str]:
+        return {
+            "D key": str(r.d_key),
+            "pairs": str(r.n_pairs),
+            "beta": f"{r.beta:g}",
+            "noise": f"{r.noise:g}",
+            "recalled": f"{r.accuracy:.3f}",
+            "oracle": f"{r.oracle:.3f}",
+            "nearest": f"{r.nearest:.3f}",
+            "answered": f"{r.answered:.3f}",
+            "steps": f"{r.num_steps_mean:.1f} ({r.num_steps_max})",
+            "": "" if r.agrees() else "DIFFERS",
+        }
+
+    return _table("Values recalled from keys", [row(r) for r in results])
+
+
+def _table(title: str, rows: Sequence[dict[str, str]]) -> Table:
+    """Rows that name their columns, all of them the same."""
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
+    for column in rows[0]:
         table.add_column(column, justify="right", no_wrap=True)
-    for r in results:
-        table.add_row(
-            str(r.d_key),
-            str(r.n_pairs),
-            f"{r.beta:g}",
-            f"{r.noise:g}",
-            f"{r.accuracy:.3f}",
-            f"{r.oracle:.3f}",
-            f"{r.nearest:.3f}",
-            f"{r.answered:.3f}",
-            f"{r.num_steps_mean:.1f} ({r.num_steps_max})",
-            "" if r.agrees() else "DIFFERS",
-        )
+    for row in rows:
+        table.add_row(*row.values())
     return table
 
 
