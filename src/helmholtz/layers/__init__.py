@@ -8,6 +8,8 @@ from helmholtz.layers.equilibrium_config import EquilibriumConfig
 from helmholtz.layers.fem import FreeEnergyMixer, MixerState
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig, fem_widths
 from helmholtz.layers.fem_reading import Reading, inspect_read, read_statistics
+from helmholtz.layers.free_energy_attention import FreeEnergyAttention
+from helmholtz.layers.free_energy_gate import FreeEnergyGate
 from helmholtz.layers.hopfield import HopfieldMemory, MarginWarning
 from helmholtz.layers.key_value_memory import KeyValueMemory, NGramKeys
 from helmholtz.layers.mamba import MambaCell, MambaMixer, MambaState
@@ -22,6 +24,8 @@ __all__ = [
     "Equilibrium",
     "EquilibriumConfig",
     "EquilibriumLayer",
+    "FreeEnergyAttention",
+    "FreeEnergyGate",
     "FreeEnergyMixer",
     "FreeEnergyMixerConfig",
     "HopfieldMemory",

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 
@@ -116,6 +116,40 @@ def free_energy_read(
     return free_energy_from_weights(
         weights.expand(*temperature.shape, -1), values.expand(*temperature.shape, -1), temperature, cap=cap
     )
+
+
+def masked_free_energy(
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B G S K"],
+    v: Float[Tensor, "B G S V"],
+    beta: Float[Tensor, "G V"],
+    *,
+    mask: Shaped[Tensor, "..."] | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    cap: float = 40.0,
+) -> Float[Tensor, "B H T V"]:
+    """The free energy of one query, head and row at a time; 0 where no key is seen."""
+    q, k, v, beta = (x.double() for x in (q, k, v, beta))
+    batch, heads, times, sources = *q.shape[:3], k.shape[2]
+    share, scale = heads // k.shape[1], q.shape[-1] ** -0.5 if scale is None else scale
+    if mask is None:
+        mask = torch.ones(times, sources, dtype=torch.bool)
+        mask = mask.tril() if causal else mask
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    bias = mask.double().expand(batch, heads, times, sources)
+    rows = []
+    for b in range(batch):
+        for h in range(heads):
+            keys, values, temperature = k[b, h // share], v[b, h // share], beta[h // share]
+            for t in range(times):
+                scores = scale * keys @ q[b, h, t] + bias[b, h, t]
+                seen = scores > -torch.inf
+                weights = scores[seen].softmax(0).expand(values.shape[-1], -1)
+                free = free_energy_from_weights(weights, values[seen].T, temperature, cap=cap)[1]
+                rows.append(free if seen.any() else 0 * temperature)
+    return torch.stack(rows).view(batch, heads, times, -1)
 
 
 def free_energy_posterior(
