@@ -6,6 +6,7 @@ from helmholtz.cli.arguments import parse
 from helmholtz.cli.runs import run_parser
 from helmholtz.data.prepare import DataConfig, prepare
 from helmholtz.data.split import SPLITS
+from helmholtz.interop.datasets import DatasetConfig, prepare_dataset
 
 DESCRIPTION = (
     "Turn text into a folder of tokens. Done before with the same text and settings, nothing is done."
@@ -16,10 +17,17 @@ def run(arguments: list[str], console: Console) -> int:
     parser = run_parser("data", DESCRIPTION, arguments)
     parser.add_argument("--overwrite", action="store_true", help="replace a folder of other text or settings")
     values = parse(parser, arguments)
-    prepared = prepare(DataConfig(**values["data"]), overwrite=values["overwrite"], console=console)
+    data, dataset = DataConfig(**values["data"]), DatasetConfig(**values["dataset"])
+    if dataset.path is None:
+        prepared = prepare(data, overwrite=values["overwrite"], console=console)
+    else:
+        prepared = prepare_dataset(data, dataset, overwrite=values["overwrite"], console=console)
     metadata = prepared.metadata
     state = "already there" if prepared.reused else "prepared"
-    console.print(f"{prepared.folder}: {state}, vocabulary {metadata.vocab_size}", markup=False)
+    console.print(
+        f"{prepared.folder}: {state}, vocabulary {metadata.vocab_size}, split by {metadata.split_by}",
+        markup=False,
+    )
     for split in SPLITS:
         counts = getattr(metadata, split)
         console.print(

@@ -7,9 +7,11 @@ from helmholtz._checks import check_choice
 from helmholtz.cli.arguments import Parser, config_files, make_parser, parse, read_yaml
 from helmholtz.data.prepare import DataConfig
 from helmholtz.data.tokens import TokenDataset
+from helmholtz.interop.datasets import DatasetConfig
 from helmholtz.models import MODELS
 from helmholtz.training.config import TrainConfig
 from helmholtz.training.equilibrium import SolverStage
+from helmholtz.training.parallel import ParallelConfig
 from helmholtz.training.run import ObjectiveConfig, RunConfig, objective_class
 
 DEFAULT_ARCHITECTURE = "fem_lm"
@@ -17,7 +19,7 @@ ARCHITECTURE = "--model.architecture"
 
 
 def run_parser(command: str, description: str, arguments: list[str]) -> Parser:
-    """Groups ``data``, ``model`` and ``train``, so that one YAML file serves both commands.
+    """Groups ``data``, ``dataset``, ``model`` and ``train``, so that one YAML file serves both commands.
 
     A Free Transformer and a Mamba-Hopfield model have the group ``objective`` as well. The vocabulary size is no
     option: it is the data's.
@@ -25,9 +27,11 @@ def run_parser(command: str, description: str, arguments: list[str]) -> Parser:
     parser = make_parser(command, description)
     name = _architecture(arguments)
     parser.add_class_arguments(DataConfig, "data")
+    parser.add_class_arguments(DatasetConfig, "dataset")
     parser.add_argument(ARCHITECTURE, type=str, default=name, help=f"one of {', '.join(MODELS)}")
     _add_config(parser, MODELS[name].config_class, "model", {"vocab_size"})
     parser.add_class_arguments(TrainConfig, "train")
+    parser.add_class_arguments(ParallelConfig, "parallel")
     objective = objective_class(name)
     if objective is not None:
         parser.add_class_arguments(objective, "objective")
@@ -55,6 +59,7 @@ def run_config(parser: Parser, arguments: list[str]) -> RunConfig:
         model=MODELS[name].config_class.from_dict(model | {"vocab_size": vocab_size}),
         data=data,
         train=TrainConfig(**values["train"]),
+        parallel=ParallelConfig(**values["parallel"]),
         objective=_objective(name, values["objective"]) if "objective" in values else None,
     )
 

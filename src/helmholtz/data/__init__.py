@@ -4,6 +4,7 @@ from helmholtz.data.corpus import Document, documents, find_files, shakespeare_f
 from helmholtz.data.prepare import DataConfig, PreparedData, prepare
 from helmholtz.data.rows import write_rows
 from helmholtz.data.split import Split, SplitRule
+from helmholtz.data.texts import prepare_texts
 from helmholtz.data.tokenizer import (
     AbstractTokenizer,
     BPETokenizer,
@@ -31,6 +32,7 @@ __all__ = [
     "find_files",
     "load_tokenizer",
     "prepare",
+    "prepare_texts",
     "shakespeare_files",
     "write_rows",
 ]

@@ -36,8 +36,10 @@ class DataConfig:
     """Where the tokens go."""
     sources: tuple[str, ...] = ()
     """Text files (.txt .text .md .rst), JSON Lines (.jsonl .ndjson), folders of them; none: Shakespeare."""
+    validation_sources: tuple[str, ...] = ()
+    """The same for validation; none: a part of the sources."""
     text_field: str = "text"
-    """Field of a JSON line that holds its text."""
+    """Field of a JSON line, or column of a dataset, that holds its text."""
     tokenizer: Literal["bytes", "bpe", "ids"] = "bpe"
     """Raw bytes, or a byte-level BPE trained on the training split. "ids": rows that ``write_rows`` wrote."""
     vocab_size: int | None = None
@@ -51,14 +53,19 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check(bool(self.folder), "folder", self.folder, "the path of a folder")
-        check(not isinstance(self.sources, str), "sources", self.sources, "a list of paths")
+        for name in ("sources", "validation_sources"):
+            check(not isinstance(getattr(self, name), str), name, getattr(self, name), "a list of paths")
         check_choice("tokenizer", self.tokenizer, ("bytes", "bpe", "ids"))
         check_choice("split_by", self.split_by, ("auto", "document", "tail"))
         check_fraction("validation_fraction", self.validation_fraction)
         check(self.validation_fraction > 0, "validation_fraction", self.validation_fraction, "in (0, 1)")
         check_integer("seed", self.seed, minimum=0)
+        if self.validation_sources:
+            check(bool(self.sources), "sources", self.sources, "given if validation_sources are")
+            self._check_unused(("validation_fraction", "split_by", "seed"), "validation_sources are given")
         if self.tokenizer == "ids":
-            self._check_unused()
+            others = [field.name for field in fields(self) if field.name not in ("folder", "tokenizer")]
+            self._check_unused(others, "tokenizer='ids' takes rows as they are")
         elif self.vocab_size is None:
             object.__setattr__(self, "vocab_size", BYTES + 1 if self.tokenizer == "bytes" else 2048)
         elif self.tokenizer == "bytes":
@@ -66,17 +73,18 @@ class DataConfig:
         else:
             check_integer("vocab_size", self.vocab_size, minimum=BYTES + 2)
 
-    def _check_unused(self) -> None:
+    def _check_unused(self, names: Sequence[str], reason: str) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("folder", "tokenizer") and value != field.default:
-                raise ValueError(f"{field.name}: got {value!r}, but tokenizer='ids' takes rows as they are")
+            if field.name in names and value != field.default:
+                raise ValueError(f"{field.name}: got {value!r}, but {reason}")
 
     def settings(self) -> dict[str, Any]:
         """What the tokens depend on, besides the contents of the sources: everything but where files are."""
         if self.tokenizer == "ids":
             return {"tokenizer": "ids"}
-        return {name: value for name, value in asdict(self).items() if name not in ("folder", "sources")}
+        places = ("folder", "sources", "validation_sources")
+        return {name: value for name, value in asdict(self).items() if name not in places}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +125,12 @@ def prepare(config: DataConfig, *, overwrite: bool = False, console: Console | N
         ImportError: a missing package, with the command that installs it.
     """
     check(config.tokenizer != "ids", "tokenizer", "ids", "'bytes' or 'bpe' for text (write_rows writes ids)")
-    files = find_files(config.sources) if config.sources else shakespeare_files()
-    folder, fingerprint = complete_folder(config.folder), _fingerprint(files)
+    files = _Files(
+        find_files(config.sources) if config.sources else shakespeare_files(),
+        find_files(config.validation_sources),
+        config.text_field,
+    )
+    folder, fingerprint = complete_folder(config.folder), files.fingerprint()
     found = _existing(folder, config, fingerprint, overwrite=overwrite)
     if found is not None:
         return PreparedData(folder, found, reused=True)
@@ -156,50 +168,78 @@ def _differences(metadata: Metadata, config: DataConfig, fingerprint: str) -> li
     return found
 
 
-def _fingerprint(files: Sequence[SourceFile]) -> str:
-    total = hashlib.blake2b(digest_size=16)
-    for file in files:
-        with file.path.open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-        total.update(f"{file.name}\0{digest}\n".encode())
-    return total.hexdigest()
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The files of a corpus: to be split, or, if there are any for validation, split already."""
+
+    sources: Sequence[SourceFile]
+    validation: Sequence[SourceFile]
+    text_field: str
+
+    @property
+    def are_split(self) -> bool:
+        return bool(self.validation)
+
+    def documents(self) -> Iterator[tuple[Document, Split]]:
+        """Every document with the split that it came for."""
+        for split, files in self._by_split():
+            for document in documents(files, text_field=self.text_field):
+                yield document, split
+
+    def fingerprint(self) -> str:
+        """Hash of names and contents."""
+        total = hashlib.blake2b(digest_size=16)
+        for split, files in self._by_split():
+            prefix = "" if split == "train" else f"{split}:"
+            for file in files:
+                with file.path.open("rb") as content:
+                    digest = hashlib.file_digest(content, "sha256").hexdigest()
+                total.update(f"{prefix}{file.name}\0{digest}\n".encode())
+        return total.hexdigest()
+
+    def _by_split(self) -> tuple[tuple[Split, Sequence[SourceFile]], ...]:
+        return ("train", self.sources), ("validation", self.validation)
 
 
 @dataclass(frozen=True, slots=True)
 class _Corpus:
     """The documents with the split of each of their pieces, read anew each time it is asked for."""
 
-    files: Sequence[SourceFile]
-    text_field: str
+    files: _Files
     rule: SplitRule
     n_bytes: int
     progress: Progress
 
     def documents(self, task: str) -> Iterator[Iterator[tuple[Split, str]]]:
         bar = self.progress.add_task(task, total=self.n_bytes)
-        for document in documents(self.files, text_field=self.text_field):
-            yield self._pieces(document, bar)
+        for document, split in self.files.documents():
+            yield self._pieces(document, split, bar)
 
-    def _pieces(self, document: Document, bar: TaskID) -> Iterator[tuple[Split, str]]:
-        for split, piece in self.rule.assign(document):
-            yield split, piece
-            self.progress.advance(bar, len(piece.encode()))
+    def _pieces(self, document: Document, split: Split, bar: TaskID) -> Iterator[tuple[Split, str]]:
+        given = ((split, piece) for piece in document.pieces())
+        for pair in given if self.files.are_split else self.rule.assign(document):
+            yield pair
+            self.progress.advance(bar, len(pair[1].encode()))
+
+    @property
+    def split_by(self) -> str:
+        return "source" if self.files.are_split else self.rule.by
 
 
-def _open_corpus(config: DataConfig, files: Sequence[SourceFile], progress: Progress) -> _Corpus:
+def _open_corpus(config: DataConfig, files: _Files, progress: Progress) -> _Corpus:
     """Reads everything once, so that bad text is found before work is done on it."""
     n_documents = n_bytes = 0
-    for document in documents(files, text_field=config.text_field):
+    for document, _ in files.documents():
         n_documents += 1
         n_bytes += sum(len(piece.encode()) for piece in document.pieces())
     if not n_bytes:
-        raise ValueError(f"sources: no text in {', '.join(str(file.path) for file in files)}")
+        raise ValueError(f"sources: no text in {', '.join(str(file.path) for file in files.sources)}")
     by = config.split_by
     if by == "auto":
         enough = n_documents * config.validation_fraction >= WHOLE_DOCUMENTS
         by = "document" if enough else "tail"
     rule = SplitRule(by, config.validation_fraction, config.seed)
-    return _Corpus(files, config.text_field, rule, n_bytes, progress)
+    return _Corpus(files, rule, n_bytes, progress)
 
 
 def _train_tokenizer(config: DataConfig, corpus: _Corpus) -> AbstractTokenizer:
@@ -225,16 +265,15 @@ def _write(folder: Path, config: DataConfig, corpus: _Corpus, fingerprint: str) 
     counts = {split: writer.counts() for split, writer in writers.items()}
     for split, count in counts.items():
         if not count.n_documents:
-            raise ValueError(
-                f"sources: no text came to the {split} split; add text, or change validation_fraction "
-                f"({config.validation_fraction}) or split_by ({corpus.rule.by})"
-            )
+            change = f"change validation_fraction ({config.validation_fraction}) or split_by ({corpus.split_by})"
+            advice = "add text" if corpus.files.are_split else f"add text, or {change}"
+            raise ValueError(f"sources: no text came to the {split} split; {advice}")
     metadata = Metadata(
         format=FORMAT,
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
         dtype=token_dtype(tokenizer.vocab_size),
-        split_by=corpus.rule.by,
+        split_by=corpus.split_by,
         fingerprint=fingerprint,
         settings=config.settings(),
         train=counts["train"],
