@@ -4,6 +4,10 @@
 
 The YAML is this library's, as for ``helmholtz train``, or the original's (model, training, data): that is translated
 into <output-dir>.yaml, and what it means differently is said. Run again, an interrupted training goes on.
+
+    torchrun --nproc_per_node=auto examples/train_baseline.py --config configs/baseline.yaml --use-fsdp
+
+shares the work among processes.
 """
 
 import argparse
@@ -13,6 +17,7 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
+from helmholtz._files import write_atomically
 from helmholtz.cli.main import main as helmholtz
 from helmholtz.interop.seeds.free_transformer.config import read_yaml
 from helmholtz.interop.seeds.free_transformer.convert import convert_config
@@ -23,6 +28,9 @@ def train(architecture: str, output_dir: str) -> int:
     parser = argparse.ArgumentParser(description=f"Train the architecture {architecture}.")
     parser.add_argument("--config", required=True, help="YAML of the run")
     parser.add_argument("--output-dir", default=output_dir, help="folder of the run")
+    parser.add_argument(
+        "--use-fsdp", action="store_true", help="shard the model over the processes of torchrun"
+    )
     arguments = parser.parse_args()
     file = Path(arguments.config)
     try:
@@ -33,8 +41,10 @@ def train(architecture: str, output_dir: str) -> int:
             raise ValueError(f"model.architecture: got {found!r}, this script trains {architecture!r}")
     except ValueError as error:
         sys.exit(f"train: error: {file}: {error}")
-    output = f"--train.output_dir={arguments.output_dir}"
-    return helmholtz(["train", f"--config={file}", output, "--train.resume=auto"])
+    options = [f"--train.output_dir={arguments.output_dir}", "--train.resume=auto"]
+    if arguments.use_fsdp:
+        options.append("--parallel.strategy=fsdp")
+    return helmholtz(["train", f"--config={file}", *options])
 
 
 def _translated(file: Path, architecture: str, output_dir: str) -> Path:
@@ -43,8 +53,7 @@ def _translated(file: Path, architecture: str, output_dir: str) -> Path:
     for note in notes:
         console.print(f"{file}: {note}", style="yellow", markup=False)
     target = Path(f"{output_dir.rstrip('/')}.yaml")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(yaml.safe_dump(converted, sort_keys=False))
+    write_atomically(target, yaml.safe_dump(converted, sort_keys=False))
     return target
 
 

@@ -1,6 +1,9 @@
-"""Folders that are on disk either wholly or not at all."""
+"""Folders that are on disk either wholly or not at all, that know their contents, and that have one owner."""
 
 import contextlib
+import fcntl
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,22 +21,36 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     time.
     """
     path = Path(path).absolute()
-    partial, previous = _beside(path, "partial"), _beside(path, "previous")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _settle(path, previous)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    partial = begin_folder(path)
     try:
         yield partial
-        _flush(partial)
-        if path.exists():
-            path.rename(previous)
-        partial.rename(path)
-        _flush_one(path.parent)
+        finish_folder(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        _settle(path, previous)
+        _settle(path, _beside(path, "previous"))
         raise
+
+
+def begin_folder(path: Path) -> Path:
+    """The first half of ``atomic_folder``, for several writers: a folder that ``finish_folder`` makes ``path``."""
+    path = path.absolute()
+    partial = _beside(path, "partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _settle(path, _beside(path, "previous"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    return partial
+
+
+def finish_folder(path: Path) -> None:
+    """The second half of ``atomic_folder``: flush what was begun and put it in its place."""
+    path = path.absolute()
+    partial, previous = _beside(path, "partial"), _beside(path, "previous")
+    _flush(partial)
+    if path.exists():
+        path.rename(previous)
+    partial.rename(path)
+    _flush_one(path.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -85,3 +102,93 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     finally:
         partial.unlink(missing_ok=True)
     _flush_one(path.parent)
+
+
+def point_at(link: Path, target: Path) -> None:
+    """Make ``link`` a symbolic link to its sibling ``target``; at every moment it is the old one or the new one."""
+    fresh = _beside(link.absolute(), "link")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(target.name)
+    fresh.replace(link)
+    _flush_one(link.absolute().parent)
+
+
+CHECKSUMS = "checksums.json"
+"""SHA-256 of every other file of a folder."""
+
+
+def write_checksums(folder: Path) -> None:
+    """Note what is in ``folder``, subfolders included."""
+    sums = {name: _sha256(folder / name) for name in _contents(folder)}
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
+
+
+def first_damage(folder: Path, names: tuple[str, ...] = ()) -> str:
+    """What is wrong with a folder that has checksums, in words; empty if nothing is, or it never had any.
+
+    Args:
+        names: look at these files only; none means all.
+    """
+    if not (folder / CHECKSUMS).exists():
+        return ""
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_text())
+        wanted = {str(name): str(value) for name, value in sums.items()}
+    except (ValueError, AttributeError):
+        return f"{folder / CHECKSUMS} is damaged"
+    for name in names or tuple(wanted):
+        if not (folder / name).is_file():
+            return f"{folder / name} is missing"
+        if name in wanted and _sha256(folder / name) != wanted[name]:
+            return f"{folder / name} is damaged: it is not what was written (SHA-256)"
+    return ""
+
+
+def _contents(folder: Path) -> list[str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != CHECKSUMS)
+    return [str(path.relative_to(folder)) for path in files]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+OWNER = ".owner"
+
+
+@contextlib.contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Keep every other process that asks out of ``folder`` until the block ends or this process does.
+
+    A folder that was made for it and stayed empty is removed.
+
+    Raises: ValueError naming the owner if there is one; OSError if the folder cannot be written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / OWNER).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise ValueError(
+                f"{folder} is in use by {owner}; wait for it to end or name another folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        try:
+            yield
+        finally:
+            if os.listdir(folder) == [OWNER]:
+                shutil.rmtree(folder)
+
+
+def check_free_space(folder: Path, wanted: int) -> None:
+    """Raises: OSError if less than ``wanted`` bytes are free where ``folder`` lies."""
+    free = shutil.disk_usage(folder).free
+    if free < wanted:
+        raise OSError(
+            f"{folder}: {free / 1e6:,.1f} MB are free on its disk, {wanted / 1e6:,.1f} MB are needed"
+        )

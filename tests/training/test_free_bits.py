@@ -260,7 +260,7 @@ def test_the_prior_s_cross_entropy_is_of_plans_that_are_the_same_at_every_evalua
             logits = loop.model.eval()(tokens[:, :-1], z=z).logits
         total += len(tokens) * ops.cross_entropy(logits, tokens[:, 1:]).item()
     assert first == pytest.approx(total / 10)
-    loop.objective.seed = 1
+    loop.learner._objective.seed = 1
     assert loop.evaluate().statistics["prior_cross_entropy"] != first
 
 

@@ -17,7 +17,7 @@ from helmholtz.models.fem_lm import FEMLMConfig
 from helmholtz.models.transformer import Transformer
 from helmholtz.training.callbacks import Callback
 from helmholtz.training.loop import NonFiniteError, Trainer
-from helmholtz.training.objectives import Objective, Report, next_token
+from helmholtz.training.objectives import Objective, Report, learned, next_token
 from helmholtz.training.run import train
 from tiny_runs import prepare_text, tiny_run
 
@@ -37,11 +37,13 @@ def weights(folder):
     return load_checkpoint(folder).state_dict()
 
 
-def trainer(data, tmp_path, objective=next_token, **changes):
+def trainer(data, tmp_path, objective=next_token, report=learned, **changes):
     run = tiny_run(data, tmp_path, **changes)
     torch.manual_seed(0)
     splits = TokenDataset(data.folder, "train"), TokenDataset(data.folder, "validation")
-    return Trainer(Transformer(replace(run.model, dropout=0.0)), *splits, run.train, objective=objective)
+    return Trainer(
+        Transformer(replace(run.model, dropout=0.0)), *splits, run.train, objective=objective, report=report
+    )
 
 
 class Crash(Callback):
@@ -229,7 +231,7 @@ def test_on_end_is_called_when_a_run_fails(data, tmp_path):
 
 def test_the_best_checkpoint_has_the_lowest_validation_loss(data, tmp_path):
     train(
-        tiny_run(data, tmp_path, steps=8, lr=0.4, min_lr_ratio=1.0, eval_every=2)
+        tiny_run(data, tmp_path, steps=4, lr=0.4, min_lr_ratio=1.0, eval_every=2)
     )  # too fast: it gets worse again
     losses = [record["validation_loss"] for record in metrics(tmp_path) if record["kind"] == "eval"]
     assert min(losses) < losses[-1]
@@ -255,7 +257,8 @@ def poisoned(at):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(data, tmp_path):
     loop = trainer(data, tmp_path, objective=poisoned(at=17))  # two calls a step, five for the evaluation
     with pytest.raises(
-        NonFiniteError, match=r"step 6: the loss is nan; the last checkpoint is kept in .*last"
+        NonFiniteError,
+        match=r"step 6: the loss is nan.* first seen in the loss: .*; the last checkpoint is kept in .*step-00000004",
     ):
         loop.fit()
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "last").values())
@@ -270,7 +273,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(data, tmp
     loop = trainer(data, tmp_path, objective=objective)
     before = {name: tensor.clone() for name, tensor in loop.model.state_dict().items()}
     with pytest.raises(
-        NonFiniteError, match=r"step 1: the gradient norm is nan; no checkpoint had been written yet"
+        NonFiniteError,
+        match=r"step 1: .*gradient norm nan.* first seen in gradient of norm.weight: .*; no checkpoint had",
     ):
         loop.fit()
     for name, tensor in loop.model.state_dict().items():
@@ -303,7 +307,7 @@ def test_endless_overflow_in_fp16_ends_the_run(data, tmp_path):
         return replace(result, loss=result.loss * 1e37)
 
     loop = trainer(data, tmp_path, objective=objective, precision="fp16")
-    with pytest.raises(NonFiniteError, match="the gradient norm is"):
+    with pytest.raises(NonFiniteError, match="gradient norm (nan|inf), in 21 steps in a row"):
         loop.fit()
     assert loop.progress.step == 0
 
@@ -339,8 +343,7 @@ def test_the_report_is_recorded_and_warns_only_after_the_warm_up(data, tmp_path)
         assert not model.training and not torch.is_grad_enabled()
         return Report({"windows": float(sum(map(len, batches))), "step": float(step)}, {"odd": f"at {step}"})
 
-    loop = trainer(data, tmp_path, steps=6, warmup_steps=3, eval_every=2)
-    loop.report = report
+    loop = trainer(data, tmp_path, report=report, steps=6, warmup_steps=3, eval_every=2)
     records = Record()
     loop.fit([records])
     assert [e.statistics for e in records.evaluations] == [

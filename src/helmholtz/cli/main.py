@@ -1,6 +1,7 @@
 """``helmholtz <command> ...``: one line per error, exit code 2 for what the user can mend and 1 for what went wrong."""
 
 import importlib
+import os
 import sys
 
 from rich.console import Console
@@ -20,6 +21,7 @@ COMMANDS = {
     "validate": "whether an equilibrium model keeps what its mathematics promises",
     "landscape": "the energy around a token's equilibrium, drawn",
     "inspect": "what a model is made of, what it has learned, and how it reads a text",
+    "export": "a trained model as a Hugging Face folder",
 }
 
 
@@ -43,11 +45,16 @@ def main(arguments: list[str] | None = None) -> int:
         check_choice("command", command, COMMANDS)
         return importlib.import_module(f"helmholtz.cli.{command}").run(rest, console)
     except (ValueError, OSError, ImportError) as error:
-        errors.print(f"helmholtz {command}: error: {error}", markup=False)
+        errors.print(f"helmholtz {command}: error: {error}{_rank()}", markup=False)
         return 2
     except RuntimeError as error:
-        errors.print(f"helmholtz {command}: {error}", markup=False)
+        errors.print(f"helmholtz {command}: {error}{_rank()}", markup=False)
         return 1
+
+
+def _rank() -> str:
+    """Which of torchrun's processes speaks."""
+    return f" [rank {os.environ['RANK']}]" if "RANK" in os.environ else ""
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 from typing import Generic
 
-import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from helmholtz.layers.base import AbstractMixer, StateT
 from helmholtz.layers.mlp import SwiGLU
 from helmholtz.layers.norm import RMSNorm
+from helmholtz.layers.row_draws import RowDropout
 from helmholtz.layers.sequence import SequenceLayout
 
 
@@ -35,7 +35,8 @@ class Block(nn.Module, Generic[StateT]):
         self.mixer = mixer
         self.mlp_norm = None if mlp is None else RMSNorm(d_model, eps=norm_eps)
         self.mlp = mlp
-        self.dropout = dropout
+        self.mixer_dropout = RowDropout(dropout)
+        self.mlp_dropout = RowDropout(dropout)
 
     def forward(
         self,
@@ -45,7 +46,7 @@ class Block(nn.Module, Generic[StateT]):
         cu_seqlens: Shaped[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "B T D"]:
         mixed = self.mixer(self.mixer_norm(x), attention_mask=attention_mask, cu_seqlens=cu_seqlens)
-        return self._feed_forward(x + self._drop(mixed))
+        return self._feed_forward(x + self.mixer_dropout(mixed))
 
     def init_state(self, batch_size: int) -> StateT:
         return self.mixer.init_state(batch_size)
@@ -55,12 +56,9 @@ class Block(nn.Module, Generic[StateT]):
     ) -> tuple[Float[Tensor, "B T D"], StateT]:
         """The next one or many tokens of a stream, which lie as ``layout`` says."""
         mixed, state = self.mixer.extend(self.mixer_norm(x), state, layout)
-        return self._feed_forward(x + self._drop(mixed)), state
+        return self._feed_forward(x + self.mixer_dropout(mixed)), state
 
     def _feed_forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         if self.mlp is None or self.mlp_norm is None:
             return x
-        return x + self._drop(self.mlp(self.mlp_norm(x)))
-
-    def _drop(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)))

@@ -14,6 +14,7 @@ from helmholtz.layers.fem_config import FreeEnergyMixerConfig
 from helmholtz.layers.init import init_normal
 from helmholtz.layers.priors import AbstractPrior, LinearPrior, MambaPrior, RNNSoftmaxPrior, SoftmaxPrior
 from helmholtz.layers.priors.base import split_heads
+from helmholtz.layers.row_draws import RowDropout
 from helmholtz.layers.sequence import SequenceLayout, sequence_layout
 from helmholtz.layers.time_decay_conv import TimeDecayConditioning
 from helmholtz.ops.free_energy import tilt_values
@@ -75,7 +76,7 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
         if c.read == "temperature":
             self.theta = nn.Parameter(torch.full((c.n_kv_heads, c.d_head_v), c.theta_init))
         self.o_proj = nn.Linear(width, c.d_model, bias=c.bias)
-        self.dropout = nn.Dropout(c.dropout)
+        self.dropout = RowDropout(c.dropout)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

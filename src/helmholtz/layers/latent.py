@@ -14,6 +14,7 @@ from helmholtz.layers.block import Block
 from helmholtz.layers.init import STANDARD_DEVIATION, init_normal
 from helmholtz.layers.linear import apply_linear
 from helmholtz.layers.norm import RMSNorm
+from helmholtz.layers.row_draws import POSTERIOR, PRIOR, drawn_uniform
 from helmholtz.layers.sequence import SequenceLayout
 from helmholtz.layers.state import KVCache
 from helmholtz.ops.binary_latent import bits_to_code, code_lookup, code_to_bits, sample_bits
@@ -37,9 +38,30 @@ class Plan:
         return Plan(torch.where(where, code, self.code), logits)
 
 
-def sample_plan(logits: Float[Tensor, "B T H"], *, generator: torch.Generator) -> Plan:
-    """Independent bits under the encoder's logits; the same in training and evaluation."""
-    return Plan(bits_to_code(sample_bits(logits, generator=generator)), logits)
+def sample_plan(logits: Float[Tensor, "B T H"], *, generator: torch.Generator | None = None) -> Plan:
+    """Independent bits under the encoder's logits; the same in training and evaluation.
+
+    Args:
+        generator: None draws by row within ``drawn_by_row``, else from torch's global generator.
+    """
+    uniform = None if generator is not None else drawn_uniform(POSTERIOR, logits)
+    return Plan(bits_to_code(sample_bits(logits, uniform=uniform, generator=generator)), logits)
+
+
+def sample_code(
+    n_latent_bits: int,
+    batch_size: int,
+    n_tokens: int,
+    *,
+    device: torch.device,
+    generator: torch.Generator | None,
+) -> Int[Tensor, "B T"]:
+    """Uniform codes, one per token; from a generator on its own device, by row or globally as ``sample_plan``."""
+    codes, shape = 2**n_latent_bits, (batch_size, n_tokens)
+    if generator is not None:
+        return torch.randint(codes, shape, generator=generator, device=generator.device).to(device)
+    uniform = drawn_uniform(PRIOR, torch.empty(shape, device=device))
+    return torch.randint(codes, shape, device=device) if uniform is None else (uniform * codes).long()
 
 
 @final
@@ -92,7 +114,7 @@ class SourceBlock(Block[KVCache]):
         mixed = self.mixer(
             self.mixer_norm(x), source=source, attention_mask=attention_mask, cu_seqlens=cu_seqlens
         )
-        return self._feed_forward(x + self._drop(mixed))
+        return self._feed_forward(x + self.mixer_dropout(mixed))
 
     def extend(
         self,
@@ -104,7 +126,7 @@ class SourceBlock(Block[KVCache]):
     ) -> tuple[Float[Tensor, "B T D"], KVCache]:
         source = None if source is None else self.mixer_norm(source)
         mixed, state = self.mixer.extend(self.mixer_norm(x), state, layout, source=source)
-        return self._feed_forward(x + self._drop(mixed)), state
+        return self._feed_forward(x + self.mixer_dropout(mixed)), state
 
 
 @final

@@ -26,6 +26,7 @@ from helmholtz.layers.block import Block
 from helmholtz.layers.init import init_normal, scale_residual
 from helmholtz.layers.mlp import SwiGLU
 from helmholtz.layers.norm import RMSNorm
+from helmholtz.layers.row_draws import number_dropouts
 from helmholtz.layers.sequence import SequenceLayout, sequence_layout
 
 ConfigT = TypeVar("ConfigT", bound="ModelConfig")
@@ -164,6 +165,7 @@ class AbstractDecoder(nn.Module, abc.ABC):
         feed_forwards = [block.mlp for block in blocks if block.mlp is not None]
         scale_residual([b.mixer.o_proj for b in blocks] + [mlp.down_proj for mlp in feed_forwards])
         self.tie_weights()
+        number_dropouts(self)
 
     @abc.abstractmethod
     def build_mixer(self, layer: int) -> AbstractMixer[Any]:

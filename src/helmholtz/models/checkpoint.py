@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helmholtz._checks import check_choice, check_keys
-from helmholtz._files import atomic_folder, complete_folder
+from helmholtz._files import atomic_folder, complete_folder, first_damage
 from helmholtz.models import MODELS
 from helmholtz.models.base import AbstractDecoder, ModelConfig
 
@@ -25,14 +26,26 @@ def save_checkpoint(model: AbstractDecoder, folder: str | os.PathLike[str]) -> N
         write_checkpoint(model, partial)
 
 
-def write_checkpoint(model: AbstractDecoder, folder: Path) -> None:
-    """Write the two files of a checkpoint into an existing folder. Tied weights are stored once."""
+def write_checkpoint(
+    model: AbstractDecoder, folder: Path, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the two files of a checkpoint into an existing folder. Tied weights are stored once.
+
+    Args:
+        weights: the model's ``checkpoint_weights`` if they are not all its own, because processes share them.
+
+    Raises: OSError if the disk is full or cannot be written to.
+    """
     names = [name for name, cls in MODELS.items() if cls is type(model)]
     if not names:
         raise ValueError(f"model: {type(model).__name__} is none of the architectures {sorted(MODELS)}")
     description = {"architecture": names[0], "config": model.config.to_dict()}
     (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
-    save_file(_weights(model), folder / WEIGHTS, metadata={"format": "pt"})
+    tensors = dict(checkpoint_weights(model) if weights is None else weights)
+    try:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{folder / WEIGHTS}: cannot be written ({error})") from error
 
 
 def load_checkpoint(
@@ -49,10 +62,13 @@ def load_checkpoint(
     """
     folder = complete_folder(folder)
     architecture, config = read_config(folder)
+    damage = first_damage(folder, (CONFIG, WEIGHTS))
+    if damage:
+        raise ValueError(damage)
     with torch.random.fork_rng(devices=[]):
         model = MODELS[architecture](config)
     weights = _read_weights(folder / WEIGHTS)
-    _check_weights(folder / WEIGHTS, weights, _weights(model))
+    _check_weights(folder / WEIGHTS, weights, checkpoint_weights(model))
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     return model.to(device=device, dtype=dtype).eval()
@@ -82,7 +98,8 @@ def _parse(description: Any) -> tuple[str, ModelConfig]:
     return architecture, MODELS[architecture].config_class.from_dict(description["config"])
 
 
-def _weights(model: AbstractDecoder) -> dict[str, Tensor]:
+def checkpoint_weights(model: AbstractDecoder) -> dict[str, Tensor]:
+    """What a checkpoint stores of a model, by name."""
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_embeddings:
         del weights[_TIED]

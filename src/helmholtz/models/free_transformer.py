@@ -26,9 +26,11 @@ from helmholtz.layers.latent import (
     Plan,
     SourceBlock,
     TablePostSampler,
+    sample_code,
     sample_plan,
 )
 from helmholtz.layers.mlp import SwiGLU
+from helmholtz.layers.row_draws import number_dropouts
 from helmholtz.layers.sequence import SequenceLayout, sequence_layout
 from helmholtz.layers.state import KVCache
 from helmholtz.models.base import AbstractDecoder, AttentionModelConfig, LMOutput, LMState, ModelConfig
@@ -100,6 +102,7 @@ class FreeTransformer(AbstractDecoder):
         self.encoder = LatentEncoder(self._source_block(causal=False), c.d_model, bits, norm_eps=c.norm_eps)
         table = c.post_sampler == "table"
         self.post_sampler = (TablePostSampler if table else BitsPostSampler)(bits, c.d_model)
+        number_dropouts(self)
 
     @property
     def split_layer(self) -> int:
@@ -270,24 +273,15 @@ class FreeTransformer(AbstractDecoder):
         return self.sample_posterior(half, generator=generator)
 
     def sample_posterior(self, half: Halfway, *, generator: torch.Generator | None = None) -> Plan:
-        """A plan drawn from ``posterior(half)``; the global generator if None."""
-        return sample_plan(self.posterior(half), generator=generator or self._global_generator())
+        """A plan drawn from ``posterior(half)``; None draws as ``sample_plan`` does."""
+        return sample_plan(self.posterior(half), generator=generator)
 
     def sample_prior(
         self, batch_size: int, n_tokens: int, *, generator: torch.Generator | None = None
     ) -> Plan:
-        """Uniform codes, one per token; from torch's global generator if None."""
-        codes = 2**self.config.n_latent_bits
-        shape, device = (batch_size, n_tokens), self.embed.weight.device
-        if generator is None:
-            return Plan(torch.randint(codes, shape, device=device))
-        return Plan(torch.randint(codes, shape, generator=generator, device=generator.device).to(device))
-
-    def _global_generator(self) -> torch.Generator:
-        device = self.embed.weight.device
-        if device.type == "cuda":
-            return torch.cuda.default_generators[device.index or 0]
-        return torch.default_generator
+        """Uniform codes, one per token; None draws as ``sample_plan`` does."""
+        n_bits, device = self.config.n_latent_bits, self.embed.weight.device
+        return Plan(sample_code(n_bits, batch_size, n_tokens, device=device, generator=generator))
 
     def _extend(
         self, x: Float[Tensor, "B T D"], layout: SequenceLayout, state: PlannedState, first: int, last: int

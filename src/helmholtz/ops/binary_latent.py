@@ -41,10 +41,20 @@ def code_to_bits(code: Shaped[Tensor, "*batch"], n_bits: int) -> Bool[Tensor, "*
     return (code.long().unsqueeze(-1) >> torch.arange(n_bits, device=code.device)).bitwise_and(1).bool()
 
 
-def sample_bits(logits: Float[Tensor, "*batch H"], *, generator: torch.Generator) -> Bool[Tensor, "*batch H"]:
-    r"""Independent bits :math:`b_h \sim \mathrm{Bernoulli}(\sigma(L_h))`, compared in at least float32."""
+def sample_bits(
+    logits: Float[Tensor, "*batch H"],
+    *,
+    uniform: Float[Tensor, "*batch H"] | None = None,
+    generator: torch.Generator | None = None,
+) -> Bool[Tensor, "*batch H"]:
+    r"""Independent bits :math:`b_h \sim \mathrm{Bernoulli}(\sigma(L_h))`, compared in at least float32.
+
+    Args:
+        uniform: the numbers in [0, 1) that decide; None draws them from ``generator``, which may be torch's own (None).
+    """
     wide = logits.detach().to(compute_dtype(logits))
-    uniform = torch.rand(wide.shape, generator=generator, dtype=wide.dtype, device=wide.device)
+    if uniform is None:
+        uniform = torch.rand(wide.shape, generator=generator, dtype=wide.dtype, device=wide.device)
     return uniform < wide.sigmoid()
 
 

@@ -93,7 +93,7 @@ class JSONLMetrics(Callback):
         rewritten = path.with_name(path.name + ".tmp")
         rewritten.write_text("".join(line + "\n" for line in kept))
         rewritten.replace(path)
-        self.file = path.open("a")
+        self.path, self.file = path, path.open("ab", buffering=0)
 
     @staticmethod
     def _until(line: str, step: int) -> bool:
@@ -103,8 +103,10 @@ class JSONLMetrics(Callback):
             return False
 
     def _write(self, kind: str, values: dict[str, Any]) -> None:
-        self.file.write(json.dumps({"kind": kind} | values) + "\n")
-        self.file.flush()
+        try:
+            self.file.write((json.dumps({"kind": kind} | values) + "\n").encode())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def on_step(self, record: StepRecord) -> None:
         if record.step % self.log_every == 0 or record.skipped:

@@ -14,7 +14,7 @@ from helmholtz._checks import (
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
-OPERATIONAL = frozenset({"output_dir", "resume", "threads", "log_every", "save_every", "tensorboard"})
+OPERATIONAL = frozenset({"output_dir", "resume", "threads", "log_every", "save_every", "keep", "tensorboard"})
 """Settings that may change between an interruption and its resumption: they do not touch the numbers."""
 
 
@@ -27,7 +27,7 @@ class TrainConfig:
     steps: int = 1000
     """Optimizer steps; with ``batch_size``, ``seq_len`` and ``accumulation`` it fixes the tokens seen."""
     batch_size: int = 16
-    """Sequences per forward pass."""
+    """Sequences per forward pass, of all processes together; a multiple of their number."""
     seq_len: int = 256
     """Tokens per sequence."""
     accumulation: int = 1
@@ -58,6 +58,10 @@ class TrainConfig:
     """Validation tokens per evaluation, always the same first ones."""
     save_every: int = 250
     """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Newest checkpoints that are kept; beside them the best one is."""
+    max_skipped: int = 20
+    """Steps in a row that may be skipped because their loss or gradient is not finite; one more ends the run."""
     log_every: int = 1
     """Steps between records of the training metrics."""
     tensorboard: bool = False
@@ -67,9 +71,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "seq_len", "accumulation")
-        for name in (*counts, "eval_every", "eval_tokens", "save_every", "log_every"):
+        for name in (*counts, "eval_every", "eval_tokens", "save_every", "log_every", "keep"):
             check_integer(f"train.{name}", getattr(self, name))
-        for name in ("warmup_steps", "threads", "seed"):
+        for name in ("warmup_steps", "threads", "seed", "max_skipped"):
             check_integer(f"train.{name}", getattr(self, name), minimum=0)
         check(self.seed < 2**31, "train.seed", self.seed, "below 2**31")
         check_positive("train.lr", self.lr)

@@ -22,6 +22,7 @@ from helmholtz.models.mamba_hopfield import MambaHopfield
 from helmholtz.ops.losses import cross_entropy
 from helmholtz.solvers import SolverConfig
 from helmholtz.solvers.spectrum import local_lipschitz
+from helmholtz.training.distributed import gather_rows
 from helmholtz.training.objectives import Objective, Report
 
 ENOUGH_CONVERGED = 0.99
@@ -122,7 +123,8 @@ class EquilibriumObjective:
         for weight, term in weighted.values():
             loss = loss + weight * term
         if model.training and c.writes(step):
-            model.write_memory(found)
+            rows, chosen = found.rows(found.z).detach(), found.solution.converged
+            model.memory.write(gather_rows(rows), gather_rows(chosen))
         terms = {"cross_entropy": nats} | {name: term for name, (_, term) in weighted.items()}
         terms["num_steps"] = found.solution.num_steps.float().mean()
         terms["unconverged"] = (~found.solution.converged).float().mean()

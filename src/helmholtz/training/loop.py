@@ -1,39 +1,51 @@
-"""One short training loop: accumulation, clipping, mixed precision, evaluation, checkpoints, exact resumption."""
+"""One short training loop: accumulation, clipping, mixed precision, evaluation, checkpoints, exact resumption.
+
+One process or many: all make the same steps and see the same records; the main one writes and prints.
+"""
 
 import contextlib
+import json
 import math
 import random
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from helmholtz._files import write_atomically
 from helmholtz._hardware import peak_memory_bytes
-from helmholtz._run_folder import BEST, LAST
+from helmholtz._run_folder import BEST, LAST, NON_FINITE
 from helmholtz.data.tokens import TokenDataset
+from helmholtz.layers.row_draws import drawn_by_row
 from helmholtz.models.base import AbstractDecoder, evaluation_mode
+from helmholtz.ops.row_random import row_keys
 from helmholtz.training.callbacks import Callback, EvalRecord, RunResult, StepRecord
-from helmholtz.training.checkpoint import save_run
+from helmholtz.training.checkpoint import save_last, save_run
 from helmholtz.training.config import TrainConfig
+from helmholtz.training.diagnosis import NonFiniteError, first_non_finite
+from helmholtz.training.distributed import (
+    gather_text,
+    local_share,
+    lost_rank_named,
+    mean_over_ranks,
+    on_main,
+    world,
+)
 from helmholtz.training.objectives import ObjectiveFunction, Report, ReportFunction, learned, next_token
 from helmholtz.training.optim import NO_FACTORS, learning_rate, make_optimizer
 from helmholtz.training.order import window_starts
+from helmholtz.training.parallel import Learner, ParallelConfig, gradients_exchanged, spread, whole
 from helmholtz.training.state import Progress, load_training_state
+from helmholtz.training.stopping import stop_signals
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-MAX_SKIPPED = 50
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or the gradient became infinite or NaN."""
+VALIDATION_SEED = 2**31
+"""Added to the seed for what is drawn in evaluations."""
 
 
 def seed_everything(seed: int) -> None:
@@ -43,37 +55,16 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed)
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """While open, SIGINT and SIGTERM are noted in the list instead of ending the process; a second one ends it."""
-    received: list[int] = []
-    signals = (signal.SIGINT, signal.SIGTERM)
-    try:
-        previous: dict[int, Any] = {number: signal.getsignal(number) for number in signals}
-
-        def note(number: int, frame: FrameType | None) -> None:
-            received.append(number)
-            signal.signal(number, previous[number])
-
-        for number in signals:
-            signal.signal(number, note)
-    except ValueError:  # only the main thread may set handlers; elsewhere its owner handles signals
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number in signals:
-            signal.signal(number, previous[number])
-
-
 class Trainer:
     """Trains ``model`` on the split ``train`` and keeps the best and the last state in ``config.output_dir``.
 
     Interrupted at any moment, by a signal or by the loss of the machine, and resumed, a run gives the same losses
-    to the bit as an uninterrupted one on the same hardware and thread count.
+    to the bit as an uninterrupted one on the same hardware, thread count and number of processes. Another number of
+    processes changes sums in their last digits only: every step consumes the same windows, and what is random in a
+    model is a function of the seed and the window (``layers.row_draws``).
 
     Args:
+        parallel: how several processes share the work. They must all have made the same ``model``.
         objective: what a step minimises; its ``bound`` is what is validated.
         report: what an evaluation tells beside it.
         lr_factors: by prefix of parameters' names, their learning rate over that of the rest.
@@ -89,8 +80,10 @@ class Trainer:
         objective: ObjectiveFunction = next_token,
         report: ReportFunction = learned,
         lr_factors: Mapping[str, float] = NO_FACTORS,
+        parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (frozen)
     ) -> None:
-        self.config, self.objective, self.report = config, objective, report
+        self.config = config
+        self.rows = local_share(config.batch_size, "train.batch_size")
         self.train, self.validation = train, validation
         self.n_validation_windows = min(config.eval_tokens, len(validation) - 1) // config.seq_len
         if self.n_validation_windows < 1:
@@ -103,64 +96,73 @@ class Trainer:
         )  # is there a window?
         cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
         self.device = torch.device("cuda" if cuda else "cpu")
+        if config.precision == "fp16" and parallel.strategy == "fsdp":
+            raise ValueError("train.precision must be fp32 or bf16 with parallel.strategy=fsdp, got 'fp16'")
         self.model = model.to(self.device)
+        self.learner = Learner(self.model, objective, report)
+        self.spread = spread(self.learner, parallel, self.device)
         self.folder = Path(config.output_dir)
         self.optimizer = make_optimizer(self.model, config, lr_factors)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.progress = Progress()
+        self._signals: list[int] = []
+        self._stopping = False
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint's training state (the weights are the caller's)."""
-        self.progress = load_training_state(folder, self.optimizer, self.scaler)
+        self.progress = load_training_state(folder, self.model, self.optimizer, self.scaler)
 
     def _autocast(self) -> torch.autocast:
         dtype = AUTOCAST.get(self.config.precision)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
-    def _micro_batch(self, index: int) -> Int[Tensor, "B T1"]:
+    def _micro_batch(self, index: int) -> tuple[Int[Tensor, "B T1"], Int[Tensor, "B"]]:
+        """This process's rows of the step's micro-batch ``index``, and their keys."""
         c = self.config
-        first = self.progress.windows + index * c.batch_size
-        starts = window_starts(first, c.batch_size, n_tokens=len(self.train), seq_len=c.seq_len, seed=c.seed)
-        return self.train.read(starts, c.seq_len + 1).to(self.device)
+        first = self.progress.windows + index * c.batch_size + world().rank * self.rows
+        starts = window_starts(first, self.rows, n_tokens=len(self.train), seq_len=c.seq_len, seed=c.seed)
+        keys = row_keys(c.seed, torch.arange(first, first + self.rows))
+        return self.train.read(starts, c.seq_len + 1).to(self.device), keys.to(self.device)
 
-    def _backward(self) -> tuple[float, float, dict[str, float]]:
-        """Mean loss, bound and terms over the step's micro-batches; the mean gradient is left in the parameters."""
-        total, bound, terms = 0.0, 0.0, dict[str, float]()
-        for index in range(self.config.accumulation):
-            with self._autocast():
-                objective = self.objective(self.model, self._micro_batch(index), self.progress.step)
-            loss = objective.loss.item()
-            if not math.isfinite(loss):
-                raise NonFiniteError(self._failure(f"the loss is {loss}"))
-            self.scaler.scale(objective.loss / self.config.accumulation).backward()
-            total += loss / self.config.accumulation
-            bound += objective.bound.item() / self.config.accumulation
-            for name, value in objective.terms.items():
-                terms[name] = terms.get(name, 0.0) + value.item() / self.config.accumulation
-        return total, bound, terms
+    def _backward(self) -> dict[str, float]:
+        """Loss, bound and terms, means over the step's rows; the mean gradient is left in the parameters."""
+        n = self.config.accumulation
+        found = dict[str, float]()
+        for index in range(n):
+            tokens, keys = self._micro_batch(index)
+            with gradients_exchanged(self.spread, index == n - 1), drawn_by_row(keys):
+                with self._autocast():
+                    loss, bound, terms = self.spread(tokens, self.progress.step)
+                self.scaler.scale(loss / n).backward()
+            for name, value in ({"loss": loss.detach(), "bound": bound} | terms).items():
+                found[name] = found.get(name, 0.0) + value.item() / n
+        found["stop"] = float(bool(self._signals))
+        found = dict(zip(found, mean_over_ranks(list(found.values())), strict=True))
+        self._stopping = found.pop("stop") > 0
+        return found
 
     def _failure(self, what: str) -> str:
-        last = self.folder / LAST
-        kept = (
-            f"the last checkpoint is kept in {last}"
-            if last.exists()
-            else "no checkpoint had been written yet"
-        )
+        kept = "no checkpoint had been written yet"
+        if (self.folder / LAST).exists():
+            kept = f"the last checkpoint is kept in {(self.folder / LAST).resolve()}"
         return f"step {self.progress.step + 1}: {what}; {kept}. Try a lower train.lr or train.precision=fp32"
 
     def step(self) -> StepRecord:
-        """One optimizer step, or a skipped one if its fp16 gradient overflowed."""
+        """One optimizer step, or a skipped one if its loss or gradient is not finite."""
         c, progress, begin = self.config, self.progress, time.perf_counter()
         lr = learning_rate(progress.step, c)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         self.optimizer.zero_grad(set_to_none=True)
-        loss, bound, terms = self._backward()
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm).item()
-        skipped = not math.isfinite(norm)
-        self._note(norm, skipped=skipped)
-        self.scaler.step(self.optimizer)
+        with lost_rank_named(f"in step {progress.step + 1}"):
+            found = self._backward()
+            self.scaler.unscale_(self.optimizer)
+            norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm)).item()
+        loss, bound = found.pop("loss"), found.pop("bound")
+        skipped = not (math.isfinite(norm) and math.isfinite(loss))
+        self._note_skip(f"the loss is {loss}, the gradient norm {norm}", skipped=skipped)
+        if not skipped:
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         progress.windows += c.accumulation * c.batch_size
         progress.step += not skipped
@@ -175,20 +177,50 @@ class Trainer:
             lr=lr,
             tokens_per_second=c.tokens_per_step / seconds,
             skipped=skipped,
-            terms=terms,
+            terms=found,
         )
 
-    def _note(self, norm: float, *, skipped: bool) -> None:
+    def _note_skip(self, what: str, *, skipped: bool) -> None:
         progress = self.progress
         progress.skipped += skipped
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
-        if progress.skipped_in_a_row > (MAX_SKIPPED if self.scaler.is_enabled() else 0):
-            raise NonFiniteError(self._failure(f"the gradient norm is {norm}"))
+        if progress.skipped_in_a_row > self.config.max_skipped:
+            self._stop_for(f"{what}, in {progress.skipped_in_a_row} steps in a row")
 
-    def _validation_batches(self) -> Iterator[Int[Tensor, "B T1"]]:
+    def _stop_for(self, what: str) -> None:
+        """Raise NonFiniteError with the first bad tensor of any process, which ``non_finite.json`` also names."""
+        first = ""
+        for index in range(self.config.accumulation):
+            tokens, keys = self._micro_batch(index)
+
+            def losses(tokens: Tensor = tokens) -> Tensor:
+                with self._autocast():
+                    loss: Tensor = self.learner(tokens, self.progress.step)[0]
+                return loss
+
+            with drawn_by_row(keys):
+                first = first or first_non_finite(self.model, losses)
+        texts = [f"{text} (rank {rank})" for rank, text in enumerate(gather_text(first)) if text]
+        where = (
+            texts[0]
+            if texts
+            else "nothing when the step is repeated in isolation: the scale of fp16 is too large"
+        )
+        report = {
+            "step": self.progress.step + 1,
+            "windows": self.progress.windows,
+            "what": what,
+            "first": where,
+        }
+        on_main(lambda: write_atomically(self.folder / NON_FINITE, json.dumps(report, indent=2) + "\n"))
+        raise NonFiniteError(self._failure(f"{what}; first seen in {where}"))
+
+    def _validation_batches(self) -> Iterator[tuple[Int[Tensor, "B T1"], Int[Tensor, "B"]]]:
+        """All batches, on every process: evaluations are small, and so their numbers do not depend on the processes."""
         c = self.config
-        for rows in (torch.arange(self.n_validation_windows) * c.seq_len).split(c.batch_size):
-            yield self.validation.read(rows, c.seq_len + 1).to(self.device)
+        for rows in torch.arange(self.n_validation_windows).split(c.batch_size):
+            keys = row_keys(c.seed + VALIDATION_SEED, rows).to(self.device)
+            yield self.validation.read(rows * c.seq_len, c.seq_len + 1).to(self.device), keys
 
     @contextlib.contextmanager
     def _evaluation(self) -> Iterator[None]:
@@ -205,15 +237,16 @@ class Trainer:
         """
         total, step = 0.0, self.progress.step
         with self._evaluation():
-            for tokens in self._validation_batches():
-                total += len(tokens) * self.objective(self.model, tokens, step).bound.item()
+            for tokens, keys in self._validation_batches():
+                with drawn_by_row(keys):
+                    total += len(tokens) * self.learner(tokens, step)[1].item()
         return total / self.n_validation_windows
 
     def _report(self) -> Report:
         """The report on the validation batches, without warnings while the learning rate warms up."""
         step = self.progress.step
         with self._evaluation():
-            report = self.report(self.model, list(self._validation_batches()), step)
+            report = self.learner.report([tokens for tokens, _ in self._validation_batches()], step)
         return report if step >= self.config.warmup_steps else replace(report, warnings={})
 
     def evaluate(self) -> EvalRecord:
@@ -235,10 +268,14 @@ class Trainer:
 
     def _save(self, name: str, callbacks: Sequence[Callback]) -> None:
         self._note_memory()
-        state = (self.optimizer, self.scaler, self.progress) if name == LAST else None
-        save_run(self.folder / name, self.model, self.train.tokenizer_folder, state)
+        tokenizer, folder = self.train.tokenizer_folder, self.folder / name
+        if name == BEST:
+            save_run(folder, self.model, tokenizer, None)
+        else:
+            state = (self.optimizer, self.scaler, self.progress)
+            save_last(self.folder, self.model, tokenizer, state, keep=self.config.keep)
         for callback in callbacks:
-            callback.on_checkpoint(self.folder / name, self.progress.step)
+            callback.on_checkpoint(folder, self.progress.step)
 
     def _advance(self, callbacks: Sequence[Callback]) -> None:
         c, record = self.config, self.step()
@@ -261,22 +298,29 @@ class Trainer:
 
         Raises: NonFiniteError, naming the step, if a loss or gradient is not finite; checkpoints are not touched.
         """
-        status = "failed"
         self.model.train()
         try:
-            with stop_signals() as received:
-                while self.progress.step < self.config.steps and not received:
+            with stop_signals() as self._signals:
+                while self.progress.step < self.config.steps and not self._asked_to_stop():
                     self._advance(callbacks)
-                if self.progress.step < self.config.steps:
+                finished = self.progress.step == self.config.steps
+                if not finished:
                     self._save(LAST, callbacks)
-                    status = "interrupted"
-                else:
-                    status = "finished"
-        finally:
-            result = self._result(status)
-            for callback in callbacks:
-                callback.on_end(result)
+        except BaseException:
+            with contextlib.suppress(OSError):  # of a full disk: the first error tells more
+                self._end("failed", callbacks)
+            raise
+        return self._end("finished" if finished else "interrupted", callbacks)
+
+    def _end(self, status: str, callbacks: Sequence[Callback]) -> RunResult:
+        result = self._result(status)
+        for callback in callbacks:
+            callback.on_end(result)
         return result
+
+    def _asked_to_stop(self) -> bool:
+        """Whether a signal came; several processes agree on it in their next step."""
+        return self._stopping or (world().size == 1 and bool(self._signals))
 
     def _note_memory(self) -> None:
         self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, peak_memory_bytes())

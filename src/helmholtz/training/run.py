@@ -1,7 +1,9 @@
 """From the description of a run to a trained model on disk."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,9 @@ import torch
 from rich.console import Console
 
 from helmholtz._checks import check, check_choice
-from helmholtz._files import complete_folder
+from helmholtz._files import check_free_space, owned, write_atomically
 from helmholtz._hardware import describe_hardware, git_commit
-from helmholtz._run_folder import LAST, METRICS, SUMMARY
+from helmholtz._run_folder import METRICS, SUMMARY
 from helmholtz.data.prepare import DataConfig
 from helmholtz.data.tokens import TokenDataset
 from helmholtz.models import MODELS
@@ -21,11 +23,13 @@ from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.models.free_transformer import FreeTransformer
 from helmholtz.models.mamba_hopfield import MambaHopfield, MambaHopfieldConfig
 from helmholtz.training.callbacks import Callback, JSONLMetrics, ProgressBar, RunResult, TensorBoard
-from helmholtz.training.checkpoint import can_resume, claim, first_difference
+from helmholtz.training.checkpoint import can_resume, claim, first_difference, newest_checkpoint
 from helmholtz.training.config import TrainConfig
+from helmholtz.training.distributed import on_main, process_group, world
 from helmholtz.training.equilibrium import EquilibriumObjective, EquilibriumObjectiveConfig
 from helmholtz.training.free_bits import FreeBitsConfig, FreeBitsObjective
 from helmholtz.training.loop import Trainer, seed_everything
+from helmholtz.training.parallel import ParallelConfig
 
 ObjectiveConfig = FreeBitsConfig | EquilibriumObjectiveConfig
 
@@ -51,6 +55,8 @@ class RunConfig:
     train: TrainConfig
     objective: ObjectiveConfig | None = None
     """Of the model's ``objective_class``, and None of a model without; None elsewhere means the defaults."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the processes of ``torchrun`` share the work."""
 
     def __post_init__(self) -> None:
         check_choice("model.architecture", self.architecture, MODELS)
@@ -106,7 +112,7 @@ class Summary(Callback):
             "commit": git_commit(),
             "hardware": describe_hardware(),
         }
-        (result.folder / SUMMARY).write_text(json.dumps(values, indent=2) + "\n")
+        write_atomically(result.folder / SUMMARY, json.dumps(values, indent=2) + "\n")
 
 
 def train(
@@ -114,15 +120,27 @@ def train(
 ) -> RunResult:
     """Train the described model, or go on training it; all it makes is in ``config.train.output_dir``.
 
+    Started by ``torchrun``, its processes share the work (``config.parallel``); the folder must be the same for all.
+
     Args:
-        callbacks: the caller's hooks, called after the built-in ones.
-        console: where progress is shown; None shows nothing.
+        callbacks: the caller's hooks, called after the built-in ones; with several processes, in each.
+        console: where progress is shown, by the main process; None shows nothing.
 
     Raises:
-        ValueError: the folder holds a run (and ``resume`` is "never") or another run, or data and model do not
-            fit; nothing on disk is touched.
+        ValueError: the folder holds a run (and ``resume`` is "never") or another run or is in use, or data and model
+            do not fit; nothing on disk is touched.
+        OSError: the folder cannot be written to, or its disk is too full for the run's checkpoints.
         NonFiniteError: training diverged; checkpoints written before are untouched.
+        LostRankError: another process has gone.
     """
+    device = "cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu"
+    with process_group(device, config.parallel.timeout_seconds), contextlib.ExitStack() as stack:
+        return _train(config, callbacks, console if world().is_main else None, stack)
+
+
+def _train(
+    config: RunConfig, callbacks: Sequence[Callback], console: Console | None, stack: contextlib.ExitStack
+) -> RunResult:
     train_data, validation = open_data(config.data)
     vocabulary = train_data.vocab_size
     wanted = f"{vocabulary}, the vocabulary of {config.data.folder}"
@@ -130,12 +148,29 @@ def train(
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     folder, identity = Path(config.train.output_dir), _identity(config, train_data)
-    resumed = can_resume(folder, identity, resume=config.train.resume == "auto")
-    trainer = _trainer(config, _model(config, resumed), train_data, validation)
-    if resumed:
-        trainer.restore(complete_folder(folder / LAST))
-    claim(folder, identity, config.data.folder)
-    return trainer.fit([*_built_in(config.train, trainer, console), *callbacks])
+    begun = on_main(lambda: can_resume(folder, identity, resume=config.train.resume == "auto"))
+    on_main(lambda: stack.enter_context(owned(folder)))
+    checkpoint = on_main(lambda: newest_checkpoint(folder, _warning(console)) if begun else None)
+    trainer = _trainer(config, _model(config, checkpoint), train_data, validation)
+    on_main(lambda: check_free_space(folder, _bytes_needed(config.train, trainer.model, checkpoint)))
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    on_main(lambda: claim(folder, identity, config.data.folder))
+    built_in = _built_in(config.train, trainer, console) if world().is_main else []
+    return trainer.fit([*built_in, *callbacks])
+
+
+def _warning(console: Console | None) -> Callable[[str], None]:
+    if console is None:
+        return lambda text: warnings.warn(text, stacklevel=2)
+    return lambda text: console.print(f"warning: {text}", style="bold yellow", highlight=False, markup=False)
+
+
+def _bytes_needed(config: TrainConfig, model: AbstractDecoder, checkpoint: Path | None) -> int:
+    """Of the checkpoints that will be on disk at once: weights and, but for the best, two averages per weight."""
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    newest = config.keep + 1 if checkpoint is None else 1
+    return weights * (3 * newest + 2)
 
 
 def open_data(config: DataConfig) -> tuple[TokenDataset, TokenDataset]:
@@ -163,9 +198,9 @@ def _identity(config: RunConfig, data: TokenDataset) -> dict[str, Any]:
     return identity
 
 
-def _model(config: RunConfig, resumed: bool) -> AbstractDecoder:
-    if resumed:
-        return load_checkpoint(Path(config.train.output_dir) / LAST)
+def _model(config: RunConfig, checkpoint: Path | None) -> AbstractDecoder:
+    if checkpoint is not None:
+        return load_checkpoint(checkpoint)
     seed_everything(config.train.seed)
     return MODELS[config.architecture](config.model)
 
@@ -174,7 +209,7 @@ def _trainer(
     config: RunConfig, model: AbstractDecoder, train_data: TokenDataset, validation: TokenDataset
 ) -> Trainer:
     if config.objective is None:
-        return Trainer(model, train_data, validation, config.train)
+        return Trainer(model, train_data, validation, config.train, parallel=config.parallel)
     objective: FreeBitsObjective | EquilibriumObjective
     if isinstance(config.objective, FreeBitsConfig):
         objective = FreeBitsObjective(config.objective, seed=config.train.seed)
@@ -182,6 +217,9 @@ def _trainer(
     else:
         objective = EquilibriumObjective(config.objective, seed=config.train.seed)
         factors = {"equilibrium.memory.": config.objective.memory_lr_factor}
+        assert isinstance(model, MambaHopfield)
+        # nothing else reaches the start, and DDP waits for the gradient of every trained parameter
+        model.equilibrium.dynamics.start_proj.requires_grad_(config.objective.convergence_weight > 0)
     return Trainer(
         model,
         train_data,
@@ -190,6 +228,7 @@ def _trainer(
         objective=objective,
         report=objective.report,
         lr_factors=factors,
+        parallel=config.parallel,
     )
 
 

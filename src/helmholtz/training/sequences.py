@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from helmholtz.models.base import AbstractDecoder
 from helmholtz.training.config import TrainConfig
-from helmholtz.training.loop import NonFiniteError
+from helmholtz.training.diagnosis import NonFiniteError
 from helmholtz.training.objectives import Objective, ObjectiveFunction, next_token
 from helmholtz.training.optim import NO_FACTORS, learning_rate, make_optimizer
 

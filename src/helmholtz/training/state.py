@@ -1,19 +1,28 @@
 """What has to be saved, beside the weights, for an interrupted run to go on as if nothing had happened."""
 
+import contextlib
 import json
 import math
 import random
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-TENSORS, VALUES = "training_state.safetensors", "training_state.json"
+from helmholtz.training.distributed import world
+
+OPTIMIZER, VALUES = "optimizer", "training_state.json"
+"""Folder of the optimizer's tensors, a safetensors file per process; and all else, as JSON."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(slots=True)
@@ -21,11 +30,11 @@ class Progress:
     """How far a run is."""
 
     step: int = 0
-    """Optimizer steps applied; a step skipped for a gradient that overflowed in fp16 is not one."""
+    """Optimizer steps applied; one skipped for a loss or gradient that is not finite is not one."""
     windows: int = 0
     """Windows of training text consumed, those of skipped steps included: the position in the data."""
     skipped: int = 0
-    """fp16 steps skipped."""
+    """Steps skipped."""
     skipped_in_a_row: int = 0
     best: float = math.inf
     """Lowest validation loss so far, in nats per token."""
@@ -41,44 +50,68 @@ def _random_values() -> dict[str, Any]:
     return {
         "python": [version, list(inner), gauss],
         "numpy": [str(name), np.asarray(keys).tolist(), position, has_gauss, cached],
+        "torch": torch.get_rng_state().tolist(),
     }
 
 
-def _restore_random(values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _restore_random(values: dict[str, Any]) -> None:
     version, inner, gauss = values["python"]
     random.setstate((version, tuple(inner), gauss))
     name, keys, *rest = values["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(tensors["random.cpu"])
-    for index in range(torch.cuda.device_count()):
-        if f"random.cuda.{index}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"random.cuda.{index}"], index)
+    torch.set_rng_state(torch.tensor(values["torch"], dtype=torch.uint8))
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {
-        f"optimizer.{index}.{name}": value.detach().contiguous()
-        for index, entry in state.items()
-        for name, value in entry.items()
-    }
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's averages by the names of their parameters, sharded as these are; zeros where there are none yet."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            state = optimizer.state.get(parameter, {})
+            for moment in MOMENTS:
+                tensors[f"{name}.{moment}"] = state.get(moment, torch.zeros_like(parameter)).detach()
+    return tensors
 
 
 def save_training_state(
-    folder: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, progress: Progress
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    progress: Progress,
 ) -> None:
-    """Write optimizer, gradient scaler, random number generators and progress into ``folder``; nothing pickled."""
-    tensors = _optimizer_tensors(optimizer) | {"random.cpu": torch.get_rng_state()}
-    for index in range(torch.cuda.device_count()):
-        tensors[f"random.cuda.{index}"] = torch.cuda.get_rng_state(index)
-    save_file(tensors, folder / TENSORS)
+    """Write optimizer, gradient scaler, random number generators and progress into ``folder``; nothing pickled.
+
+    Called by all processes at once: each writes the optimizer's shards that it holds, the main one the rest.
+    """
+    writer = HuggingFaceStorageWriter(str(folder / OPTIMIZER), save_distributed=True)
+    try:
+        with _alone_is_meant():
+            dcp.save(_moments(model, optimizer), storage_writer=writer, no_dist=world().size == 1)
+    except CheckpointException as error:
+        raise OSError(f"{folder / OPTIMIZER}: cannot be written ({_reasons(error)})") from error
+    if not world().is_main:
+        return
     best = progress.best if math.isfinite(progress.best) else None
     values = {
         "progress": asdict(progress) | {"best": best},
+        "updates": {
+            name: int(optimizer.state[parameter]["step"])
+            for name, parameter in model.named_parameters()
+            if parameter in optimizer.state
+        },
         "scaler": scaler.state_dict(),
         "random": _random_values(),
     }
     (folder / VALUES).write_text(json.dumps(values))
+
+
+@contextlib.contextmanager
+def _alone_is_meant() -> Iterator[None]:
+    """Without torch's warning that there is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
 
 
 def load_progress(folder: Path) -> Progress:
@@ -87,29 +120,47 @@ def load_progress(folder: Path) -> Progress:
 
 
 def load_training_state(
-    folder: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> Progress:
     """The inverse of ``save_training_state``: everything is restored in place, the progress returned.
 
+    The number of processes, and how parameters are sharded, may be others than when it was saved.
+
     Raises: ValueError if the state on disk belongs to a model of other parameters.
     """
-    with safe_open(folder / TENSORS, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".")
-            state.setdefault(int(index), {})[name] = value
-    groups = optimizer.state_dict()["param_groups"]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, entry in state.items():
-        if index >= len(parameters) or entry["exp_avg"].shape != parameters[index].shape:
-            raise ValueError(
-                f"{folder / TENSORS}: optimizer state {index} does not fit this model's parameters"
-            )
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    tensors = _moments(model, optimizer)
+    _check_names(folder / OPTIMIZER, tensors)
+    try:
+        reader = HuggingFaceStorageReader(str(folder / OPTIMIZER))
+        with _alone_is_meant():
+            dcp.load(tensors, storage_reader=reader, no_dist=world().size == 1)
+    except CheckpointException as error:
+        raise ValueError(f"{folder / OPTIMIZER}: damaged or of another model ({_reasons(error)})") from error
     values = json.loads((folder / VALUES).read_text())
+    for name, parameter in model.named_parameters():
+        if name in values["updates"]:
+            step = torch.tensor(float(values["updates"][name]), device=parameter.device)
+            moments = {moment: tensors[f"{name}.{moment}"] for moment in MOMENTS}
+            optimizer.state[parameter] = {"step": step} | moments
     if scaler.is_enabled():
         scaler.load_state_dict(values["scaler"])
-    _restore_random(values["random"], tensors)
+    _restore_random(values["random"])
     return load_progress(folder)
+
+
+def _reasons(error: CheckpointException) -> str:
+    return "; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))
+
+
+def _check_names(folder: Path, wanted: Mapping[str, Tensor]) -> None:
+    """The averages on disk are those of this model's parameters. Their shapes are checked where they are read."""
+    found = set[str]()
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as shard:
+                found |= set(shard.keys())
+        except SafetensorError as error:
+            raise ValueError(f"{file}: damaged or not a safetensors file ({error})") from error
+    for name in wanted.keys() ^ found:
+        which = "is missing" if name in wanted else "is not part of this model"
+        raise ValueError(f"{folder}: the optimizer's tensor {name!r} {which}")

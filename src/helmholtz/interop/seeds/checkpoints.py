@@ -30,7 +30,7 @@ def save(
     with atomic_folder(path) as partial:
         checkpoint.write_checkpoint(model, partial)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        save_training_state(partial, optimizer, scaler, Progress(step=step))
+        save_training_state(partial, model, optimizer, scaler, Progress(step=step))
         (partial / METADATA).write_text(json.dumps(metadata or {}, indent=2) + "\n")
 
 
@@ -51,4 +51,4 @@ def load(
     if optimizer is None:
         return load_progress(folder).step
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return load_training_state(folder, optimizer, scaler).step
+    return load_training_state(folder, model, optimizer, scaler).step

@@ -16,8 +16,8 @@ from helmholtz.interop.seeds.unified.config import TRAINING_KEYS
 from helmholtz.interop.seeds.unified.model import UnifiedMambaHopfieldDEQ
 from helmholtz.interop.seeds.unified.objectives import Batch, UnifiedTrainingObjective, read_batch
 from helmholtz.models.base import evaluation_mode
+from helmholtz.training.diagnosis import NonFiniteError
 from helmholtz.training.equilibrium import SolverStage, training_solver
-from helmholtz.training.loop import NonFiniteError
 
 
 @dataclass(slots=True, kw_only=True)

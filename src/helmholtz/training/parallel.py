@@ -1,0 +1,162 @@
+"""How one model is trained by several processes, replicated (DDP) or sharded (FSDP2), and how blocks save memory."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from helmholtz._checks import check, check_choice, check_integer
+from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.free_transformer import FreeTransformer
+from helmholtz.models.mamba_hopfield import MambaHopfield
+from helmholtz.training.distributed import world
+from helmholtz.training.objectives import ObjectiveFunction, Report, ReportFunction
+
+Losses = tuple[Float[Tensor, ""], Float[Tensor, ""], dict[str, Float[Tensor, ""]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """How a run is spread over the processes that torchrun starts. With one process only the last two matter.
+
+    None of it changes what is computed but for rounding, so a run may be resumed with other settings.
+    """
+
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """Every process holds the whole model (ddp), or a share of weights, gradients and optimizer state (fsdp)."""
+    replicas: int = 1
+    """With fsdp: groups of processes that hold the model once each (HSDP); a divisor of the number of processes."""
+    gather_dtype: Literal["fp32", "bf16"] = "fp32"
+    """With fsdp: what a block's weights are gathered and computed in; gradients are added up in fp32 in any case."""
+    timeout_seconds: int = 600
+    """How long a process waits for the others before it gives up."""
+    recompute_every: int = 0
+    """Recompute the activations of every n-th block in the backward pass (1: all) instead of keeping them; 0: none."""
+    compile: bool = False
+    """Compile every block by torch.compile: a minute or more at the start, then mostly faster."""
+
+    def __post_init__(self) -> None:
+        check_choice("parallel.strategy", self.strategy, ("ddp", "fsdp"))
+        check_integer("parallel.replicas", self.replicas)
+        check_choice("parallel.gather_dtype", self.gather_dtype, ("fp32", "bf16"))
+        check_integer("parallel.timeout_seconds", self.timeout_seconds)
+        check_integer("parallel.recompute_every", self.recompute_every, minimum=0)
+        if self.strategy == "ddp":
+            check(self.replicas == 1, "parallel.replicas", self.replicas, "1 without parallel.strategy=fsdp")
+            check(
+                self.gather_dtype == "fp32",
+                "parallel.gather_dtype",
+                self.gather_dtype,
+                "fp32 without parallel.strategy=fsdp",
+            )
+
+
+class Learner(nn.Module):
+    """A model with its objective: one module whose forward pass gives a loss, as DDP and FSDP want it."""
+
+    def __init__(self, model: AbstractDecoder, objective: ObjectiveFunction, report: ReportFunction) -> None:
+        super().__init__()
+        self.model = model
+        self._objective, self._report = objective, report
+
+    def forward(self, tokens: Int[Tensor, "B T1"], step: int) -> Losses:
+        """Loss, bound and terms of these rows; all in nats per token."""
+        found = self._objective(self.model, tokens, step)
+        return found.loss, found.bound, found.terms
+
+    def report(self, batches: list[Int[Tensor, "_ T1"]], step: int) -> Report:
+        """What an evaluation says beside the loss."""
+        return self._report(self.model, batches, step)
+
+
+def spread(learner: Learner, config: ParallelConfig, device: torch.device) -> nn.Module:
+    """The learner as this process trains it; weights must already be the same on all processes.
+
+    FSDP's units are every block, the encoder and table of a plan, the equilibrium layer as a whole (its map must not be
+    a unit of its own: the implicit gradient would be missing), untied embedding and output matrix. The rest is root.
+    """
+    model = learner.model
+    if config.recompute_every:
+        for block in model.blocks[:: config.recompute_every]:
+            _recompute(block)
+    if config.compile:
+        for block in model.blocks:
+            block.compile()
+    if config.strategy == "fsdp":
+        return _sharded(learner, config, device)
+    if world().size == 1:
+        return learner
+    ids = [world().local_rank] if device.type == "cuda" else None
+    return DistributedDataParallel(
+        learner, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+def _recompute(block: nn.Module) -> None:
+    forward = block.forward
+
+    def recomputed(*arguments: Any, **options: Any) -> Any:
+        return checkpoint(forward, *arguments, use_reentrant=False, **options)
+
+    block.forward = recomputed
+
+
+def _sharded(learner: Learner, config: ParallelConfig, device: torch.device) -> nn.Module:
+    size, model = world().size, learner.model
+    by_torchrun = "ddp in a process that torchrun has not started"
+    check(dist.is_initialized(), "parallel.strategy", config.strategy, by_torchrun)
+    check(size % config.replicas == 0, "parallel.replicas", config.replicas, f"a divisor of {size} processes")
+    shape, names = (size // config.replicas,), ("shard",)
+    if config.replicas > 1:
+        shape, names = (config.replicas, *shape), ("replica", *names)  # type: ignore[assignment]
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    low = config.gather_dtype == "bf16"
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if low else None, reduce_dtype=torch.float32 if low else None
+    )
+    for unit in _units(model):
+        # the objective reads the equilibrium layer's parameters after its forward pass
+        kept = isinstance(model, MambaHopfield) and unit is model.equilibrium
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=not kept)
+    fully_shard(learner, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(learner, "report")
+    return learner
+
+
+def _units(model: AbstractDecoder) -> list[nn.Module]:
+    units: list[nn.Module] = [*model.blocks]
+    if isinstance(model, FreeTransformer):
+        units += [model.encoder, model.post_sampler]
+    if isinstance(model, MambaHopfield):
+        units.append(model.equilibrium)
+    if not model.config.tie_embeddings:
+        units += [model.embed, model.unembed]
+    return units
+
+
+@contextlib.contextmanager
+def gradients_exchanged(module: nn.Module, exchanged: bool) -> Iterator[None]:
+    """Whether backward passes inside add up gradients over processes; only the last of a step's has to."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(exchanged)
+        yield
+    elif isinstance(module, DistributedDataParallel) and not exchanged:
+        with module.no_sync():
+            yield
+    else:
+        yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered from all processes (which must all ask for it); another one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
