@@ -100,6 +100,10 @@ class BPETokenizer(AbstractTokenizer):
         text: str = self._tokenizer.decode(ids)
         return text
 
+    def copy_of_backend(self) -> "Tokenizer":
+        """The tokenizer of the package tokenizers, without an end-of-document token; the caller may change it."""
+        return _library().Tokenizer.from_str(self._tokenizer.to_str())
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         _save_kind(folder, "bpe")
         self._tokenizer.save(str(Path(folder) / "tokenizer.json"))

@@ -49,16 +49,8 @@ def evaluate_language(
     Raises: ValueError for an overlap that leaves nothing to predict, or a window the model cannot take.
     Warns: ConvergenceWarning, once, if equilibria did not converge.
     """
-    check_window(model, seq_len)
     overlap = seq_len // 2 if overlap is None else overlap
-    check(0 <= overlap < seq_len, "overlap", overlap, f"in [0, seq_len = {seq_len})")
-    stream = text_stream(data)
-    device, nats = model.embed.weight.device, 0.0
-    with evaluation_mode(model), one_convergence_warning(model):
-        for tokens, targets in _windows(stream, seq_len, overlap, batch_size):
-            logits = model(tokens.to(device)).logits.float()
-            losses = F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten(), reduction="none")
-            nats += losses.double().sum().item()  # an ignored target has loss 0
+    nats = stream_nats(model, text_stream(data), seq_len=seq_len, overlap=overlap, batch_size=batch_size)
     return LanguageResult(
         nats_per_token=nats / len(data),
         bits_per_byte=nats / math.log(2) / data.n_bytes,
@@ -66,6 +58,24 @@ def evaluate_language(
         n_tokens=len(data),
         n_bytes=data.n_bytes,
     )
+
+
+def stream_nats(
+    model: AbstractDecoder, stream: Int[Tensor, " n"], *, seq_len: int, overlap: int, batch_size: int = 16
+) -> float:
+    """Nats of all tokens of a stream but the first, which is context: ``evaluate_language`` of any tokens.
+
+    Raises, warns: as ``evaluate_language``.
+    """
+    check_window(model, seq_len)
+    check(0 <= overlap < seq_len, "overlap", overlap, f"in [0, seq_len = {seq_len})")
+    device, nats = model.embed.weight.device, 0.0
+    with evaluation_mode(model), one_convergence_warning(model):
+        for tokens, targets in _windows(stream, seq_len, overlap, batch_size):
+            logits = model(tokens.to(device)).logits.float()
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten(), reduction="none")
+            nats += losses.double().sum().item()  # an ignored target has loss 0
+    return nats
 
 
 def check_window(model: AbstractDecoder, seq_len: int) -> None:

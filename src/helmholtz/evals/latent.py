@@ -96,12 +96,27 @@ def evaluate_bounds(
     Source: Burda, Grosse & Salakhutdinov, "Importance Weighted Autoencoders", 2016, eq. 8; Veach & Guibas,
         "Optimally Combining Sampling Techniques for Monte Carlo Rendering", 1995 (balance heuristic).
     """
+    stream = text_stream(data)
+    sizes = {"seq_len": seq_len, "batch_size": batch_size, "n_samples": n_samples}
+    return stream_bounds(model, stream, **sizes, n_windows=n_windows, seed=seed)
+
+
+def stream_bounds(
+    model: FreeTransformer,
+    stream: Int[Tensor, " n"],
+    *,
+    seq_len: int,
+    batch_size: int = 16,
+    n_samples: int = 64,
+    n_windows: int | None = None,
+    seed: int = 0,
+) -> LatentBounds:
+    """``evaluate_bounds`` of any tokens; the first is context and is not predicted. Raises: as it."""
     check_window(model, seq_len)
     for name, value in (("batch_size", batch_size), ("n_samples", n_samples)):
         check_integer(name, value)
     check_integer("seed", seed, minimum=0)
-    stream = text_stream(data)
-    indices = _chosen(-(-len(data) // seq_len), n_windows)
+    indices = _chosen(-(-(len(stream) - 1) // seq_len), n_windows)
     with evaluation_mode(model):
         parts = [
             _measure(model, rows, here, n_samples, seed)

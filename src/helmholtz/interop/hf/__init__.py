@@ -1,0 +1,30 @@
+"""The models in Hugging Face's transformers: one config and one model class for every architecture of ``MODELS``.
+
+``register()`` makes ``AutoConfig`` and ``AutoModelForCausalLM`` know them; nothing is registered by importing.
+"""
+
+from importlib.util import find_spec
+
+if find_spec("transformers") is None:
+    raise ImportError("helmholtz.interop.hf needs the package transformers: pip install 'helmholtz-nn[hf]'")
+
+from helmholtz.interop.hf.cache import StateCache
+from helmholtz.interop.hf.config import MODEL_TYPE, HelmholtzConfig
+from helmholtz.interop.hf.export import export, from_hf
+from helmholtz.interop.hf.free_energy import load_free_energy, remove_free_energy, use_free_energy
+from helmholtz.interop.hf.model import HelmholtzForCausalLM, register
+from helmholtz.interop.hf.tokenizer import to_transformers
+
+__all__ = [
+    "MODEL_TYPE",
+    "HelmholtzConfig",
+    "HelmholtzForCausalLM",
+    "StateCache",
+    "export",
+    "from_hf",
+    "load_free_energy",
+    "register",
+    "remove_free_energy",
+    "to_transformers",
+    "use_free_energy",
+]

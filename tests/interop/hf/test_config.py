@@ -1,0 +1,101 @@
+import importlib.util
+import json
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import helmholtz.interop.hf
+from decoder_cases import SIZES
+from helmholtz.interop.hf import HelmholtzConfig, HelmholtzForCausalLM, register
+from helmholtz.models.fem_lm import FEMLMConfig
+from helmholtz.models.free_transformer import FreeTransformerConfig
+from hf_cases import CORES, RECURRENT
+
+
+@pytest.mark.parametrize("name", CORES)
+def test_a_config_is_complete_and_comes_back_equal(name, tmp_path):
+    core = CORES[name]().config
+    architecture = name.split("-")[0]
+    names = {"fem": "fem_lm", "free": "free_transformer"}
+    architecture = (
+        "mamba_hopfield" if name.startswith("mamba-hopfield") else names.get(architecture, architecture)
+    )
+    config = HelmholtzConfig.of(architecture, core)
+    assert config.core_config() == core
+    config.save_pretrained(tmp_path)
+    again = HelmholtzConfig.from_pretrained(tmp_path)
+    assert again.core_config() == core
+    assert (again.core, again.objective) == (config.core, config.objective)
+    # a later change of a default does not reach it
+    assert json.loads((tmp_path / "config.json").read_text())["core"] == json.loads(
+        json.dumps(core.to_dict())
+    )
+
+
+def test_sizes_have_their_usual_names():
+    config = HelmholtzConfig.of("transformer", CORES["transformer"]().config)
+    sizes = (config.vocab_size, config.hidden_size, config.num_hidden_layers, config.max_position_embeddings)
+    assert sizes == (37, 32, 2, 64)
+    assert config.tie_word_embeddings
+    with pytest.raises(AttributeError):
+        config.vocab_size = 40
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "architecture must be one of"),
+        ({"architecture": "transfomer", "core": SIZES}, "did you mean 'transformer'"),
+        ({"architecture": "transformer"}, "core must be the fields of the architecture's config, got None"),
+        ({"architecture": "transformer", "core": SIZES | {"heads": 4}}, "has no key 'heads'"),
+        ({"architecture": "transformer", "core": SIZES, "objective": {"kappa_bits": 1}}, "objective must be None"),
+        ({"architecture": "transformer", "core": SIZES, "plan_seed": 1}, "plan_seed must be None for transformer"),
+        ({"architecture": "mamba", "core": RECURRENT, "prompt_plan": "prior"}, "only a free_transformer has plans"),
+        ({"architecture": "free_transformer", "core": SIZES, "objective": {"kappa": 1}}, "has no key 'kappa'"),
+        (
+            {"architecture": "free_transformer", "core": SIZES, "objective": {"kappa_bits": -1}},
+            "objective.kappa_bits must be a finite number of at least 0, got -1",
+        ),
+        ({"architecture": "free_transformer", "core": SIZES, "plan_seed": -1}, "plan_seed must be an integer"),
+        ({"architecture": "free_transformer", "core": SIZES, "prompt_plan": "me"}, "prompt_plan must be one of"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        HelmholtzConfig(**fields)
+
+
+def test_settings_of_plan_and_objective_are_filled_and_kept(tmp_path):
+    core = FreeTransformerConfig(**SIZES)
+    plain = HelmholtzConfig.of("free_transformer", core)
+    assert (plain.plan_seed, plain.prompt_plan, plain.objective) == (0, "prior", {"kappa_bits": 0.5})
+    chosen = HelmholtzConfig(
+        architecture="free_transformer",
+        core=core.to_dict(),
+        plan_seed=7,
+        prompt_plan="posterior",
+        objective={"kappa_bits": 0.25},
+    )
+    chosen.save_pretrained(tmp_path)
+    again = HelmholtzConfig.from_pretrained(tmp_path)
+    assert (again.plan_seed, again.prompt_plan, again.objective) == (7, "posterior", {"kappa_bits": 0.25})
+
+
+def test_the_auto_classes_know_the_models_after_register_and_only_then(tmp_path):
+    HelmholtzForCausalLM(HelmholtzConfig.of("fem_lm", FEMLMConfig(**SIZES))).save_pretrained(tmp_path)
+    register()
+    register()
+    assert type(AutoConfig.from_pretrained(tmp_path)) is HelmholtzConfig
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is HelmholtzForCausalLM
+
+
+def test_without_transformers_the_error_names_the_extra(monkeypatch):
+    real = importlib.util.find_spec
+    hidden = {"transformers"}
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *a: None if name in hidden else real(name, *a)
+    )
+    with pytest.raises(
+        ImportError, match=r"needs the package transformers: pip install 'helmholtz-nn\[hf\]'"
+    ):
+        importlib.reload(helmholtz.interop.hf)

@@ -1,0 +1,119 @@
+import json
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from decoder_cases import tokens_of
+from helmholtz.cli.main import main
+from helmholtz.data.tokenizer import ByteTokenizer, load_tokenizer
+from helmholtz.interop.hf import export, from_hf, register
+from helmholtz.models.checkpoint import load_checkpoint, save_checkpoint
+from hf_cases import make
+
+
+def call(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def save(name, folder):
+    """A checkpoint with a tokenizer of bytes, as training writes it."""
+    core = make(name).model
+    save_checkpoint(core, folder)
+    ByteTokenizer().save(folder / "tokenizer")
+    return core
+
+
+def test_the_exported_model_is_the_best_of_the_run(run_folder, exported):
+    core, tokens = load_checkpoint(run_folder / "best"), tokens_of(2, 20, vocabulary=257)
+    register()
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, core(tokens).logits)
+        assert torch.equal(from_hf(exported)(tokens).logits, core(tokens).logits)
+    tokenizer, ours = (
+        AutoTokenizer.from_pretrained(exported),
+        load_tokenizer(run_folder / "best" / "tokenizer"),
+    )
+    assert tokenizer("the king")["input_ids"] == ours.encode("the king")
+    assert model.generation_config.eos_token_id == ours.eos_id
+    prompt = tokenizer("<|endoftext|>the", return_tensors="pt", split_special_tokens=False)
+    assert prompt["input_ids"][0, 0] == ours.eos_id
+    assert model.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] <= 8
+
+
+def test_the_card_says_what_is_known(run_folder, exported):
+    text = (exported / "README.md").read_text()
+    head = yaml.safe_load(text.split("---")[1])
+    assert head["license"] == "cc0-1.0"
+    assert head["library_name"] == "helmholtz"
+    assert head["pipeline_tag"] == "text-generation"
+    assert "transformer" in head["tags"]
+    records = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    best = min((r for r in records if r["kind"] == "eval"), key=lambda r: r["validation_loss"])
+    summary = json.loads((run_folder / "summary.json").read_text())
+    assert f"| validation bits per byte | {best['validation_bits_per_byte']:.4f} |" in text
+    assert f"| parameters | {summary['parameters']:,} |" in text
+    assert "| training data | data |" in text
+    assert f"| trained by commit | {summary['commit']} |" in text
+    assert str(run_folder) not in text  # no path of the machine
+    assert 'from_pretrained("tiny")' in text
+
+
+def test_the_command_exports_a_checkpoint_and_says_how_to_publish(capsys, tmp_path):
+    core = save("free", tmp_path / "checkpoint")
+    # a vocabulary of 37 does not fit bytes: refused, and nothing is left behind
+    code, _, error = call(capsys, "export", tmp_path / "checkpoint", tmp_path / "out")
+    assert code == 2 and "vocabulary" in error
+    assert core is not None and not (tmp_path / "out").exists()
+
+
+def test_a_bare_checkpoint_has_no_history(capsys, run_folder, tmp_path):
+    code, out, _ = call(capsys, "export", run_folder / "best", tmp_path / "out", "--max_shard_size=20KB")
+    assert code == 0
+    assert f"hf upload <user>/<name> {tmp_path / 'out'}" in out
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "bits per byte" not in text and "training data" not in text
+    assert "license: unknown" in text
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    tokens = tokens_of(1, 9, vocabulary=257)
+    with torch.no_grad():
+        assert torch.equal(
+            from_hf(tmp_path / "out")(tokens).logits, load_checkpoint(run_folder / "best")(tokens).logits
+        )
+
+
+def test_nothing_is_overwritten_and_mistakes_are_one_line(capsys, run_folder, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep")
+    for arguments, message in [
+        ((run_folder, tmp_path / "full"), "a new or an empty folder: nothing is overwritten"),
+        ((tmp_path / "nowhere", tmp_path / "out"), "neither a checkpoint (config.json) nor a run"),
+        ((run_folder, tmp_path / "out", "--license="), "license must be an identifier"),
+        ((run_folder, tmp_path / "out", "--licence=mit"), "did you mean 'license'?"),
+    ]:
+        code, _, error = call(capsys, "export", *arguments)
+        assert code == 2 and message in error, error
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unfinished_run_is_refused(run_folder, tmp_path):
+    (tmp_path / "run").symlink_to(run_folder)
+    summary = json.loads((run_folder / "summary.json").read_text())
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("run.json", "metrics.jsonl", "best"):
+        (copy / name).symlink_to(run_folder / name)
+    (copy / "summary.json").write_text(json.dumps(summary | {"status": "interrupted"}))
+    with pytest.raises(ValueError, match="interrupted at step"):
+        export(copy, tmp_path / "out")
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path):
+    save_checkpoint(make("transformer").model, tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match="wanted the kind of a saved tokenizer"):
+        export(tmp_path / "checkpoint", tmp_path / "out")
