@@ -1,6 +1,6 @@
 """A drop-in for ``torch.nn.MultiheadAttention`` that starts as it and learns to read free energies."""
 
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +64,7 @@ class FreeEnergyAttention(nn.Module):
         self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, dropout
         self.kdim, self.vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
         self.batch_first, self.head_dim = batch_first, embed_dim // num_heads
-        where = {"device": device, "dtype": dtype}
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         if self.kdim == self.vdim == embed_dim:
             self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim, **where))
         else:

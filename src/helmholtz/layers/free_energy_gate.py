@@ -1,7 +1,7 @@
 """What turns the mean that an attention layer reads into a gated free energy, without changing it at the start."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Shaped
@@ -62,7 +62,7 @@ class FreeEnergyGate(nn.Module):
         check_positive("cap", cap)
         self.n_heads, self.beta_init, self.cap = n_heads, beta, cap
         width = d_head if gates == "channel" else 1
-        where = {"device": device, "dtype": dtype}
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.alpha = nn.Parameter(torch.empty(n_heads, width, **where))
         self.log_beta = nn.Parameter(torch.empty(n_kv_heads, d_head, **where))
         self.inner = nn.Linear(d_model, n_heads * width, bias=False, **where)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AutoConfig, PreTrainedModel
 
 from helmholtz._checks import check_choice, check_keys
@@ -65,9 +66,8 @@ def use_free_energy(
     if freeze:
         model.requires_grad_(False)
     for module, gate in zip(modules, built, strict=True):
-        gate.hook = module.register_forward_pre_hook(_pass_input, with_kwargs=True)
-        module.free_energy = gate.train(module.training)
-        module.config = _Config(module.config)
+        hook = module.register_forward_pre_hook(_pass_input, with_kwargs=True)
+        module.free_energy, module.config = gate.train(module.training), _Config(module.config, hook)
     setattr(model.config, NAME, settings)
     model.config.attn_implementation = GUARD
     return [parameter for gate in built for parameter in gate.parameters()]
@@ -84,8 +84,8 @@ def remove_free_energy(model: PreTrainedModel) -> None:
     if not modules:
         raise ValueError(f"model: {type(model).__name__} does not read free energies")
     for module in modules:
+        module.config.hook.remove()
         module.config = module.config.base
-        module.free_energy.hook.remove()
         del module.free_energy
     delattr(model.config, NAME)
     delattr(model.config, "attn_implementation")
@@ -121,7 +121,7 @@ def load_free_energy(
         use_free_energy(self, **settings)
 
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
-    patched = type(original.__name__, (original,), {"__init__": build, **names})  # names decide losses
+    patched: Any = type(original.__name__, (original,), {"__init__": build, **names})  # names decide losses
     model, report = patched.from_pretrained(
         folder, config=config, dtype="auto" if dtype is None else dtype, output_loading_info=True
     )
@@ -140,11 +140,11 @@ class _Config:
 
     _attn_implementation = NAME
 
-    def __init__(self, base: transformers.PreTrainedConfig) -> None:
-        self.base = base
+    def __init__(self, base: transformers.PreTrainedConfig, hook: RemovableHandle) -> None:
+        self.base, self.hook = base, hook
 
     def __getattr__(self, name: str) -> Any:
-        if name == "base" or name.startswith("__"):  # while a copy is being built
+        if name in ("base", "hook") or name.startswith("__"):  # while a copy is being built
             raise AttributeError(name)
         return getattr(self.base, name)
 
@@ -156,7 +156,7 @@ def _pass_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _attend(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -203,7 +203,7 @@ def _check_backend(name: str | None) -> None:
     check_choice("attn_implementation", name, BACKENDS)
 
 
-def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+def _attention_modules(model: PreTrainedModel) -> list[Any]:
     """Every module that calls an attention function. Raises: ValueError unless all of them are supported."""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model: wanted a transformers.PreTrainedModel, got {type(model).__name__}")
@@ -228,11 +228,11 @@ def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     return modules
 
 
-def _patched_modules(model: PreTrainedModel) -> list[nn.Module]:
+def _patched_modules(model: PreTrainedModel) -> list[Any]:
     return [module for module in model.modules() if isinstance(module.__dict__.get("config"), _Config)]
 
 
-def _gate(module: nn.Module, gates: Literal["channel", "head"], beta: float, cap: float) -> FreeEnergyGate:
+def _gate(module: Any, gates: Literal["channel", "head"], beta: float, cap: float) -> FreeEnergyGate:
     config, like = module.config, next(p for p in module.parameters() if p.is_floating_point())
     d_head = getattr(module, "head_dim", None) or module.attention_head_size
     return FreeEnergyGate(
