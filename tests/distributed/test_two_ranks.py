@@ -12,6 +12,12 @@ from helmholtz.training.run import train
 from tiny_runs import prepare_text
 
 STRATEGIES = ("ddp", "fsdp")
+WAYS = {
+    "hybrid": {"strategy": "fsdp", "replicas": 2},
+    "recomputed": {"strategy": "fsdp", "recompute_every": 1},
+    "half": {"strategy": "fsdp", "gather_dtype": "bf16"},
+}
+"""Other ways to share the work."""
 TOLERANCE = 1e-6
 
 
@@ -33,6 +39,11 @@ def runs(data, tmp_path_factory):
             resumed = base | {"output": f"{name}-resumed"}
             cases.append(resumed | {"train": {}, "stop": 13, "copy": f"{name}-stopped"})
             cases.append(resumed | {"train": {"resume": "auto"}})
+    for name, parallel in WAYS.items():
+        output = f"{folder}/free_transformer-{name}"
+        cases.append(
+            {"architecture": "free_transformer", "parallel": parallel, "output": output, "train": {}}
+        )
     run_cases(folder, data, cases)
     for architecture in SIZES:
         train(
@@ -86,3 +97,19 @@ def test_a_checkpoint_of_two_is_resumed_by_one(runs, data, architecture, strateg
     folder = runs / f"{architecture}-{strategy}-stopped"
     train(distributed_run(data, architecture=architecture, output=folder, train={"resume": "auto"}))
     assert_same_run(runs / f"{architecture}-one", folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["hybrid", "recomputed"])
+def test_replicated_shards_and_recomputed_blocks_change_nothing(runs, way):
+    assert_same_run(runs / "free_transformer-one", runs / f"free_transformer-{way}")
+
+
+@pytest.mark.slow
+def test_weights_gathered_in_bf16_train_as_well(runs):
+    one, half = (records(runs / f"free_transformer-{name}", "step") for name in ("one", "half"))
+    losses = [[record["loss"] for record in run] for run in (one, half)]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    weights = load_checkpoint(runs / "free_transformer-half" / "last").state_dict()
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}

@@ -73,13 +73,14 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 
 class AtStep(Callback):
-    """Does something after a step."""
+    """Does something once, after a step."""
 
     def __init__(self, step: int, action: Callable[[], None]) -> None:
-        self.step, self.action = step, action
+        self.step, self.action, self.done = step, action, False
 
     def on_step(self, record) -> None:
-        if record.step == self.step:
+        if record.step == self.step and not self.done:
+            self.done = True
             self.action()
 
 

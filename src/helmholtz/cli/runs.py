@@ -47,14 +47,17 @@ def _add_config(parser: Parser, config_class: type, group: str, skip: set[str]) 
         parser.add_class_arguments(type(default), f"{group}.{name}", default=asdict(default))
 
 
-def run_config(parser: Parser, arguments: list[str]) -> RunConfig:
-    """The run that a command line describes. Raises: ValueError naming the setting that is wrong."""
+def run_config(parser: Parser, arguments: list[str]) -> tuple[RunConfig, dict[str, Any]]:
+    """The run that a command line describes, and all values of the line, for options that are not the run's.
+
+    Raises: ValueError naming the setting that is wrong.
+    """
     values = parse(parser, arguments)
     model = dict(values["model"])
     name = model.pop("architecture")
     data = DataConfig(**values["data"])
     vocab_size = TokenDataset(data.folder, "train").vocab_size
-    return RunConfig(
+    run = RunConfig(
         architecture=name,
         model=MODELS[name].config_class.from_dict(model | {"vocab_size": vocab_size}),
         data=data,
@@ -62,6 +65,7 @@ def run_config(parser: Parser, arguments: list[str]) -> RunConfig:
         parallel=ParallelConfig(**values["parallel"]),
         objective=_objective(name, values["objective"]) if "objective" in values else None,
     )
+    return run, values
 
 
 def _objective(architecture: str, values: dict[str, Any]) -> ObjectiveConfig:

@@ -1,21 +1,47 @@
 """``helmholtz train``."""
 
+from pathlib import Path
+
 from rich.console import Console
+from rich.table import Table
 
 from helmholtz.cli.runs import run_config, run_parser
+from helmholtz.data.tokenizer import load_tokenizer
+from helmholtz.training.budget import matmul_peak
+from helmholtz.training.callbacks import Callback
 from helmholtz.training.distributed import is_main_process
-from helmholtz.training.run import train
+from helmholtz.training.loop import AUTOCAST
+from helmholtz.training.run import RunConfig, prepare, train
+from helmholtz.training.tracking import Profile
 
 DESCRIPTION = (
     "Train a model on prepared text. After Ctrl-C or a crash, go on with --train.resume=auto. "
     "With several processes: torchrun --nproc-per-node=N -m helmholtz.cli.main train ..."
 )
 INTERRUPTED = 130
+SHOWN_TOKENS = 64
 
 
 def run(arguments: list[str], console: Console) -> int:
-    config = run_config(run_parser("train", DESCRIPTION, arguments), arguments)
-    result = train(config, console=console)
+    parser = run_parser("train", DESCRIPTION, arguments)
+    parser.add_argument(
+        "--dry_run",
+        "--dry-run",
+        action="store_true",
+        help="count what the run costs, show its first text, and end",
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="record where the time of some early steps goes, into <output_dir>/profile",
+    )
+    config, options = run_config(parser, arguments)
+    if options["dry_run"]:
+        dry_run(config, console)
+        return 0
+    folder = Path(config.train.output_dir)
+    callbacks: list[Callback] = [Profile(folder)] if options["profile"] and is_main_process() else []
+    result = train(config, callbacks=callbacks, console=console)
     if not is_main_process():
         return INTERRUPTED if result.status == "interrupted" else 0
     if result.status == "interrupted":
@@ -25,3 +51,38 @@ def run(arguments: list[str], console: Console) -> int:
     text = f"finished {result.step} steps, {result.tokens:,} tokens; the run is in {result.folder}"
     console.print(text, markup=False)
     return 0
+
+
+def dry_run(config: RunConfig, console: Console) -> None:
+    """Print what a step and the run cost one process, and the beginning of the first row of text."""
+    trainer, c = prepare(config), config.train
+    budget = trainer.budget()
+    dtype = AUTOCAST.get(c.precision, trainer.model.embed.weight.dtype)
+    seconds = budget.flops * c.steps / matmul_peak(dtype, trainer.device)
+    table = Table(title=f"{config.architecture}, nothing trained", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    rows = {
+        "parameters": f"{budget.parameters:,}",
+        "of these trained": f"{budget.trained_parameters:,}",
+        "tokens per step": f"{c.tokens_per_step:,}",
+        "tokens in all": f"{c.tokens_per_step * c.steps:,}",
+        "weights": _megabytes(budget.weight_bytes),
+        "gradients": _megabytes(budget.gradient_bytes),
+        "optimizer": _megabytes(budget.optimizer_bytes),
+        "activations of a micro-batch": _megabytes(budget.activation_bytes),
+        "memory in all": _megabytes(budget.total_bytes),
+        "products per step": f"{budget.flops / 1e9:,.2f} GFLOP",
+        "products in all": f"{budget.flops * c.steps / 1e12:,.3f} TFLOP",
+        "at this machine's matmul speed": f"{seconds:,.0f} s",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    tokens = trainer.first_row()[:SHOWN_TOKENS]
+    text = load_tokenizer(trainer.train.tokenizer_folder).decode(tokens)
+    console.print(f"the first of its rows begins with\n{text}", markup=False, highlight=False)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"

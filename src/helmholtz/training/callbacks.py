@@ -30,6 +30,8 @@ class StepRecord:
     skipped: bool = False
     """The gradient overflowed in fp16: no update was made and ``step`` did not advance."""
     terms: dict[str, float] = field(default_factory=dict)
+    utilization: float | None = None
+    """Matrix products per second over what the machine can do, if it was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,8 @@ class JSONLMetrics(Callback):
     def on_step(self, record: StepRecord) -> None:
         if record.step % self.log_every == 0 or record.skipped:
             values = asdict(record)
+            if record.utilization is None:
+                del values["utilization"]
             finite = values["grad_norm"] if math.isfinite(record.grad_norm) else None
             self._write("step", values | {"grad_norm": finite})
 
@@ -160,6 +164,8 @@ class ProgressBar(Callback):
 
     def on_step(self, record: StepRecord) -> None:
         text = f"{record.bits_per_byte:.3f} bits/byte, {record.tokens_per_second:,.0f} tokens/s"
+        if record.utilization is not None:
+            text += f", {record.utilization:.0%} of matmul speed"
         self.progress.update(self.task, completed=record.step, description=text)
 
     def on_eval(self, record: EvalRecord) -> None:

@@ -14,7 +14,20 @@ from helmholtz._checks import (
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
-OPERATIONAL = frozenset({"output_dir", "resume", "threads", "log_every", "save_every", "keep", "tensorboard"})
+OPERATIONAL = frozenset(
+    {
+        "output_dir",
+        "resume",
+        "threads",
+        "log_every",
+        "save_every",
+        "keep",
+        "tensorboard",
+        "tracker",
+        "project",
+        "utilization",
+    }
+)
 """Settings that may change between an interruption and its resumption: they do not touch the numbers."""
 
 
@@ -66,6 +79,12 @@ class TrainConfig:
     """Steps between records of the training metrics."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard (extra ``train``)."""
+    tracker: Literal["none", "wandb", "trackio"] = "none"
+    """Also send the metrics to Weights & Biases or trackio (a package of its own each)."""
+    project: str = "helmholtz"
+    """Project of the tracker."""
+    utilization: bool = False
+    """Also log which fraction of the machine's matmul speed, measured at the start, training reaches."""
     resume: Literal["never", "auto"] = "never"
     """A folder that holds a run is refused (never), or the run is continued (auto; started if there is none)."""
 
@@ -91,6 +110,8 @@ class TrainConfig:
             check_fraction("train.betas", beta)
         check_choice("train.precision", self.precision, get_args(Precision))
         check_choice("train.device", self.device, ("auto", "cpu", "cuda"))
+        check_choice("train.tracker", self.tracker, ("none", "wandb", "trackio"))
+        check(bool(self.project), "train.project", self.project, "a name")
         check_choice("train.resume", self.resume, ("never", "auto"))
         check(bool(self.output_dir), "train.output_dir", self.output_dir, "the name of a folder")
 

@@ -24,6 +24,7 @@ from helmholtz.data.tokens import TokenDataset
 from helmholtz.layers.row_draws import drawn_by_row
 from helmholtz.models.base import AbstractDecoder, evaluation_mode
 from helmholtz.ops.row_random import row_keys
+from helmholtz.training.budget import Budget, matmul_peak, measure_budget
 from helmholtz.training.callbacks import Callback, EvalRecord, RunResult, StepRecord
 from helmholtz.training.checkpoint import save_last, save_run
 from helmholtz.training.config import TrainConfig
@@ -107,6 +108,8 @@ class Trainer:
         self.progress = Progress()
         self._signals: list[int] = []
         self._stopping = False
+        self._step_share: float | None = None
+        """Seconds that a step would take at the speed of a large matrix product."""
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint's training state (the weights are the caller's)."""
@@ -141,11 +144,14 @@ class Trainer:
         self._stopping = found.pop("stop") > 0
         return found
 
+    def _kept(self) -> str:
+        if not (self.folder / LAST).exists():
+            return "no checkpoint had been written yet"
+        return f"the last checkpoint is kept in {(self.folder / LAST).resolve()}"
+
     def _failure(self, what: str) -> str:
-        kept = "no checkpoint had been written yet"
-        if (self.folder / LAST).exists():
-            kept = f"the last checkpoint is kept in {(self.folder / LAST).resolve()}"
-        return f"step {self.progress.step + 1}: {what}; {kept}. Try a lower train.lr or train.precision=fp32"
+        advice = "Try a lower train.lr or train.precision=fp32"
+        return f"step {self.progress.step + 1}: {what}; {self._kept()}. {advice}"
 
     def step(self) -> StepRecord:
         """One optimizer step, or a skipped one if its loss or gradient is not finite."""
@@ -178,7 +184,30 @@ class Trainer:
             tokens_per_second=c.tokens_per_step / seconds,
             skipped=skipped,
             terms=found,
+            utilization=None if self._step_share is None else self._step_share / seconds,
         )
+
+    def first_row(self) -> list[int]:
+        """Token ids of the next row that this process reads."""
+        tokens: list[int] = self._micro_batch(0)[0][0].tolist()
+        return tokens
+
+    def budget(self) -> Budget:
+        """What a step of this process costs, counted on its next micro-batch; nothing is trained."""
+        tokens, keys = self._micro_batch(0)
+
+        def loss() -> Tensor:
+            with self._autocast():
+                found: Tensor = self.learner(tokens, self.progress.step)[0]
+            return found
+
+        with drawn_by_row(keys):
+            return measure_budget(self.model, loss, micro_batches=self.config.accumulation)
+
+    def measure_utilization(self) -> None:
+        """From now on records say which fraction of the matmul speed a step reaches."""
+        peak = matmul_peak(AUTOCAST.get(self.config.precision, torch.float32), self.device)
+        self._step_share = self.budget().flops / peak
 
     def _note_skip(self, what: str, *, skipped: bool) -> None:
         progress = self.progress
@@ -201,11 +230,7 @@ class Trainer:
             with drawn_by_row(keys):
                 first = first or first_non_finite(self.model, losses)
         texts = [f"{text} (rank {rank})" for rank, text in enumerate(gather_text(first)) if text]
-        where = (
-            texts[0]
-            if texts
-            else "nothing when the step is repeated in isolation: the scale of fp16 is too large"
-        )
+        where = texts[0] if texts else "nothing when the step is repeated"
         report = {
             "step": self.progress.step + 1,
             "windows": self.progress.windows,
@@ -269,11 +294,17 @@ class Trainer:
     def _save(self, name: str, callbacks: Sequence[Callback]) -> None:
         self._note_memory()
         tokenizer, folder = self.train.tokenizer_folder, self.folder / name
-        if name == BEST:
-            save_run(folder, self.model, tokenizer, None)
-        else:
-            state = (self.optimizer, self.scaler, self.progress)
-            save_last(self.folder, self.model, tokenizer, state, keep=self.config.keep)
+        try:
+            with lost_rank_named("while saving"):
+                if name == BEST:
+                    save_run(folder, self.model, tokenizer, None)
+                else:
+                    state = (self.optimizer, self.scaler, self.progress)
+                    save_last(self.folder, self.model, tokenizer, state, keep=self.config.keep)
+        except OSError as error:
+            raise OSError(
+                f"step {self.progress.step}: saving {folder} failed ({error}); {self._kept()}"
+            ) from error
         for callback in callbacks:
             callback.on_checkpoint(folder, self.progress.step)
 

@@ -30,6 +30,7 @@ from helmholtz.training.equilibrium import EquilibriumObjective, EquilibriumObje
 from helmholtz.training.free_bits import FreeBitsConfig, FreeBitsObjective
 from helmholtz.training.loop import Trainer, seed_everything
 from helmholtz.training.parallel import ParallelConfig
+from helmholtz.training.tracking import ExperimentTracker
 
 ObjectiveConfig = FreeBitsConfig | EquilibriumObjectiveConfig
 
@@ -155,9 +156,12 @@ def _train(
     on_main(lambda: check_free_space(folder, _bytes_needed(config.train, trainer.model, checkpoint)))
     if checkpoint is not None:
         trainer.restore(checkpoint)
+    if config.train.utilization:
+        trainer.measure_utilization()
+    loggers = _loggers(config, trainer) if world().is_main else []
     on_main(lambda: claim(folder, identity, config.data.folder))
     built_in = _built_in(config.train, trainer, console) if world().is_main else []
-    return trainer.fit([*built_in, *callbacks])
+    return trainer.fit([*built_in, *loggers, *callbacks])
 
 
 def _warning(console: Console | None) -> Callable[[str], None]:
@@ -233,10 +237,28 @@ def _trainer(
 
 
 def _built_in(config: TrainConfig, trainer: Trainer, console: Console | None) -> list[Callback]:
-    folder, start = Path(config.output_dir), trainer.progress.step
-    callbacks: list[Callback] = [JSONLMetrics(folder / METRICS, start=start, log_every=config.log_every)]
-    if config.tensorboard:
-        callbacks.append(TensorBoard(folder / "tensorboard", start=start, log_every=config.log_every))
+    start = trainer.progress.step
+    path = Path(config.output_dir) / METRICS
+    callbacks: list[Callback] = [JSONLMetrics(path, start=start, log_every=config.log_every)]
     if console is not None:
         callbacks.append(ProgressBar(console, start=start, total=config.steps))
     return [*callbacks, Summary(trainer)]
+
+
+def _loggers(run: RunConfig, trainer: Trainer) -> list[Callback]:
+    """Those that need packages of their own."""
+    c, folder = run.train, Path(run.train.output_dir)
+    callbacks: list[Callback] = []
+    if c.tensorboard:
+        start = trainer.progress.step
+        callbacks.append(TensorBoard(folder / "tensorboard", start=start, log_every=c.log_every))
+    if c.tracker != "none":
+        description = {"architecture": run.architecture, "model": run.model.to_dict(), "train": asdict(c)}
+        name = folder.resolve().name
+        callbacks.append(ExperimentTracker(c.tracker, c.project, name, description, c.log_every))
+    return callbacks
+
+
+def prepare(config: RunConfig) -> Trainer:
+    """The trainer of a run that has not begun; nothing on disk is touched. For a look before the training."""
+    return _trainer(config, _model(config, None), *open_data(config.data))

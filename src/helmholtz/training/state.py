@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from helmholtz.training.distributed import world
 
@@ -87,7 +88,7 @@ def save_training_state(
     writer = HuggingFaceStorageWriter(str(folder / OPTIMIZER), save_distributed=True)
     try:
         with _alone_is_meant():
-            dcp.save(_moments(model, optimizer), storage_writer=writer, no_dist=world().size == 1)
+            save_tensors(_moments(model, optimizer), storage_writer=writer, no_dist=world().size == 1)
     except CheckpointException as error:
         raise OSError(f"{folder / OPTIMIZER}: cannot be written ({_reasons(error)})") from error
     if not world().is_main:
@@ -133,7 +134,7 @@ def load_training_state(
     try:
         reader = HuggingFaceStorageReader(str(folder / OPTIMIZER))
         with _alone_is_meant():
-            dcp.load(tensors, storage_reader=reader, no_dist=world().size == 1)
+            load_tensors(tensors, storage_reader=reader, no_dist=world().size == 1)
     except CheckpointException as error:
         raise ValueError(f"{folder / OPTIMIZER}: damaged or of another model ({_reasons(error)})") from error
     values = json.loads((folder / VALUES).read_text())
