@@ -3,12 +3,13 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 THREADS ?= 2
+PROCESSES ?= 2
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: setup demo generate-data generate-data-small train-baseline train-free compare test learn quality bench docs clean help
+.PHONY: setup demo generate-data generate-data-small train-baseline train-free train-baseline-fsdp train-free-fsdp compare test learn quality bench docs clean help
 .PHONY: docker-build docker-build-cpu docker-demo docker-run-cpu docker-interactive
 
 setup: $(STAMP)  ## make .venv and install everything the other targets need (they call it themselves)
@@ -39,6 +40,14 @@ train-baseline: $(STAMP)  ## train the decoder without a plan on them, into chec
 
 train-free: $(STAMP)  ## train a Free Transformer of its size, into checkpoints/free
 	$(BIN)/python examples/train_free.py --config configs/free_transformer.yaml --output-dir checkpoints/free
+
+train-baseline-fsdp: $(STAMP)  ## the same two by several processes that share the model's weights
+	$(BIN)/torchrun --nproc-per-node=$(PROCESSES) examples/train_baseline.py --config configs/baseline.yaml \
+	  --output-dir checkpoints/baseline --use-fsdp
+
+train-free-fsdp: $(STAMP)  ## PROCESSES=2 on a CPU
+	$(BIN)/torchrun --nproc-per-node=$(PROCESSES) examples/train_free.py --config configs/free_transformer.yaml \
+	  --output-dir checkpoints/free --use-fsdp
 
 compare: $(STAMP)  ## compare the two, into results/comparison
 	$(BIN)/python examples/eval_compare.py --baseline-checkpoint checkpoints/baseline \
