@@ -64,11 +64,11 @@ class LetterExperiment:
 
 PROFILES = {
     "ci": LetterExperiment(
-        law=LetterLaw(n_characters=32, run_length=6), d_model=48, n_latent_bits=4, steps=1200
+        law=LetterLaw(n_characters=32, run_length=6), d_model=48, n_latent_bits=4, steps=800
     ),
     "paper": LetterExperiment(law=LetterLaw(), d_model=64, n_latent_bits=8, steps=1500),
 }
-"""``ci`` takes a minute and a half of one core per model, ``paper`` (whose law is the paper's) about five."""
+"""``ci`` takes about a minute of one core per model, ``paper`` (whose law is the paper's) about five."""
 
 
 def train_on_letters(
