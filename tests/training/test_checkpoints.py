@@ -4,7 +4,9 @@ import json
 import os
 
 import pytest
+from safetensors import SafetensorError
 
+from helmholtz.models import checkpoint
 from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.training.checkpoint import newest_checkpoint
 from helmholtz.training.run import train
@@ -82,15 +84,15 @@ def test_a_damaged_description_of_the_run_is_named(data, tmp_path):
 
 
 def test_a_failed_write_ends_the_run_with_the_last_checkpoint(data, tmp_path, monkeypatch):
-    real = load_checkpoint.__globals__["save_file"]
+    real = checkpoint.save_file
     calls = iter([False, False, True])  # best at 5 comes after last at 4: the third write fails
 
     def full(tensors, file, metadata=None):
         if next(calls):
-            raise load_checkpoint.__globals__["SafetensorError"]("No space left on device")
+            raise SafetensorError("No space left on device")
         real(tensors, file, metadata=metadata)
 
-    monkeypatch.setitem(load_checkpoint.__globals__, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(
         OSError, match=r"step 8: saving .*last failed .*No space left.* kept in .*step-00000004"
     ):
