@@ -32,6 +32,11 @@ def test_a_config_is_complete_and_comes_back_equal(name, tmp_path):
     )
 
 
+def test_what_is_not_given_is_written_down():
+    assert "d_ff" not in SIZES
+    assert HelmholtzConfig(architecture="transformer", core=SIZES).core["d_ff"] == 88
+
+
 def test_sizes_have_their_usual_names():
     config = HelmholtzConfig.of("transformer", CORES["transformer"]().config)
     sizes = (config.vocab_size, config.hidden_size, config.num_hidden_layers, config.max_position_embeddings)

@@ -55,7 +55,10 @@ def test_the_card_says_what_is_known(run_folder, exported):
     records = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     best = min((r for r in records if r["kind"] == "eval"), key=lambda r: r["validation_loss"])
     summary = json.loads((run_folder / "summary.json").read_text())
-    assert f"| validation bits per byte | {best['validation_bits_per_byte']:.4f} |" in text
+    assert (
+        f"| validation bits per byte as training measured it | {best['validation_bits_per_byte']:.4f} |"
+        in text
+    )
     assert f"| parameters | {summary['parameters']:,} |" in text
     assert "| training data | data |" in text
     assert f"| trained by commit | {summary['commit']} |" in text

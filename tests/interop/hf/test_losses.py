@@ -38,7 +38,7 @@ def test_labels_of_minus_100_and_pads_do_not_count():
 @pytest.mark.parametrize("training", [True, False])
 def test_a_plan_costs_what_free_bits_or_the_elbo_say(training):
     model, tokens = make("free").train(training), tokens_of(2, 9)
-    model.config.objective = {"kappa_bits": 1.5}
+    model.config.objective = {"kappa_bits": 0.2}
     labels, mask = tokens.clone(), torch.ones_like(tokens)
     labels[0, 6:], mask[0, 6:] = -100, 0
     torch.manual_seed(4)
@@ -49,11 +49,11 @@ def test_a_plan_costs_what_free_bits_or_the_elbo_say(training):
     nats = shifted(model.model.upper(half, plan).logits, labels)
     kl = kl_per_token(plan.logits)[mask == 1]
     if training:
-        expected = nats + F.relu(kl - bits_to_nats(1.5)).mean()
+        expected = nats + F.relu(kl - bits_to_nats(0.2)).mean()
     else:
         expected = nats + kl.sum() / (labels[:, 1:] != -100).sum()
     torch.testing.assert_close(output.loss, expected)
-    assert output.loss > nats
+    assert output.loss > nats + 0.05
 
 
 def test_the_gradient_reaches_the_encoder():

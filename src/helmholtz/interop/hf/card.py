@@ -60,7 +60,7 @@ def _table(facts: ModelFacts) -> str:
         "longest sequence": f"{facts.max_seq_len:,} tokens",
         "training data": facts.data,
         "training tokens": None if facts.tokens is None else f"{facts.tokens:,}",
-        f"validation bits per byte{bound}": (
+        f"validation bits per byte as training measured it{bound}": (
             None if facts.bits_per_byte is None else f"{'≤ ' * facts.is_bound}{facts.bits_per_byte:.4f}"
         ),
         "trained by commit": facts.trained_by,

@@ -62,8 +62,9 @@ def seeds_of(seed: int | Tensor, rows: int, device: torch.device) -> Tensor:
 
 def _uniform(seeds: Tensor, positions: Tensor, n_bits: int, site: int) -> Tensor:
     """``B T H`` numbers in [0, 1), each of a row's seed, its token's position and the bit alone."""
-    rows = [
-        row_uniform(row_keys(seed, row), (n_bits,), site=site)
-        for seed, row in zip(seeds.expand(len(positions)).tolist(), positions, strict=True)
-    ]
-    return torch.stack(rows)
+    if len(seeds) == 1:
+        keys = row_keys(int(seeds), positions.flatten())
+        return row_uniform(keys, (n_bits,), site=site).view(*positions.shape, n_bits)
+    return torch.cat(
+        [_uniform(seeds[r : r + 1], positions[r : r + 1], n_bits, site) for r in range(len(seeds))]
+    )
