@@ -207,6 +207,21 @@ class Matrix:
         (mount / "fill").unlink()
         self.note(Row(f"full disk {when}", 1, seen, safe, self.resumed(folder)))
 
+    def read_only(self) -> None:
+        mount = self.folder / "locked"
+        mount.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", mount], check=True)
+        try:
+            subprocess.run(["mount", "-o", "remount,ro", mount], check=True)
+            folder = self.folder / "read-only"
+            folder.symlink_to(mount)
+            code = self.run(folder)
+            self.note(
+                Row("read-only folder", 1, self.shown(folder), code != 0 and not any(mount.iterdir()), None)
+            )
+        finally:
+            subprocess.run(["umount", mount], check=True)
+
     def not_finite(self) -> None:
         folder = self.folder / "nan-weight"
         code = self.run(folder, callbacks=[AtStep(7, poison_a_weight)])
@@ -294,7 +309,7 @@ def main() -> int:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         matrix = Matrix(Path(folder), arguments.kills, arguments.pair_kills, arguments.seed)
-        for fault in (matrix.kills, matrix.signals, matrix.damages, matrix.full_disk, matrix.not_finite,
+        for fault in (matrix.kills, matrix.signals, matrix.damages, matrix.full_disk, matrix.read_only, matrix.not_finite,
                       matrix.two_runs, matrix.pairs):  # fmt: skip
             fault()
     failed = [row for row in matrix.rows if not row.nothing_lost or row.resumed_equal is False]
