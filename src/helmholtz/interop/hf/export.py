@@ -85,7 +85,7 @@ def from_hf(
     config = Path(folder) / "config.json"
     check(config.is_file(), "folder", str(folder), "a local folder with a config.json")
     wrapper = HelmholtzForCausalLM.from_pretrained(
-        str(folder), dtype="auto" if dtype is None else dtype, local_files_only=True
+        str(folder), dtype="auto" if dtype is None else dtype, local_files_only=True, use_safetensors=True
     )
     return wrapper.model.to(device).eval()
 
