@@ -3,7 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import ClassVar
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -161,3 +163,33 @@ def check_gradients_numerically(problem: Recurrence) -> None:
         return out, *last[len(fixed) :]
 
     assert torch.autograd.gradcheck(call, leaves)
+
+
+class RecurrenceTests:
+    """What every recurrence is tested for; a test class inherits it and names its problems and its budget."""
+
+    problems: ClassVar[dict[str, Recurrence]]
+    budget: ClassVar[float]
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if "problem" in metafunc.fixturenames:
+            metafunc.parametrize("problem", list(self.problems.values()), ids=list(self.problems))
+
+    @pytest.mark.parametrize(("shape", "dtype", "with_reset"), CASES, ids=str)
+    def test_matches_reference(self, problem, shape, dtype, with_reset):
+        check_reference(problem, shape, dtype, with_reset, budget=self.budget)
+
+    def test_split_anywhere_equals_one_call(self, problem):
+        check_splits(problem, budget=self.budget)
+
+    def test_future_leaves_the_past_alone(self, problem):
+        check_causality(problem)
+
+    def test_reset_isolates(self, problem):
+        check_reset_isolates(problem)
+
+    def test_empty_strided_autocast_unwritten(self, problem):
+        check_plain(problem)
+
+    def test_gradcheck(self, problem):
+        check_gradients_numerically(problem)

@@ -2,7 +2,6 @@
 
 import sys
 
-import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -11,17 +10,7 @@ from hypothesis import strategies as st
 from helmholtz import reference
 from helmholtz.ops import causal_conv
 from helpers import assert_matches, grads
-from recurrence import (
-    CASES,
-    Recurrence,
-    check_causality,
-    check_gradients_numerically,
-    check_plain,
-    check_reference,
-    check_reset_isolates,
-    check_splits,
-    random_reset,
-)
+from recurrence import Recurrence, RecurrenceTests, check_reset_isolates, check_splits, random_reset
 
 BUDGET = 10.0  # worst measured: 3.9 eps (relative RMS over outputs, states and gradients)
 CHANNELS, WIDTH = 5, 4
@@ -55,36 +44,17 @@ PROBLEMS = {
     )
     for name, padded in {"whole": False, "padded": True}.items()
 }
-every = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 
 
-@every
-@pytest.mark.parametrize(("shape", "dtype", "with_reset"), CASES, ids=str)
-def test_matches_reference(problem, shape, dtype, with_reset):
-    check_reference(problem, shape, dtype, with_reset, budget=BUDGET)
+class TestRecurrence(RecurrenceTests):
+    problems = PROBLEMS
+    budget = BUDGET
 
+    def test_split_anywhere_equals_one_call(self):
+        check_splits(PROBLEMS["whole"], budget=BUDGET)
 
-def test_split_anywhere_equals_one_call():
-    check_splits(PROBLEMS["whole"], budget=BUDGET)
-
-
-@every
-def test_future_leaves_the_past_alone(problem):
-    check_causality(problem)
-
-
-def test_reset_isolates():
-    check_reset_isolates(PROBLEMS["whole"])
-
-
-@every
-def test_empty_strided_autocast_unwritten(problem):
-    check_plain(problem)
-
-
-@every
-def test_gradcheck(problem):
-    check_gradients_numerically(problem)
+    def test_reset_isolates(self):
+        check_reset_isolates(PROBLEMS["whole"])
 
 
 def test_the_past_of_a_token_is_its_window():

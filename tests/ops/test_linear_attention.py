@@ -15,17 +15,7 @@ from helmholtz import reference
 from helmholtz.ops import _linear_fla
 from helmholtz.ops.linear_attention import linear_attention, recurrent_linear_attention
 from helpers import assert_matches, grads
-from recurrence import (
-    CASES,
-    Recurrence,
-    check_causality,
-    check_gradients_numerically,
-    check_plain,
-    check_reference,
-    check_reset_isolates,
-    check_splits,
-    random_reset,
-)
+from recurrence import Recurrence, RecurrenceTests, random_reset
 
 BUDGET = 6.0  # worst measured: 1.9 eps (relative RMS over outputs, states and gradients)
 HEADS, KEY, VALUE = 2, 6, 5
@@ -65,39 +55,12 @@ def _problem(op, kind):
 
 CHUNKED = {kind: _problem(linear_attention, kind) for kind in ("none", "head", "channel")}
 PROBLEMS = {**CHUNKED, "recurrent": _problem(recurrent_linear_attention, "channel")}
-every = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 every_kind = pytest.mark.parametrize("kind", ["head", "channel"])
 
 
-@every
-@pytest.mark.parametrize(("shape", "dtype", "with_reset"), CASES, ids=str)
-def test_matches_reference(problem, shape, dtype, with_reset):
-    check_reference(problem, shape, dtype, with_reset, budget=BUDGET)
-
-
-@every
-def test_split_anywhere_equals_one_call(problem):
-    check_splits(problem, budget=BUDGET)
-
-
-@every
-def test_future_leaves_the_past_alone(problem):
-    check_causality(problem)
-
-
-@every
-def test_reset_isolates(problem):
-    check_reset_isolates(problem)
-
-
-@every
-def test_empty_strided_autocast_unwritten(problem):
-    check_plain(problem)
-
-
-@every
-def test_gradcheck(problem):
-    check_gradients_numerically(problem)
+class TestRecurrence(RecurrenceTests):
+    problems = PROBLEMS
+    budget = BUDGET
 
 
 @pytest.mark.parametrize("kind", ["none", "head", "channel"])

@@ -8,16 +8,7 @@ import torch
 from helmholtz import reference
 from helmholtz.ops.rnn_softmax import RNNSoftmaxState, rnn_softmax
 from helpers import assert_matches
-from recurrence import (
-    CASES,
-    Recurrence,
-    check_causality,
-    check_gradients_numerically,
-    check_plain,
-    check_reference,
-    check_reset_isolates,
-    check_splits,
-)
+from recurrence import Recurrence, RecurrenceTests, check_gradients_numerically
 
 BUDGET = 10.0  # worst measured: 3.3 eps (relative RMS over outputs, states and gradients)
 
@@ -43,35 +34,18 @@ PROBLEM = Recurrence(
 )
 
 
-@pytest.mark.parametrize(("shape", "dtype", "with_reset"), CASES, ids=str)
-def test_matches_reference(shape, dtype, with_reset):
-    check_reference(PROBLEM, shape, dtype, with_reset, budget=BUDGET)
+class TestRecurrence(RecurrenceTests):
+    problems = {"rnn_softmax": PROBLEM}
+    budget = BUDGET
 
+    def test_gradcheck(self):
+        """The sums have a meaning, hence a numerical derivative, only in absolute units."""
 
-def test_split_anywhere_equals_one_call():
-    check_splits(PROBLEM, budget=BUDGET)
+        def absolute(inputs, state, reset):
+            out, top, sums = _op(inputs, state, reset)
+            return out, top, sums * top.exp().unsqueeze(1)
 
-
-def test_future_leaves_the_past_alone():
-    check_causality(PROBLEM)
-
-
-def test_reset_isolates():
-    check_reset_isolates(PROBLEM)
-
-
-def test_empty_strided_autocast_unwritten():
-    check_plain(PROBLEM)
-
-
-def test_gradcheck():
-    """The sums have a meaning, hence a numerical derivative, only in absolute units."""
-
-    def absolute(inputs, state, reset):
-        out, top, sums = _op(inputs, state, reset)
-        return out, top, sums * top.exp().unsqueeze(1)
-
-    check_gradients_numerically(replace(PROBLEM, op=absolute))
+        check_gradients_numerically(replace(PROBLEM, op=absolute))
 
 
 @pytest.mark.parametrize("slope", [20.0, -20.0, 1e4, -1e4])

@@ -8,16 +8,7 @@ from hypothesis import strategies as st
 from helmholtz import reference
 from helmholtz.ops.scan import first_order_scan
 from helpers import assert_matches
-from recurrence import (
-    CASES,
-    Recurrence,
-    check_causality,
-    check_gradients_numerically,
-    check_plain,
-    check_reference,
-    check_reset_isolates,
-    check_splits,
-)
+from recurrence import Recurrence, RecurrenceTests
 
 BUDGET = 2.2  # worst measured: 0.73 eps (relative RMS over outputs, states and gradients)
 
@@ -46,29 +37,9 @@ PROBLEM = Recurrence(
 )
 
 
-@pytest.mark.parametrize(("shape", "dtype", "with_reset"), CASES, ids=str)
-def test_matches_reference(shape, dtype, with_reset):
-    check_reference(PROBLEM, shape, dtype, with_reset, budget=BUDGET)
-
-
-def test_split_anywhere_equals_one_call():
-    check_splits(PROBLEM, budget=BUDGET)
-
-
-def test_future_leaves_the_past_alone():
-    check_causality(PROBLEM)
-
-
-def test_reset_isolates():
-    check_reset_isolates(PROBLEM)
-
-
-def test_empty_strided_autocast_unwritten():
-    check_plain(PROBLEM)
-
-
-def test_gradcheck():
-    check_gradients_numerically(PROBLEM)
+class TestRecurrence(RecurrenceTests):
+    problems = {"scan": PROBLEM}
+    budget = BUDGET
 
 
 @given(

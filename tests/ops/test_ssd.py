@@ -10,17 +10,7 @@ from hypothesis import strategies as st
 from helmholtz import reference
 from helmholtz.ops import linear_attention, selective_scan, ssd
 from helpers import assert_matches, grads
-from recurrence import (
-    CASES,
-    Recurrence,
-    check_causality,
-    check_gradients_numerically,
-    check_plain,
-    check_reference,
-    check_reset_isolates,
-    check_splits,
-    random_reset,
-)
+from recurrence import Recurrence, RecurrenceTests, random_reset
 
 BUDGET = 16.0  # worst measured: 8.4 eps (relative RMS; the gradient of A, 3 sums of both signs)
 HEADS, WIDTH, STATES = 3, 5, 4
@@ -54,38 +44,11 @@ PROBLEMS = {
     )
     for name, strict in {"present": False, "past": True}.items()
 }
-every = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 
 
-@every
-@pytest.mark.parametrize(("shape", "dtype", "with_reset"), CASES, ids=str)
-def test_matches_reference(problem, shape, dtype, with_reset):
-    check_reference(problem, shape, dtype, with_reset, budget=BUDGET)
-
-
-@every
-def test_split_anywhere_equals_one_call(problem):
-    check_splits(problem, budget=BUDGET)
-
-
-@every
-def test_future_leaves_the_past_alone(problem):
-    check_causality(problem)
-
-
-@every
-def test_reset_isolates(problem):
-    check_reset_isolates(problem)
-
-
-@every
-def test_empty_strided_autocast_unwritten(problem):
-    check_plain(problem)
-
-
-@every
-def test_gradcheck(problem):
-    check_gradients_numerically(problem)
+class TestRecurrence(RecurrenceTests):
+    problems = PROBLEMS
+    budget = BUDGET
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, 64, 1024])
