@@ -2,7 +2,7 @@
 
 import argparse
 import difflib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,10 +42,24 @@ def parse(parser: Parser, arguments: list[str]) -> dict[str, Any]:
         for name in _keys(read_yaml(file), "", set(known)):
             if name not in known:
                 raise ValueError(f"{file}: unknown key {name!r}{_suggestion(name, known)}")
+            if _is_group(name, known):
+                raise ValueError(f"{file}: {name} must be a mapping of names to values")
     try:
-        return parser.parse_args(arguments).as_dict()
+        values = parser.parse_args(arguments).as_dict()
     except argparse.ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from error
+    _check_nulls(parser, values)
+    return values
+
+
+def _check_nulls(parser: Parser, values: dict[str, Any]) -> None:
+    """The parser takes null for everything. Raises: ValueError where the default is something."""
+    for action in parser._actions:
+        value: Any = values
+        for part in action.dest.split("."):
+            value = value.get(part, ...) if isinstance(value, dict) else ...
+        if value is None and action.default not in (None, argparse.SUPPRESS):
+            raise ValueError(f"{action.dest} must not be null, its default is {action.default!r}")
 
 
 def config_files(arguments: list[str]) -> list[Path]:
@@ -74,11 +88,14 @@ def _keys(values: dict[str, Any], prefix: str, known: set[str]) -> Iterator[str]
     """Dotted names of the settings in a nested mapping; what belongs to a group is descended into."""
     for key, value in values.items():
         name = f"{prefix}{key}"
-        group = any(other.startswith(f"{name}.") for other in known)
-        if group and isinstance(value, dict):
+        if _is_group(name, known) and isinstance(value, dict):
             yield from _keys(value, f"{name}.", known)
         else:
             yield name
+
+
+def _is_group(name: str, known: Collection[str]) -> bool:
+    return any(other.startswith(f"{name}.") and not other.endswith(".help") for other in known)
 
 
 def _suggestion(name: str, known: dict[str, list[str]]) -> str:

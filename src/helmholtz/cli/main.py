@@ -45,11 +45,16 @@ def main(arguments: list[str] | None = None) -> int:
         check_choice("command", command, COMMANDS)
         return importlib.import_module(f"helmholtz.cli.{command}").run(rest, console)
     except (ValueError, OSError, ImportError) as error:
-        errors.print(f"helmholtz {command}: error: {error}{_rank()}", markup=False)
+        errors.print(f"helmholtz {command}: error: {_line(error)}{_rank()}", markup=False)
         return 2
     except RuntimeError as error:
-        errors.print(f"helmholtz {command}: {error}{_rank()}", markup=False)
+        errors.print(f"helmholtz {command}: {_line(error)}{_rank()}", markup=False)
         return 1
+
+
+def _line(error: Exception) -> str:
+    """The message in one line, whatever the user's names hold; the kind of error if there is none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _rank() -> str:

@@ -134,7 +134,7 @@ def _json_text(line: bytes, field: str, where: str, offset: int) -> str:
         return ""
     try:
         record = json.loads(decoded)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # the latter for brackets within brackets
         raise ValueError(f"{where}: not JSON ({error})") from error
     if not isinstance(record, dict):
         raise ValueError(f"{where}: wanted an object with the field {field!r}, got {type(record).__name__}")

@@ -265,7 +265,9 @@ def _write(folder: Path, config: DataConfig, corpus: _Corpus, fingerprint: str) 
     counts = {split: writer.counts() for split, writer in writers.items()}
     for split, count in counts.items():
         if not count.n_documents:
-            change = f"change validation_fraction ({config.validation_fraction}) or split_by ({corpus.split_by})"
+            change = (
+                f"change validation_fraction ({config.validation_fraction}) or split_by ({corpus.split_by})"
+            )
             advice = "add text" if corpus.files.are_split else f"add text, or {change}"
             raise ValueError(f"sources: no text came to the {split} split; {advice}")
     metadata = Metadata(
