@@ -309,8 +309,8 @@ def main() -> int:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         matrix = Matrix(Path(folder), arguments.kills, arguments.pair_kills, arguments.seed)
-        for fault in (matrix.kills, matrix.signals, matrix.damages, matrix.full_disk, matrix.read_only, matrix.not_finite,
-                      matrix.two_runs, matrix.pairs):  # fmt: skip
+        before = (matrix.kills, matrix.signals, matrix.damages, matrix.full_disk, matrix.read_only)
+        for fault in (*before, matrix.not_finite, matrix.two_runs, matrix.pairs):
             fault()
     failed = [row for row in matrix.rows if not row.nothing_lost or row.resumed_equal is False]
     result = {
