@@ -55,7 +55,7 @@ def distributed_run(data, *, architecture, output, train, parallel=None, objecti
     )
 
 
-def torchrun(arguments, *, size=2, timeout=240, options=(), **environment):
+def torchrun(arguments, *, size=2, timeout=800, options=(), **environment):
     """Start ``size`` processes on this machine; the completed launcher with what it printed."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *options, *map(str, arguments)]

@@ -8,6 +8,7 @@ from helmholtz.interop.seeds.free_transformer.train_utils import (
     load_checkpoint,
     save_checkpoint,
     setup_distributed,
+    wrap_model_fsdp,
 )
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "load_checkpoint",
     "save_checkpoint",
     "setup_distributed",
+    "wrap_model_fsdp",
 ]

@@ -16,6 +16,7 @@ EVENT = 5
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_killed_process_ends_the_run_and_a_restart_goes_on_exactly(tmp_path):
     data, folder = prepare_text(tmp_path), tmp_path / "run"
     changes = json.dumps(SETTINGS)

@@ -19,6 +19,7 @@ WAYS = {
 }
 """Other ways to share the work."""
 TOLERANCE = 1e-6
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first test makes all runs, a minute's work
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +72,12 @@ def assert_same_run(one, two):
         assert b["validation_loss"] == pytest.approx(a["validation_loss"], rel=TOLERANCE)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("architecture", SIZES)
 def test_two_processes_make_the_run_of_one(runs, architecture, strategy):
     assert_same_run(runs / f"{architecture}-one", runs / f"{architecture}-{strategy}-whole")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("architecture", SIZES)
 def test_resumed_on_two_it_is_the_uninterrupted_run_to_the_bit(runs, architecture, strategy):
@@ -90,7 +89,6 @@ def test_resumed_on_two_it_is_the_uninterrupted_run_to_the_bit(runs, architectur
         assert torch.equal(tensor, two[name]), name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("architecture", SIZES)
 def test_a_checkpoint_of_two_is_resumed_by_one(runs, data, architecture, strategy):
@@ -99,13 +97,11 @@ def test_a_checkpoint_of_two_is_resumed_by_one(runs, data, architecture, strateg
     assert_same_run(runs / f"{architecture}-one", folder)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", ["hybrid", "recomputed"])
 def test_replicated_shards_and_recomputed_blocks_change_nothing(runs, way):
     assert_same_run(runs / "free_transformer-one", runs / f"free_transformer-{way}")
 
 
-@pytest.mark.slow
 def test_weights_gathered_in_bf16_train_as_well(runs):
     one, half = (records(runs / f"free_transformer-{name}", "step") for name in ("one", "half"))
     losses = [[record["loss"] for record in run] for run in (one, half)]

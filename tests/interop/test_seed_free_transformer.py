@@ -68,7 +68,6 @@ def test_the_imports_of_the_original_are_this_facade(monkeypatch):
         shim = importlib.import_module(f"free_transformer.{name}")
         real = importlib.import_module(f"{seed.__name__}.{name}")
         assert shim.__all__ and all(getattr(shim, n) is getattr(real, n) for n in shim.__all__)
-    assert not hasattr(importlib.import_module("free_transformer.train_utils"), "wrap_model_fsdp")
 
 
 def test_defaults_are_those_of_the_original_but_for_the_documented_ones():
@@ -328,13 +327,12 @@ def test_trainer_learns_and_its_checkpoint_goes_on(use_amp, tmp_path):
         train_utils.load_checkpoint(made, None, tmp_path / "model.pt")
 
 
-def test_one_process_is_distributed_and_more_are_refused(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+def test_a_process_of_its_own_is_alone_and_has_nobody_to_share_with():
     assert train_utils.setup_distributed() == (0, 1, 0)
     train_utils.cleanup_distributed()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE must be 1"):
-        train_utils.setup_distributed()
+    model = seed.FreeTransformer(sizes())
+    with pytest.raises(ValueError, match="model must be wrapped after setup_distributed, under torchrun"):
+        train_utils.wrap_model_fsdp(model)
 
 
 def test_training_config_survives_yaml_in_either_layout(tmp_path):
@@ -356,7 +354,6 @@ def test_training_config_survives_yaml_in_either_layout(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(use_fsdp=True), "use_fsdp must be left unset"),
         (dict(wandb_project="x"), "wandb_project must be left unset"),
         (dict(fsdp_config={"a": 1}), "fsdp_config must be left unset"),
         (dict(max_steps=10), "warmup_steps must be below max_steps = 10"),

@@ -177,6 +177,11 @@ def test_a_config_is_translated_and_every_difference_named():
     unused = {"training.wandb_project", "training.fsdp_config", "data.dataset_name", "data.num_workers"}
     changed = {"training.gradient_accumulation_steps", "training.max_steps", "model.vocab_size"}
     assert named == unused | changed
+    assert "parallel" not in made
+    sharded = YAML | {"training": YAML["training"] | {"use_fsdp": True}}
+    made, notes = convert.convert_config(sharded, architecture="free_transformer", output_dir="out")
+    assert made["parallel"] == {"strategy": "fsdp"}
+    assert "training.use_fsdp: start it by torchrun; batch_size counts all processes" in notes
     made, notes = convert.convert_config(YAML, architecture="transformer", output_dir="out")
     assert "objective" not in made and "n_latent_bits" not in made["model"]
     assert "training.kappa_free_bits: not used without a plan" in notes

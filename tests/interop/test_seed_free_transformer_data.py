@@ -147,7 +147,8 @@ def test_the_four_scripts_generate_train_and_compare(run_example, tmp_path, caps
     assert not run_example(
         "train_free", "--config", tmp_path / "theirs.yaml", "--output-dir", tmp_path / "free"
     )
-    assert "training.use_fsdp: not used here" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "training.max_steps: one cosine" in said and "use_fsdp" not in said
     wrong = run_example("train_free", "--config", tmp_path / "base.yaml", "--output-dir", tmp_path / "free")
     assert "model.architecture: got 'transformer', this script trains 'free_transformer'" in wrong
     runs = ("--baseline-checkpoint", tmp_path / "base", "--free-checkpoint", tmp_path / "free")

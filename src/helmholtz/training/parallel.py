@@ -98,7 +98,7 @@ def spread(learner: Learner, config: ParallelConfig, device: torch.device) -> nn
         return learner
     ids = [world().local_rank] if device.type == "cuda" else None
     return DistributedDataParallel(
-        learner, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        learner, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True
     )
 
 

@@ -126,7 +126,7 @@ class TrainingConfig:
             check_non_negative(name, getattr(self, name))
         for name in ("beta1", "beta2"):
             check_fraction(name, getattr(self, name))
-        for name in ("use_fsdp", "use_deepspeed", "fsdp_config", "deepspeed_config", "wandb_project"):
+        for name in ("use_deepspeed", "fsdp_config", "deepspeed_config", "wandb_project"):
             value = getattr(self, name)
             check(not value, name, value, "left unset: nothing here would honour it")
 

@@ -44,7 +44,6 @@ LOGITS_DIFFER = (
 UNUSED = {
     "model": (),
     "training": (
-        "use_fsdp",
         "use_deepspeed",
         "fsdp_config",
         "deepspeed_config",
@@ -103,6 +102,9 @@ def convert_config(
             "log_every": min(training.log_every, training.max_steps),
         },
     }
+    if training.use_fsdp:
+        converted["parallel"] = {"strategy": "fsdp"}
+        notes.append("training.use_fsdp: start it by torchrun; batch_size counts all processes")
     if training.gradient_accumulation_steps > 1:
         notes.append("training.gradient_accumulation_steps: honoured (the original ignores it)")
     notes.append(

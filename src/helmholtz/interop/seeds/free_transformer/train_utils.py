@@ -5,15 +5,18 @@ import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from helmholtz._checks import check, check_non_negative, check_positive
+from helmholtz._checks import check, check_integer, check_non_negative, check_positive
 from helmholtz.interop.seeds import checkpoints
 from helmholtz.interop.seeds.free_transformer.baseline import TransformerBaseline
 from helmholtz.interop.seeds.free_transformer.model import FreeTransformer
 from helmholtz.models.base import evaluation_mode
 from helmholtz.training.config import TrainConfig
+from helmholtz.training.distributed import is_launched, world
 from helmholtz.training.optim import learning_rate
 
 Model = FreeTransformer | TransformerBaseline
@@ -99,19 +102,48 @@ class LRScheduler:
 
 
 def setup_distributed() -> tuple[int, int, int]:
-    """``(rank, world size, local rank)`` of a single process: ``(0, 1, 0)``.
+    """Join the processes that ``torchrun`` started, by nccl or gloo: ``(rank, world size, local rank)``.
 
-    Raises: ValueError if a launcher has started more processes: there is no distributed training yet.
+    A process that it did not start is alone: ``(0, 1, 0)``.
     """
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    check(world_size == "1", "WORLD_SIZE", world_size, "1: training runs in one process")
-    return 0, 1, 0
+    if is_launched() and not dist.is_initialized():
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo")
+    place = world()
+    return place.rank, place.size, place.local_rank
 
 
 def cleanup_distributed() -> None:
-    """End the process group if the caller has started one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wrap_model_fsdp(model: Model, mixed_precision: bool = True, min_num_params: int = 1_000_000) -> Model:
+    """Share the model's weights out over all processes by FSDP2, in place; make the optimizer afterwards.
+
+    Args:
+        mixed_precision: gather and compute in bfloat16; gradients are added up in float32.
+        min_num_params: blocks of at least so many parameters become units of their own; the rest is one.
+
+    Raises: ValueError without a process group (``setup_distributed`` in processes of ``torchrun``).
+    """
+    check(
+        dist.is_initialized(),
+        "model",
+        type(model).__name__,
+        "wrapped after setup_distributed, under torchrun",
+    )
+    check_integer("min_num_params", min_num_params, minimum=0)
+    low = torch.bfloat16 if mixed_precision else None
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if mixed_precision else None)
+    for block in model.model.blocks:
+        if count_parameters(block) >= min_num_params:
+            fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    return model
 
 
 def count_parameters(model: nn.Module) -> int:
