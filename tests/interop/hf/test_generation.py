@@ -88,10 +88,10 @@ def test_a_chunked_prefill_is_a_prefill():
 
 def test_a_seed_per_row_goes_with_its_row():
     model, tokens = make("free"), tokens_of(1, 6)
-    seeds = torch.tensor([0, 9])
+    seeds = torch.tensor([0, 22])  # whose plans make a difference here
     both = model.generate(tokens.expand(2, -1), plan_seed=seeds, **GREEDY)
     assert torch.equal(both[:1], model.generate(tokens, **GREEDY))
-    assert torch.equal(both[1:], model.generate(tokens, plan_seed=9, **GREEDY))
+    assert torch.equal(both[1:], model.generate(tokens, plan_seed=22, **GREEDY))
     assert not torch.equal(both[0], both[1])
     options = GREEDY | {"num_beams": 2}
     beams = model.generate(tokens.expand(2, -1), plan_seed=seeds, **options)

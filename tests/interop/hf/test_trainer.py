@@ -42,7 +42,7 @@ def losses(run):
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("name", ["transformer", "free", "mamba-hopfield-slots-untied"])
+@pytest.mark.parametrize("name", ["free", "mamba-hopfield-slots-untied"])
 def test_training_resumed_is_training_to_the_bit(name, tmp_path):
     whole = trainer(make(name), tmp_path)
     whole.train()
