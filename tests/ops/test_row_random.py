@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from helmholtz import reference
 from helmholtz.ops.row_random import _mixed, row_keys, row_uniform
 
 ROWS = torch.arange(64)
@@ -55,6 +56,18 @@ def test_the_mixing_function_is_splitmix64():
     state = torch.arange(1, 4) * (0x9E3779B97F4A7C15 - 2**64)
     published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     assert [int(x) % 2**64 for x in _mixed(state)] == published
+
+
+def test_numbers_are_those_of_the_reference():
+    rows = torch.tensor([0, 5, 2**40, 7])
+    for seed in (0, 3, 2**32 + 1):
+        keys = row_keys(seed, rows)
+        assert torch.equal(keys, reference.row_keys(seed, rows))
+        for site in (0, 3, -2):
+            expected = reference.row_uniform(keys, (3, 5), site=site)
+            assert torch.equal(row_uniform(keys, (3, 5), site=site, dtype=torch.float64), expected)
+            coarse = (expected * 2**24).floor() / 2**24
+            assert torch.equal(row_uniform(keys, (3, 5), site=site).double(), coarse)
 
 
 def test_another_dtype_is_refused():

@@ -38,6 +38,7 @@ from helmholtz.reference.recurrences import (
     selective_scan,
     ssd,
 )
+from helmholtz.reference.row_random import row_keys, row_uniform
 from helmholtz.reference.token_energy import (
     contraction_certificate,
     spectral_norm_bound,
@@ -73,6 +74,8 @@ __all__ = [
     "rms_norm",
     "rnn_softmax",
     "rope",
+    "row_keys",
+    "row_uniform",
     "selective_scan",
     "softmax_attention",
     "softmax_weights",
