@@ -193,9 +193,9 @@ def test_the_copy_shares_no_memory_and_keeps_mode_and_dropout():
 
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_inside_an_encoder_layer_it_is_not_passed_over(norm_first):
-    """Without gradients ``nn.TransformerEncoderLayer`` calls a fused kernel on its attention's weights."""
+    """Without gradients ``nn.TransformerEncoderLayer`` calls a fused kernel in its place (heads must be even)."""
     encoder = nn.TransformerEncoderLayer(
-        WIDTH, HEADS, 16, dropout=0.0, batch_first=True, norm_first=norm_first
+        WIDTH, 4, 16, dropout=0.0, batch_first=True, norm_first=norm_first
     ).eval()
     x = torch.randn(2, 5, WIDTH)
     with torch.no_grad():

@@ -52,10 +52,10 @@ def test_both_implementations_agree_after_the_start_and_can_be_changed(name):
     assert all(torch.allclose(w.sum(-1), torch.ones(())) for w in eager.attentions)
 
 
-def gated(module, mean, x, q, k, v, seen):
+def gated(module, mean, x, q, k, v, seen, scale):
     """The read of one attention module from the formula, in float64."""
     gate = {name: p.double() for name, p in module.free_energy.named_parameters()}
-    free = masked_free_energy(q, k, v, gate["log_beta"].exp(), mask=seen).transpose(1, 2)
+    free = masked_free_energy(q, k, v, gate["log_beta"].exp(), mask=seen, scale=scale).transpose(1, 2)
     inner, outer = ((x @ gate[f"{n}.weight"].T).view(mean.shape) for n in ("inner", "outer"))
     lam = gate["alpha"] * inner.sigmoid()
     return (outer.exp() * ((1 - lam) * mean + lam * free)).flatten(2)
@@ -69,20 +69,21 @@ def llama_by_hand(module, x, seen):
     q, k, v = (heads_of(x @ p.weight.T, 4) for p in (module.q_proj, module.k_proj, module.v_proj))
     scores = (q @ k.repeat_interleave(2, dim=1).transpose(-1, -2) / 2).masked_fill(~seen, -torch.inf)
     mean = (scores.softmax(-1) @ v.repeat_interleave(2, dim=1)).transpose(1, 2)
-    return gated(module, mean, x, q, k, v, seen) @ module.o_proj.weight.T
+    return gated(module, mean, x, q, k, v, seen, 1 / 2) @ module.o_proj.weight.T
 
 
 def gpt2_by_hand(module, x, seen):
     q, k, v = (heads_of(y, 4) for y in (x @ module.c_attn.weight + module.c_attn.bias).chunk(3, dim=-1))
-    scores = (q @ k.transpose(-1, -2) / 2).masked_fill(~seen, -torch.inf)
+    scores = (q @ k.transpose(-1, -2) / 4).masked_fill(~seen, -torch.inf)  # the second layer's scale
     mean = (scores.softmax(-1) @ v).transpose(1, 2)
-    return gated(module, mean, x, q, k, v, seen) @ module.c_proj.weight + module.c_proj.bias
+    return gated(module, mean, x, q, k, v, seen, 1 / 4) @ module.c_proj.weight + module.c_proj.bias
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @every_backend
 def test_an_attention_module_and_all_its_gradients_are_those_of_the_formula(name, backend):
-    model = livened(name, backend=backend).double()
+    by_layer = {"scale_attn_by_inverse_layer_idx": True} if name == "gpt2" else {}
+    model = livened(name, backend=backend, **by_layer).double()
     seen = torch.ones(5, 5, dtype=torch.bool).tril()
     x = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
     mask = None if backend == "sdpa" else torch.zeros(5, 5).masked_fill(~seen, torch.finfo(torch.float32).min)
@@ -101,6 +102,15 @@ def test_an_attention_module_and_all_its_gradients_are_those_of_the_formula(name
     for got, want in zip(*both, strict=True):
         assert want.abs().max() > 0
         torch.testing.assert_close(got, want, **single)
+
+
+def test_without_a_mask_each_implementation_is_causal_where_its_own_mean_is():
+    """Eager attention knows of causality from its mask alone."""
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    for backend, seen in (("sdpa", torch.ones(5, 5).tril() > 0), ("eager", torch.ones(5, 5) > 0)):
+        model = livened("gpt2", backend=backend, scale_attn_by_inverse_layer_idx=True).double()
+        module = model.transformer.h[1].attn
+        torch.testing.assert_close(module(x)[0], gpt2_by_hand(module, x, seen))
 
 
 @every_decoder
