@@ -36,6 +36,9 @@ if SHAPE_CHECKS:
     )
 
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50, database=None)
+hypothesis.settings.register_profile(
+    "thorough", deadline=None, max_examples=2000, database=None, print_blob=True
+)
 hypothesis.settings.load_profile("tests")
 
 with torch.device("meta"):  # makes torch remember the true torch.empty, which the poison below replaces

@@ -121,6 +121,10 @@ def _check_weights(file: Path, found: dict[str, Tensor], wanted: dict[str, Tenso
         raise ValueError(f"{file}: tensor {name!r} is missing")
     for name in found.keys() - wanted.keys():
         raise ValueError(f"{file}: tensor {name!r} is not part of this model")
+    dtypes = {found[name].dtype: name for name, tensor in wanted.items() if tensor.is_floating_point()}
+    if len(dtypes) > 1:
+        listed = ", ".join(f"{name!r} is {dtype}" for dtype, name in dtypes.items())
+        raise ValueError(f"{file}: tensors of different dtypes: {listed}")
     for name, tensor in wanted.items():
         floating = tensor.is_floating_point()
         fits = found[name].is_floating_point() if floating else found[name].dtype == tensor.dtype
