@@ -37,7 +37,7 @@ if SHAPE_CHECKS:
 
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50, database=None)
 hypothesis.settings.register_profile(
-    "thorough", deadline=None, max_examples=2000, database=None, print_blob=True
+    "thorough", deadline=None, max_examples=1000, database=None, print_blob=True
 )
 hypothesis.settings.load_profile("tests")
 

@@ -121,10 +121,6 @@ def _check_weights(file: Path, found: dict[str, Tensor], wanted: dict[str, Tenso
         raise ValueError(f"{file}: tensor {name!r} is missing")
     for name in found.keys() - wanted.keys():
         raise ValueError(f"{file}: tensor {name!r} is not part of this model")
-    dtypes = {found[name].dtype: name for name, tensor in wanted.items() if tensor.is_floating_point()}
-    if len(dtypes) > 1:
-        listed = ", ".join(f"{name!r} is {dtype}" for dtype, name in dtypes.items())
-        raise ValueError(f"{file}: tensors of different dtypes: {listed}")
     for name, tensor in wanted.items():
         floating = tensor.is_floating_point()
         fits = found[name].is_floating_point() if floating else found[name].dtype == tensor.dtype
@@ -133,3 +129,7 @@ def _check_weights(file: Path, found: dict[str, Tensor], wanted: dict[str, Tenso
                 f"{file}: tensor {name!r} is {found[name].dtype} of shape {tuple(found[name].shape)}, "
                 f"the config asks for {'floating-point' if floating else tensor.dtype} {tuple(tensor.shape)}"
             )
+    dtypes = {found[name].dtype: name for name, tensor in wanted.items() if tensor.is_floating_point()}
+    if len(dtypes) > 1:
+        listed = ", ".join(f"{name!r} is {dtype}" for dtype, name in dtypes.items())
+        raise ValueError(f"{file}: tensors of different dtypes: {listed}")
