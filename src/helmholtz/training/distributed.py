@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from helmholtz._checks import check
 
@@ -67,16 +69,25 @@ def process_group(device: str, timeout_seconds: int) -> Iterator[World]:
     if not is_launched() or _connected():
         yield world()
         return
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    connect(device, timeout_seconds)
     try:
         yield world()
         with lost_rank_named("at the end of the run"):
             dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def connect(device: str, timeout_seconds: int) -> None:
+    """Join the processes that torchrun started."""
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    timeout = timedelta(seconds=timeout_seconds)
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    # torch 2.13 gives restarted processes the store of those before them, where gloo finds addresses of the dead
+    attempt = PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
 
 
 @contextlib.contextmanager

@@ -16,8 +16,9 @@ from helmholtz.interop.seeds.free_transformer.baseline import TransformerBaselin
 from helmholtz.interop.seeds.free_transformer.model import FreeTransformer
 from helmholtz.models.base import evaluation_mode
 from helmholtz.training.config import TrainConfig
-from helmholtz.training.distributed import is_launched, world
+from helmholtz.training.distributed import connect, is_launched, world
 from helmholtz.training.optim import learning_rate
+from helmholtz.training.parallel import ParallelConfig
 
 Model = FreeTransformer | TransformerBaseline
 
@@ -107,10 +108,7 @@ def setup_distributed() -> tuple[int, int, int]:
     A process that it did not start is alone: ``(0, 1, 0)``.
     """
     if is_launched() and not dist.is_initialized():
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cuda else "gloo")
+        connect("cuda" if torch.cuda.is_available() else "cpu", ParallelConfig().timeout_seconds)
     place = world()
     return place.rank, place.size, place.local_rank
 
