@@ -82,10 +82,11 @@ class Slots(nn.Module):
         products = (rows @ self.rows.T).masked_fill(~self.occupied, -torch.inf)
         num_changed = turn = 0
         while turn < len(rows):
-            new = products[turn:].amax(-1) < known
-            if not new.any():
-                break
-            turn += int(new.int().argmax())
+            if products[turn].amax() >= known:
+                new = products[turn:].amax(-1) < known
+                if not new.any():
+                    break
+                turn += int(new.int().argmax())
             slot = place(rows[turn], products[turn])
             if slot is not None:
                 products[:, slot] = rows @ self.rows[slot]
