@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int, Int32, Int64
 from torch import Tensor
 
-from helmholtz._checks import check_choice, check_integer
+from helmholtz._checks import check, check_choice, check_integer
 from helmholtz._files import complete_folder
 from helmholtz.data.split import SPLITS, Split
 
@@ -64,9 +64,22 @@ class Metadata:
             values = json.loads(path.read_text())
             if values["format"] != FORMAT:
                 raise ValueError(f"format must be {FORMAT}, got {values['format']}")
-            return cls(**values | {split: SplitCounts(**values[split]) for split in SPLITS})
+            found = cls(**values | {split: SplitCounts(**values[split]) for split in SPLITS})
+            found._check()
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: damaged metadata ({error!r})") from error
+        return found
+
+    def _check(self) -> None:
+        check_integer("vocab_size", self.vocab_size)
+        check(
+            self.eos_id == self.vocab_size - 1, "eos_id", self.eos_id, f"{self.vocab_size - 1}, the last id"
+        )
+        wanted = token_dtype(self.vocab_size)
+        check(self.dtype == wanted, "dtype", self.dtype, wanted)
+        for split in SPLITS:
+            for name, value in asdict(getattr(self, split)).items():
+                check_integer(f"{split}.{name}", value)
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -153,8 +166,14 @@ class TokenDataset:
         path = _starts_path(self.folder, self.split)
         try:
             starts = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # numpy evaluates the header, of which anything may be left
             raise ValueError(f"{path}: damaged document index ({error})") from error
+        check(
+            starts.ndim == 1 and starts.dtype == np.int64,
+            str(path),
+            (starts.dtype, starts.shape),
+            "int64, a row",
+        )
         if len(starts) != self.counts.n_documents:
             raise ValueError(f"{path}: {len(starts)} documents, the metadata say {self.counts.n_documents}")
         return starts
