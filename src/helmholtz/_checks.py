@@ -48,7 +48,7 @@ def nearest(name: object, valid: Iterable[str]) -> str:
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """``value`` is one of ``choices``; otherwise the nearest one is suggested."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {sorted(choices)}, got {value!r}{nearest(value, choices)}")
 
 

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fuzzing import NAME, VALUES, call, changed, examples, snapshot
@@ -88,6 +88,7 @@ def dumped(value):
 @given(st.one_of(st.binary(max_size=60), st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass")),
                  VALUES.map(dumped), st.dictionaries(st.sampled_from(["data", "model", "train", "dataset", "config"]),
                                                      VALUES, max_size=3).map(dumped)))  # fmt: skip
+@example(b"config: {}\n")
 def test_junk(content):
     for command in ("train", "data"):
         _, called = parse(command, content)

@@ -40,6 +40,8 @@ def parse(parser: Parser, arguments: list[str]) -> dict[str, Any]:
                 raise ValueError(f"unknown option --{name}{_suggestion(name, known)}")
     for file in config_files(arguments):
         for name in _keys(read_yaml(file), "", set(known)):
+            if name == "config":
+                raise ValueError(f"{file}: a config file names no other; give --config twice")
             if name not in known:
                 raise ValueError(f"{file}: unknown key {name!r}{_suggestion(name, known)}")
             if _is_group(name, known):
