@@ -153,7 +153,9 @@ def run(arguments: list[str], console: Console) -> int:
     if mixers(model):
         console.print(temperature_table(model))
     elif text is not None:
-        raise ValueError("text: this model has no Free Energy Mixer and no equilibrium whose reading could be shown")
+        raise ValueError(
+            "text: this model has no Free Energy Mixer and no equilibrium whose reading could be shown"
+        )
     if text is not None:
         console.print(reading_table(model, text, checkpoint, Path(picture) if picture else None))
         if picture:
