@@ -6,6 +6,7 @@ import os
 import pytest
 from safetensors import SafetensorError
 
+from helmholtz._files import write_checksums
 from helmholtz.models import checkpoint
 from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.training.checkpoint import newest_checkpoint
@@ -99,3 +100,21 @@ def test_a_failed_write_ends_the_run_with_the_last_checkpoint(data, tmp_path, mo
         train(tiny_run(data, tmp_path))
     assert steps(tmp_path) == [4]
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("updates", {"norm.weight": "many"}),
+        ("updates", 3),
+        ("random", {}),
+        ("progress", {"best": None, "odd": 1}),
+    ],
+)
+def test_a_training_state_that_says_something_else_is_named(data, tmp_path, key, value):
+    train(tiny_run(data, tmp_path, steps=4))
+    file = tmp_path / "last" / "training_state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    write_checksums(file.parent)
+    with pytest.raises(ValueError, match=r"training_state.json: damaged"):
+        train(tiny_run(data, tmp_path, steps=4, resume="auto"))

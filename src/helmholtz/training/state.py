@@ -115,9 +115,27 @@ def _alone_is_meant() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _values(folder: Path) -> Iterator[dict[str, Any]]:
+    """What ``VALUES`` holds. Raises: ValueError naming the file for whatever its reader trips over."""
+    try:
+        yield json.loads((folder / VALUES).read_text())
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        OverflowError,
+        RuntimeError,
+    ) as error:
+        raise ValueError(f"{folder / VALUES}: damaged ({type(error).__name__}: {error})") from error
+
+
 def load_progress(folder: Path) -> Progress:
-    values = json.loads((folder / VALUES).read_text())["progress"]
-    return Progress(**values | {"best": math.inf if values["best"] is None else values["best"]})
+    with _values(folder) as values:
+        progress = values["progress"]
+        return Progress(**progress | {"best": math.inf if progress["best"] is None else progress["best"]})
 
 
 def load_training_state(
@@ -137,15 +155,15 @@ def load_training_state(
             load_tensors(tensors, storage_reader=reader, no_dist=world().size == 1)
     except CheckpointException as error:
         raise ValueError(f"{folder / OPTIMIZER}: damaged or of another model ({_reasons(error)})") from error
-    values = json.loads((folder / VALUES).read_text())
-    for name, parameter in model.named_parameters():
-        if name in values["updates"]:
-            step = torch.tensor(float(values["updates"][name]), device=parameter.device)
-            moments = {moment: tensors[f"{name}.{moment}"] for moment in MOMENTS}
-            optimizer.state[parameter] = {"step": step} | moments
-    if scaler.is_enabled():
-        scaler.load_state_dict(values["scaler"])
-    _restore_random(values["random"])
+    with _values(folder) as values:
+        for name, parameter in model.named_parameters():
+            if name in values["updates"]:
+                step = torch.tensor(float(values["updates"][name]), device=parameter.device)
+                moments = {moment: tensors[f"{name}.{moment}"] for moment in MOMENTS}
+                optimizer.state[parameter] = {"step": step} | moments
+        if scaler.is_enabled():
+            scaler.load_state_dict(values["scaler"])
+        _restore_random(values["random"])
     return load_progress(folder)
 
 
