@@ -55,8 +55,8 @@ compare: $(STAMP)  ## compare the two, into results/comparison
 
 test: $(STAMP)  ## import contracts, then all tests: with shape checks, then the compiled ones without
 	$(BIN)/lint-imports
-	$(ONE_THREAD) $(BIN)/pytest -n 2 -m "not compile and not gpu and not learn" --durations=15
-	$(ONE_THREAD) SHAPE_CHECKS=0 $(BIN)/pytest -m compile --durations=5
+	$(ONE_THREAD) $(BIN)/pytest -n 2 -m "not compile and not fuzz and not gpu and not learn" --durations=15
+	$(ONE_THREAD) SHAPE_CHECKS=0 $(BIN)/pytest -n 2 -m "compile or fuzz" --durations=5
 
 learn: $(STAMP)  ## train 18 small models on the synthetic law, check what their plans hold, print the table (15 minutes)
 	$(ONE_THREAD) $(BIN)/pytest -n 2 -m learn

@@ -23,7 +23,7 @@ def test_a_killed_process_ends_the_run_and_a_restart_goes_on_exactly(tmp_path):
     arguments = [TESTS / "faults" / "rank.py", data.folder, folder, 1, EVENT, int(signal.SIGKILL), changes]
     done = torchrun(arguments, options=["--max-restarts=1"])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "rank 0 of 2 lost another rank" in done.stdout
+    assert "rank 0 of 2 lost another rank" in done.stdout, done.stderr
     assert "finished after step 6" in done.stdout
     assert lost(folder) == ""
     assert completed(folder)["last"] == 6

@@ -310,9 +310,8 @@ def test_an_equilibrium_that_a_push_tips_over_is_not_stable(monkeypatch):
     assert 0.005 < distance < 0.05  # from the equilibrium to the saddle, in norms of the patterns
     report = validate(model)
     assert report.failed == ("stability",)
-    assert report.stability.stability_rate == pytest.approx(
-        2 / 3, abs=0.05
-    )  # one of three directions tips it
+    # one of three directions tips it; of 18 pushes one in another direction may
+    assert 2 / 3 - 1.01 / 18 <= report.stability.stability_rate <= 2 / 3
     assert report.contraction.stable_fraction == 1
 
 

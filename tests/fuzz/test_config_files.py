@@ -15,6 +15,8 @@ from fuzzing import NAME, VALUES, call, changed, examples, snapshot
 from helmholtz.training.run import RunConfig
 from tiny_runs import prepare_text
 
+pytestmark = pytest.mark.fuzz
+
 ARCHITECTURES = {
     "transformer": {"n_heads": 2, "d_ff": 24},
     "fem_lm": {"n_heads": 2, "prior": ["softmax", "gla"], "mixer": {"cap": 30.0}},

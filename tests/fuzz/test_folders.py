@@ -17,6 +17,8 @@ from helmholtz._files import CHECKSUMS, write_checksums
 from helmholtz.cli.main import main
 from tiny_runs import prepare_text
 
+pytestmark = pytest.mark.fuzz
+
 SAFE = st.one_of(
     st.none(),
     st.booleans(),

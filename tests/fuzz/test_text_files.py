@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from fuzzing import call, examples, snapshot
 from helmholtz.data.tokens import TokenDataset
 
+pytestmark = pytest.mark.fuzz
+
 PIECES = st.one_of(
     st.text(max_size=30).map(lambda text: text.encode("utf-8", "surrogatepass")),
     st.binary(max_size=10),

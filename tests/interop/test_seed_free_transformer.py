@@ -312,7 +312,7 @@ def test_trainer_learns_and_its_checkpoint_goes_on(use_amp, tmp_path):
     path = tmp_path / "checkpoint"
     train_utils.save_checkpoint(made, optimizer, 25, path, metadata={"note": "half way"})
     assert load_checkpoint(path).config == made.model.config
-    assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors"}
+    assert {file.suffix for file in path.rglob("*") if file.is_file()} == {".json", ".safetensors"}
     on = [trainer.train_step(batch)["loss/total"] for _ in range(2)]
     made_again = seed.FreeTransformer(sizes())
     optimizer = torch.optim.AdamW(made_again.parameters(), lr=3e-3)

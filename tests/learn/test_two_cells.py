@@ -1,4 +1,7 @@
-"""Two cells of the learning table in every run of the tests: plans that hold nothing, and the place of the run."""
+"""Two cells of the learning table in every run of the tests: no plan, and one that holds the text.
+
+They are the ones that come out alike on every processor; between them 800 steps can be too few, depending on rounding.
+"""
 
 import pytest
 
@@ -7,7 +10,7 @@ from letter_table import LAW, check_bounds, check_cell, row, run_cell
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kappa", [1 / 64, 1 / 4])
+@pytest.mark.parametrize("kappa", [None, 4.0])
 def test_cell(kappa, record_property):
     result = run_cell(kappa, 3)
     record_property("letter_row", row(kappa, 3, result))

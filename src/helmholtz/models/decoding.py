@@ -17,6 +17,7 @@ from helmholtz.layers.block import Block
 from helmholtz.layers.latent import BitsPostSampler, LatentEncoder, SourceBlock, TablePostSampler
 from helmholtz.layers.mlp import SwiGLU
 from helmholtz.layers.norm import RMSNorm
+from helmholtz.layers.row_draws import RowDropout
 from helmholtz.models.base import AbstractDecoder, LMState
 from helmholtz.models.free_transformer import FreeTransformer
 from helmholtz.models.transformer import Transformer
@@ -24,7 +25,7 @@ from helmholtz.ops.rope import rope_table
 
 _PLAIN = {
     *(Transformer, FreeTransformer, Block, SourceBlock, Attention, SwiGLU, LatentEncoder),
-    *(TablePostSampler, BitsPostSampler, nn.ModuleList, nn.Linear, RMSNorm, nn.Embedding),
+    *(TablePostSampler, BitsPostSampler, RowDropout, nn.ModuleList, nn.Linear, RMSNorm, nn.Embedding),
 }
 
 

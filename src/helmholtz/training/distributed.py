@@ -71,8 +71,8 @@ def process_group(device: str, timeout_seconds: int) -> Iterator[World]:
         return
     connect(device, timeout_seconds)
     try:
-        yield world()
-        with lost_rank_named("at the end of the run"):
+        with lost_rank_named("between two steps"):
+            yield world()
             dist.barrier()
     finally:
         dist.destroy_process_group()
