@@ -2,18 +2,34 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
+import torch
+
+from helmholtz._files import point_at
 from helmholtz.models import MODELS
+from helmholtz.models.checkpoint import load_checkpoint
+from helmholtz.training.checkpoint import step_folder
 from helmholtz.training.config import TrainConfig
 from helmholtz.training.equilibrium import EquilibriumObjectiveConfig
 from helmholtz.training.parallel import ParallelConfig
 from helmholtz.training.run import RunConfig
+from helmholtz.training.run import train as run
 
 TESTS = Path(__file__).parent
+STRATEGIES = ("ddp", "fsdp")
+WAYS = {
+    "hybrid": {"strategy": "fsdp", "replicas": 2},
+    "recomputed": {"strategy": "fsdp", "recompute_every": 1},
+    "half": {"strategy": "fsdp", "gather_dtype": "bf16"},
+}
+"""Other ways to share the work."""
+TOLERANCE = 1e-6
 SIZES = {
     "transformer": {"n_layers": 2, "n_heads": 2, "dropout": 0.1},
     "fem_lm": {"n_layers": 2, "n_heads": 2, "dropout": 0.1},
@@ -23,28 +39,20 @@ SIZES = {
 
 
 def distributed_run(data, *, architecture, output, train, parallel=None, objective=None):
-    """20 steps of an accumulated global batch of 4, saved and evaluated every 10."""
+    """Steps of an accumulated global batch of 4."""
     settings = {
         "output_dir": str(output),
-        "steps": 20,
         "batch_size": 4,
         "seq_len": 16,
         "accumulation": 2,
-        "warmup_steps": 3,
-        "eval_every": 10,
+        "warmup_steps": 2,
         "eval_tokens": 64,
-        "save_every": 10,
         "threads": 1,
     }
     sizes = {"vocab_size": 257, "d_model": 16, "max_seq_len": 32} | SIZES[architecture]
     if architecture == "mamba_hopfield":
-        written = {
-            "convergence_weight": 0.1,
-            "energy_weight": 0.1,
-            "stability_weight": 0.1,
-            "memory_write_step": 5,
-        }
-        objective = EquilibriumObjectiveConfig(**written | (objective or {}))
+        terms = {"convergence_weight": 0.1, "energy_weight": 0.1, "stability_weight": 0.1}
+        objective = EquilibriumObjectiveConfig(**terms | {"memory_write_step": 2} | (objective or {}))
     return RunConfig(
         architecture=architecture,
         model=MODELS[architecture].config_class.from_dict(sizes),
@@ -53,6 +61,76 @@ def distributed_run(data, *, architecture, output, train, parallel=None, objecti
         objective=objective,
         parallel=ParallelConfig(**parallel or {}),
     )
+
+
+def half_of(source, target, step):
+    """A copy of a run as it was after ``step``."""
+    shutil.copytree(source, target, symlinks=True)
+    for path in target.glob("step-*"):
+        if path != step_folder(target, step):
+            shutil.rmtree(path)
+    point_at(target / "last", step_folder(target, step))
+
+
+def make_runs(folder, data, n_steps):
+    """Runs of all architectures by one process (``<architecture>-one``) and by two, in every way.
+
+    ``<architecture>-<strategy>-whole``, ``-resumed`` by two from the middle, ``-half`` as it was there, and a Free
+    Transformer in the other ``WAYS``.
+    """
+    train = {"steps": n_steps, "eval_every": n_steps // 2, "save_every": n_steps // 2}
+    cases = []
+    for architecture in SIZES:
+        for strategy in STRATEGIES:
+            base = {"architecture": architecture, "parallel": {"strategy": strategy}}
+            whole, resumed, half = (
+                f"{folder}/{architecture}-{strategy}-{x}" for x in ("whole", "resumed", "half")
+            )
+            cases.append(base | {"output": whole, "train": train})
+            again = {"output": resumed, "train": train | {"resume": "auto"}}
+            cases.append(base | again | {"halves": [whole, [resumed, half], n_steps // 2]})
+    for name, parallel in WAYS.items():
+        output = f"{folder}/free_transformer-{name}"
+        cases.append(
+            {"architecture": "free_transformer", "parallel": parallel, "output": output, "train": train}
+        )
+    run_cases(folder, data, cases)
+    for architecture in SIZES:
+        run(
+            distributed_run(
+                data, architecture=architecture, output=folder / f"{architecture}-one", train=train
+            )
+        )
+    return folder, train
+
+
+def records(folder, kind):
+    """What was logged of steps or evaluations, without timings."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines if line["kind"] == kind
+    ]
+
+
+def assert_same_run(one, two, n_steps):
+    """The same losses, terms and gradient norms in every step, and the same evaluations."""
+    assert len(records(one, "step")) == len(records(two, "step")) == n_steps
+    for a, b in zip(records(one, "step"), records(two, "step"), strict=True):
+        for name in ("loss", "grad_norm", "bits_per_byte"):
+            assert b[name] == pytest.approx(a[name], rel=TOLERANCE), (a["step"], name)
+        for name, value in a["terms"].items():
+            assert b["terms"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), (a["step"], name)
+    for a, b in zip(records(one, "eval"), records(two, "eval"), strict=True):
+        assert b["validation_loss"] == pytest.approx(a["validation_loss"], rel=TOLERANCE)
+
+
+def assert_equal_runs(one, two):
+    """The same to the bit: records and last weights."""
+    for kind in ("step", "eval"):
+        assert records(one, kind) == records(two, kind)
+    first, second = (load_checkpoint(Path(folder) / "last").state_dict() for folder in (one, two))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
 
 
 def torchrun(arguments, *, size=2, timeout=800, options=(), **environment):

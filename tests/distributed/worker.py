@@ -2,32 +2,19 @@
 
 import json
 import math
-import shutil
 import sys
 from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from distributed_cases import distributed_run
+from distributed_cases import distributed_run, half_of
 from helmholtz.data.prepare import DataConfig
 from helmholtz.interop.seeds.free_transformer import FreeTransformer, train_utils
 from helmholtz.interop.seeds.free_transformer.config import ModelConfig
-from helmholtz.training.callbacks import Callback
 from helmholtz.training.distributed import on_main, process_group, world
 from helmholtz.training.parallel import whole
 from helmholtz.training.run import train
-
-
-class Stop(Callback):
-    """Ends the run after a step as if its process had died."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step(self, record):
-        if record.step == self.step:
-            raise ConnectionError("the machine is gone")
 
 
 def main(file):
@@ -36,14 +23,10 @@ def main(file):
     with process_group("cpu", 60):
         assert world().size == description["size"]
         for case in description["cases"]:
-            stop, copy = case.pop("stop", None), case.pop("copy", None)
-            try:
-                train(distributed_run(data, **case), callbacks=[Stop(stop)] if stop else [])
-                assert stop is None
-            except ConnectionError:
-                assert stop is not None
-            if copy is not None:
-                on_main(lambda case=case, copy=copy: shutil.copytree(case["output"], copy, symlinks=True))
+            source, targets, step = case.pop("halves", (None, (), 0))
+            for target in targets:
+                on_main(lambda source=source, target=target, step=step: half_of(source, Path(target), step))
+            train(distributed_run(data, **case))
     check_facade()
 
 

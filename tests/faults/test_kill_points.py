@@ -10,7 +10,7 @@ from fault_cases import completed, count_events, losses, lost, run_until
 from tiny_runs import prepare_text
 
 SETTINGS = {"steps": 8, "save_every": 2, "eval_every": 2, "threads": 1}
-N_KILLS = 10
+N_KILLS = 6
 
 
 @pytest.fixture(scope="module")

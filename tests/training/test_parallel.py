@@ -17,7 +17,13 @@ def data(tmp_path_factory):
 
 def run(data, folder, architecture, **parallel):
     train(
-        distributed_run(data, architecture=architecture, output=folder, train={"steps": 5}, parallel=parallel)
+        distributed_run(
+            data,
+            architecture=architecture,
+            output=folder,
+            train={"steps": 4, "eval_every": 4, "save_every": 4},
+            parallel=parallel,
+        )
     )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [(line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "step"]
