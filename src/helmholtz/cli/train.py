@@ -54,7 +54,7 @@ def run(arguments: list[str], console: Console) -> int:
 
 
 def dry_run(config: RunConfig, console: Console) -> None:
-    """Print what a step and the run cost one process, and the beginning of the first row of text."""
+    """Print what a step and the run cost one process that does all of it, and how the first row of text begins."""
     trainer, c = prepare(config), config.train
     budget = trainer.budget()
     dtype = AUTOCAST.get(c.precision, trainer.model.embed.weight.dtype)

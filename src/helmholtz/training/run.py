@@ -4,7 +4,7 @@ import contextlib
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -260,5 +260,6 @@ def _loggers(run: RunConfig, trainer: Trainer) -> list[Callback]:
 
 
 def prepare(config: RunConfig) -> Trainer:
-    """The trainer of a run that has not begun; nothing on disk is touched. For a look before the training."""
-    return _trainer(config, _model(config, None), *open_data(config.data))
+    """The trainer of a run that has not begun, in this process alone; nothing on disk is touched."""
+    alone = replace(config.parallel, strategy="ddp", replicas=1, gather_dtype="fp32")
+    return _trainer(replace(config, parallel=alone), _model(config, None), *open_data(config.data))

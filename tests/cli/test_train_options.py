@@ -1,0 +1,65 @@
+"""What ``helmholtz train`` does before and beside a run."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from helmholtz.cli.main import main
+from tiny_runs import prepare_text
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return prepare_text(tmp_path_factory.mktemp("text"))
+
+
+def train(data, folder, *options):
+    sizes = ["--model.d_model=16", "--model.n_layers=1", "--model.n_heads=2", "--model.max_seq_len=32"]
+    text = [f"--data.folder={data.folder}", f"--data.sources=['{data.sources[0]}']", "--data.tokenizer=bytes"]
+    text += ["--data.validation_fraction=0.1", "--model.architecture=transformer"]
+    steps = ["--train.steps=7", "--train.warmup_steps=2", "--train.seq_len=16", "--train.batch_size=2"]
+    steps += ["--train.accumulation=2", "--train.eval_tokens=64", f"--train.output_dir={folder}"]
+    return main(["train", *text, *sizes, *steps, *options])
+
+
+def test_a_dry_run_counts_and_shows_but_trains_and_writes_nothing(data, tmp_path, capsys):
+    assert train(data, tmp_path / "run", "--dry-run", "--parallel.strategy=fsdp") == 0
+    said = capsys.readouterr().out
+    numbers = dict(re.findall(r"│ ([\w ']+?) +│ +([\d,.]+)", said))
+    d, vocabulary, d_ff = 16, 257, 48
+    parameters = vocabulary * d + 4 * d * d + 3 * d * d_ff + 3 * d
+    assert numbers["parameters"] == numbers["of these trained"] == f"{parameters:,}"
+    assert (numbers["tokens per step"], numbers["tokens in all"]) == ("64", "448")
+    per_token = 3 * 2 * (4 * d * d + 3 * d * d_ff + vocabulary * d)  # without attention's own products
+    assert float(numbers["products per step"]) >= round(64 * per_token / 1e9, 2) > 0
+    shown = said.split("begins with\n")[1].removesuffix("\n")
+    assert len(shown) == 17
+    assert shown in Path(data.sources[0]).read_text(), "a window of the text, decoded"
+    assert not (tmp_path / "run").exists()
+
+
+def test_profile_writes_a_trace_and_a_table(data, tmp_path):
+    assert train(data, tmp_path / "run", "--profile") == 0
+    assert {path.name for path in (tmp_path / "run" / "profile").iterdir()} == {"trace.json", "table.txt"}
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            "--parallel.strategy=fsdp",
+            "parallel.strategy must be ddp in a process that torchrun has not started",
+        ),
+        ("--parallel.replicas=2", "parallel.replicas must be 1 without parallel.strategy=fsdp"),
+        ("--train.keep=0", "train.keep must be an integer of at least 1, got 0"),
+        ("--train.max_skipped=-1", "train.max_skipped must be an integer of at least 0, got -1"),
+        ("--train.project=", "train.project must be a name"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(data, tmp_path, capsys, option, message):
+    assert train(data, tmp_path / "run", option) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
