@@ -16,6 +16,7 @@ from helmholtz.data.recall import IGNORED, PairTask, sample_pairs
 from helmholtz.interop.seeds.unified import UnifiedMambaHopfieldDEQ
 from helmholtz.layers.equilibrium_reading import retrieval_energy
 from helmholtz.ops.losses import cross_entropy
+from helmholtz.solvers import ConvergenceWarning
 
 MODES = ("alternating", "simultaneous", "cascade")
 
@@ -70,7 +71,7 @@ def test_defect_04_the_loss_reaches_the_dynamics(mode, stability):
 def test_defect_04_a_saddle_is_never_differentiated_in_silence():
     """Among several equilibria ``cascade`` may settle on one that no neighbour comes to: there is no gradient."""
     logits = model_of("cascade", stability="descent")(ids_of())
-    with pytest.warns(ConvergenceWarning, match="5 of them at a saddle, where there is no gradient"):
+    with pytest.warns(ConvergenceWarning, match=r"\d+ of them at a saddle, where there is no gradient"):
         logits.sum().backward()
 
 
