@@ -72,7 +72,7 @@ def half_of(source, target, step):
     point_at(target / "last", step_folder(target, step))
 
 
-def make_runs(folder, data, n_steps):
+def make_runs(folder, data, n_steps, architectures=tuple(SIZES)):
     """Runs of all architectures by one process (``<architecture>-one``) and by two, in every way.
 
     ``<architecture>-<strategy>-whole``, ``-resumed`` by two from the middle, ``-half`` as it was there, and a Free
@@ -80,7 +80,7 @@ def make_runs(folder, data, n_steps):
     """
     train = {"steps": n_steps, "eval_every": n_steps // 2, "save_every": n_steps // 2}
     cases = []
-    for architecture in SIZES:
+    for architecture in architectures:
         for strategy in STRATEGIES:
             base = {"architecture": architecture, "parallel": {"strategy": strategy}}
             whole, resumed, half = (
@@ -95,7 +95,7 @@ def make_runs(folder, data, n_steps):
             {"architecture": "free_transformer", "parallel": parallel, "output": output, "train": train}
         )
     run_cases(folder, data, cases)
-    for architecture in SIZES:
+    for architecture in architectures:
         run(
             distributed_run(
                 data, architecture=architecture, output=folder / f"{architecture}-one", train=train

@@ -1,13 +1,12 @@
 """Two processes make the run that one makes: same losses and gradient norms, same files, resumed on either number.
 
-Few steps here; ``make learn`` takes 20.
+Few steps of two architectures here; ``make learn`` takes 20 of all.
 """
 
 import pytest
 import torch
 
 from distributed_cases import (
-    SIZES,
     STRATEGIES,
     assert_equal_runs,
     assert_same_run,
@@ -21,8 +20,10 @@ from tiny_runs import prepare_text
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first test makes all runs
 N_STEPS = 6
+ARCHITECTURES = ("free_transformer", "mamba_hopfield")
+"""Those that draw plans, and that write a memory; both have dropout or equilibria besides what a plain decoder has."""
 EVERY = pytest.mark.parametrize(
-    ("architecture", "strategy"), [(name, strategy) for name in SIZES for strategy in STRATEGIES]
+    ("architecture", "strategy"), [(name, strategy) for name in ARCHITECTURES for strategy in STRATEGIES]
 )
 
 
@@ -33,7 +34,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
-    return make_runs(tmp_path_factory.mktemp("runs"), data, N_STEPS)
+    return make_runs(tmp_path_factory.mktemp("runs"), data, N_STEPS, ARCHITECTURES)
 
 
 @EVERY

@@ -81,7 +81,7 @@ def learn_hamlet(seed, folder):
     return learn_bytes(seed, TokenDataset(data.folder, "train"), TokenDataset(data.folder, "validation"))
 
 
-@pytest.mark.slow
+@pytest.mark.learn
 @pytest.mark.timeout(600)
 def test_periods_are_learnt_in_fewer_steps_of_the_solver_where_the_start_is_trained():
     check_periods(*(learn_periods(3, convergence_weight=weight) for weight in (0.0, 0.05)))
