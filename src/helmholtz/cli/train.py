@@ -72,8 +72,8 @@ def dry_run(config: RunConfig, console: Console) -> None:
         "optimizer": _megabytes(budget.optimizer_bytes),
         "activations of a micro-batch": _megabytes(budget.activation_bytes),
         "memory in all": _megabytes(budget.total_bytes),
-        "products per step": f"{budget.flops / 1e9:,.2f} GFLOP",
-        "products in all": f"{budget.flops * c.steps / 1e12:,.3f} TFLOP",
+        "products per step": f"{budget.flops / 1e9:.4g} GFLOP",
+        "products in all": f"{budget.flops * c.steps / 1e12:.4g} TFLOP",
         "at this machine's matmul speed": f"{seconds:,.0f} s",
     }
     for name, value in rows.items():
