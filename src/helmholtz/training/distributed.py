@@ -134,11 +134,6 @@ def gather_text(text: str) -> list[str]:
     return parts
 
 
-def barrier() -> None:
-    if world().size > 1:
-        dist.barrier()
-
-
 def on_main(function: Callable[[], ResultT]) -> ResultT:
     """Run ``function`` in the main process; all get its result, or the error that it raised.
 
