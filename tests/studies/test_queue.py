@@ -1,4 +1,4 @@
-"""A queue computes each run once, leaves the same bytes however often it was interrupted, and refuses what is not its own."""
+"""A queue computes each run once, leaves the same bytes however it was interrupted, and refuses what is not its own."""
 
 import json
 import multiprocessing
@@ -22,7 +22,9 @@ def contents(folder):
 
 def test_every_run_is_computed_once_and_found_again(tmp_path):
     events = []
-    assert work_off(RUNS[:2], square, tmp_path, report=lambda run, event: events.append((run.name, event))) == 2
+    assert (
+        work_off(RUNS[:2], square, tmp_path, report=lambda run, event: events.append((run.name, event))) == 2
+    )
     done, missing = split_finished(tmp_path, RUNS)
     assert [d.result["square"] for d in done] == [0, 1]
     assert missing == RUNS[2:]
@@ -63,7 +65,7 @@ def test_two_processes_share_a_folder_without_computing_anything_twice(tmp_path)
 
 def test_shards_part_the_runs_evenly_and_refuse_other_texts():
     parts = [shard(RUNS, f"{i}/3") for i in range(3)]
-    assert sorted((run.name for part in parts for run in part)) == [run.name for run in RUNS]
+    assert sorted(run.name for part in parts for run in part) == [run.name for run in RUNS]
     assert [len(part) for part in parts] == [2, 2, 1]
     for text in ("3/3", "0/0", "-1/2", "1", "a/b"):
         with pytest.raises(ValueError, match="shard"):
@@ -90,7 +92,7 @@ def test_bad_names_settings_and_repeated_names_are_refused(tmp_path):
         QueuedRun("../elsewhere", {})
     with pytest.raises(ValueError, match="settings"):
         QueuedRun("a", {"sizes": (1, 2)})
-    with pytest.raises(ValueError, match="runs: wanted names that differ"):
+    with pytest.raises(ValueError, match="runs must be names that differ"):
         work_off([RUNS[0], RUNS[0]], square, tmp_path)
 
 
