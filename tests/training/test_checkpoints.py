@@ -63,6 +63,15 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so_and_keeps_them(data, tm
     assert steps(tmp_path) == [3, 6]
 
 
+def test_one_that_was_being_written_once_more_is_the_newest_again(data, tmp_path):
+    """A signal at a step that was saved: killed between its two renames, the checkpoint is in a hidden folder."""
+    train(tiny_run(data, tmp_path, steps=6, save_every=3, keep=1))
+    newest = tmp_path / "step-00000006"
+    newest.rename(tmp_path / ".step-00000006.previous")
+    assert newest_checkpoint(tmp_path, pytest.fail) == newest
+    assert [path.name for path in tmp_path.glob("*step*")] == [newest.name]
+
+
 def test_there_may_be_none_yet(tmp_path):
     assert newest_checkpoint(tmp_path / "nothing", pytest.fail) is None
 

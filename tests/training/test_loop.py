@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from helmholtz.data.tokens import TokenDataset
+from helmholtz.evals.runs import Run
 from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.models.fem_lm import FEMLMConfig
 from helmholtz.models.transformer import Transformer
-from helmholtz.training.callbacks import Callback
+from helmholtz.training.callbacks import Callback, JSONLMetrics
+from helmholtz.training.diagnosis import first_non_finite
 from helmholtz.training.loop import NonFiniteError, Trainer
 from helmholtz.training.objectives import Objective, Report, learned, next_token
 from helmholtz.training.run import train
@@ -143,7 +145,7 @@ def test_a_killed_process_can_be_resumed(data, tmp_path):
     train(tiny_run(data, tmp_path / "whole"))
     assert run_and_kill(data, tmp_path / "killed", 14, signal.SIGKILL) == -signal.SIGKILL
     with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "step", "st')  # a line cut off by the kill
+        file.write('{}\n7\n{"kind": "step", "st')  # a line cut off by the kill, after two that say nothing
     train(tiny_run(data, tmp_path / "killed", resume="auto"))
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
 
@@ -301,6 +303,43 @@ def test_an_fp16_step_whose_gradient_overflows_is_skipped_and_counted(data, tmp_
     assert loop.progress.step == 2
 
 
+def test_a_skipped_step_is_valid_json_and_no_point_of_a_curve(data, tmp_path):
+    factors = iter([1.0, 1.0, math.nan, math.nan] + [1.0] * 100)  # the second step's two micro-batches
+
+    def objective(model, tokens, step):
+        result = next_token(model, tokens, step)
+        factor = next(factors)
+        return Objective(factor * result.loss, {"part": factor * result.bound}, factor * result.bound)
+
+    loop = trainer(data, tmp_path, objective=objective, steps=4)
+    loop.fit([JSONLMetrics(tmp_path / "metrics.jsonl", start=0, log_every=1)])
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    steps = [record for record in records if record["kind"] == "step"]
+    bad = steps[1]
+    assert [record["skipped"] for record in steps] == [False, True, False, False, False]
+    assert bad["loss"] is bad["grad_norm"] is bad["bits_per_byte"] is bad["terms"]["part"] is None
+    run = Run(tmp_path, {}, "", {}, records)
+    assert run.series("step", "loss")[1] == [steps[i]["loss"] for i in (0, 2, 3, 4)]
+
+
+def test_the_search_for_the_first_bad_tensor_makes_both_passes_whatever_it_finds():
+    """Processes that share weights wait for each other in them, and not all have found something."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    made = []
+
+    def losses():
+        loss = model(torch.ones(3, 2)).sum()
+        loss.register_hook(lambda gradient: made.append(1))
+        return loss
+
+    assert first_non_finite(model, losses) == ""
+    with torch.no_grad():
+        model[1].weight[0, 1] = math.inf
+    assert first_non_finite(model, losses).startswith("parameter 1.weight: 1 of 2 values")
+    assert len(made) == 2 and model[0].weight.grad is None
+
+
 def test_endless_overflow_in_fp16_ends_the_run(data, tmp_path):
     def objective(model, tokens, step):
         result = next_token(model, tokens, step)
@@ -353,7 +392,7 @@ def test_the_report_is_recorded_and_warns_only_after_the_warm_up(data, tmp_path)
 
 
 def test_tensorboard_events_are_written(data, tmp_path):
-    train(tiny_run(data, tmp_path, steps=4, tensorboard=True))
+    train(tiny_run(data, tmp_path, steps=4, tensorboard=True, utilization=True))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -361,6 +400,7 @@ def test_tensorboard_events_are_written(data, tmp_path):
     logged = [scalar.value for scalar in events.Scalars("train/loss")]
     steps = [record["loss"] for record in metrics(tmp_path) if record["kind"] == "step"]
     assert logged == pytest.approx(steps, rel=1e-6)
+    assert len(events.Scalars("train/utilization")) == 4
     assert [scalar.step for scalar in events.Scalars("validation/bits_per_byte")] == [4]
 
 
