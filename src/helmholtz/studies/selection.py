@@ -35,7 +35,7 @@ N_ATTRIBUTED = 256
 """Test sequences whose gradients are looked at."""
 PATTERN_SIZES = ((2, 2, 4), (2, 2, 8), (3, 1, 4), (3, 2, 4), (3, 2, 6), (4, 2, 4))
 """Tokens, heads, channels."""
-PATTERN_DRAWS = 20_000
+PATTERN_DRAWS = 4_000
 PATTERN_BETA = 5.0
 
 
@@ -283,7 +283,7 @@ def count_patterns(
     layer = build_reader(Reader("free_energy", beta, n_heads), n_channels)
     generator = torch.Generator().manual_seed(3_000 + seed)
     prior, posterior = set[tuple[int, ...]](), set[tuple[int, ...]]()
-    for x in torch.randn(n_draws, n_tokens, n_channels, generator=generator).split(2_000):
+    for x in torch.randn(n_draws, n_tokens, n_channels, generator=generator).split(500):
         reading = inspect_read(layer, x)
         prior |= _patterns(reading.prior)
         posterior |= _patterns(reading.posterior)
