@@ -35,7 +35,7 @@ N_ATTRIBUTED = 256
 """Test sequences whose gradients are looked at."""
 PATTERN_SIZES = ((2, 2, 4), (2, 2, 8), (3, 1, 4), (3, 2, 4), (3, 2, 6), (4, 2, 4))
 """Tokens, heads, channels."""
-PATTERN_DRAWS = 4_000
+PATTERN_DRAWS = 20_000
 PATTERN_BETA = 5.0
 
 
