@@ -1,0 +1,120 @@
+"""``helmholtz mad``."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from helmholtz._checks import check_choice, check_integer
+from helmholtz._files import write_atomically
+from helmholtz.cli.arguments import make_parser, parse
+from helmholtz.studies.mad_runs import PROFILES, MadRun, chosen_rates
+from helmholtz.studies.queue import QueuedRun, shard, split_finished, work_off
+
+ACTIONS = {
+    "run": "Train the models of a profile on the MAD tasks. Finished runs are kept, an interrupted queue goes on.",
+    "pilot": "Choose the learning rate of each task for the profile quick: attention alone, on a seed of its own.",
+}
+RATES = "learning_rates.json"
+
+
+def usage() -> str:
+    return "\n".join(
+        ["usage: helmholtz mad <action> [options]", ""]
+        + [f"  {name:<8}{text}" for name, text in ACTIONS.items()]
+    )
+
+
+def options(action: str, arguments: list[str]) -> dict[str, Any]:
+    """Values of the command line. Raises: ValueError naming the option that is wrong."""
+    parser = make_parser(f"mad {action}", ACTIONS[action])
+    if action == "run":
+        parser.add_argument("--profile", type=str, default="quick", help=f"one of {', '.join(PROFILES)}")
+        parser.add_argument("--models", type=str, nargs="+", default=[], help="default: all of the profile")
+        parser.add_argument("--seeds", type=int, nargs="+", default=[], help="default: those of the profile")
+    parser.add_argument("--tasks", type=str, nargs="+", default=[], help="default: all six")
+    parser.add_argument("--shard", type=str, default="0/1", help="share of this machine: 0/4 is a quarter")
+    parser.add_argument(
+        "--output", type=str, default="results/mad", help="folder; each profile has one in it"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; more help these models little")
+    values = {"profile": "pilot", "models": [], "seeds": []} | parse(parser, arguments)
+    check_choice("profile", values["profile"], PROFILES)
+    check_integer("threads", values["threads"])
+    return values
+
+
+def runs_of(values: dict[str, Any]) -> list[MadRun]:
+    """The runs that the options name, in the order of the queue, without regard to the shard."""
+    profile = PROFILES[values["profile"]]
+    return profile.runs(
+        values["tasks"] or list(profile.settings),
+        values["models"] or profile.models,
+        values["seeds"] or profile.seeds,
+    )
+
+
+def work(runs: Sequence[MadRun], share: str, folder: Path, console: Console) -> int:
+    """Compute the share of this machine with a bar per queue and run; returns how many were computed."""
+    by_name = {run.name: run for run in runs}
+    queue = shard([run.queued() for run in runs], share)
+    columns = (
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} {task.description}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        whole, current = bar.add_task("runs", total=len(queue)), bar.add_task("steps", total=None)
+
+        def compute(queued: QueuedRun) -> dict[str, Any]:
+            run = by_name[queued.name]
+            total = run.protocol.n_steps(run.setting.n_train)
+            bar.reset(current, total=total, description=queued.name)
+            return run.compute(lambda step: bar.update(current, completed=step))
+
+        def report(queued: QueuedRun, event: str) -> None:
+            if event != "begins":
+                bar.advance(whole)
+                bar.console.print(f"{queued.name}: {event}", markup=False)
+
+        return work_off(queue, compute, folder, report=report)
+
+
+def write_rates(runs: Sequence[MadRun], folder: Path, file: Path, console: Console) -> None:
+    """What the pilot chose, unless runs are missing."""
+    done, missing = split_finished(folder, [run.queued() for run in runs])
+    if missing:
+        console.print(f"{len(missing)} runs of the pilot are missing: no learning rate is chosen yet")
+        return
+    rates = chosen_rates(done)
+    tried = [
+        {"task": d.run.settings["task"], "lr": d.run.settings["lr"], "seed": d.run.settings["seed"],
+         "score": d.result["score"], "loss": d.result["final"] and d.result["final"]["loss"],
+         "commit": d.timing.get("commit"), "hardware": d.timing.get("hardware")}
+        for d in done
+    ]  # fmt: skip
+    content = {"learning_rates": rates, "protocol": done[0].run.settings["protocol"], "tried": tried}
+    write_atomically(file, json.dumps(content, indent=1) + "\n")
+    console.print(f"wrote {file}: LEARNING_RATES = {rates}", markup=False)
+
+
+def run(arguments: list[str], console: Console) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        console.print(usage(), markup=False)
+        return 0 if arguments else 2
+    action, *rest = arguments
+    check_choice("action", action, ACTIONS)
+    values = options(action, rest)
+    torch.set_num_threads(values["threads"])
+    runs, output = runs_of(values), Path(values["output"])
+    folder = output / values["profile"]
+    computed = work(runs, values["shard"], folder, console)
+    console.print(f"{computed} of {len(runs)} runs computed; results in {folder}", markup=False)
+    if action == "pilot":
+        every = runs_of(values | {"tasks": []})
+        write_rates(every, folder, output / RATES, console)
+    return 0
