@@ -1,0 +1,197 @@
+"""``helmholtz forecast``."""
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from helmholtz._checks import check, check_choice, check_integer, check_positive
+from helmholtz._files import write_atomically
+from helmholtz.cli.arguments import make_parser, parse
+from helmholtz.data.series import Series, airport_weather, metro_traffic, read_series
+from helmholtz.studies.forecast_report import (
+    PUBLISHED,
+    of,
+    pilot_summary,
+    plot_forecasts,
+    plot_horizons,
+    summary,
+    values_of,
+)
+from helmholtz.studies.forecasting import HORIZONS, RECIPES, compute_forecast, forecast_runs
+from helmholtz.studies.queue import QueuedRun, shard, split_finished, work_off
+
+ACTIONS = {
+    "run": "Train and measure forecasters. Finished runs are kept, an interrupted queue goes on where it was.",
+    "pilot": "Compare learning rates on validation windows alone; the test windows are not looked at.",
+    "report": "Tables and pictures of the runs that are finished.",
+}
+PACKAGED = {"weather": airport_weather, "traffic": metro_traffic}
+TRAINED = [name for name, recipe in RECIPES.items() if recipe is not None]
+
+
+def usage() -> str:
+    actions = [f"  {name:<8}{text}" for name, text in ACTIONS.items()]
+    return "\n".join(["usage: helmholtz forecast <action> [options]", "", *actions])
+
+
+def options(action: str, arguments: list[str]) -> dict[str, Any]:
+    """Values of the command line. Raises: ValueError naming the option that is wrong."""
+    parser = make_parser(f"forecast {action}", ACTIONS[action])
+    models, horizons, seeds = (list(RECIPES), list(HORIZONS), [0, 1, 2])
+    if action == "pilot":
+        models, horizons, seeds = TRAINED, [192], [1000]
+        parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates")
+    parser.add_argument(
+        "--data", type=str, nargs="+", default=list(PACKAGED),
+        help=f"{', '.join(PACKAGED)}, or CSV files: a column date and numbers otherwise",
+    )  # fmt: skip
+    parser.add_argument("--models", type=str, nargs="+", default=models, help=f"of {', '.join(models)}")
+    parser.add_argument("--horizons", type=int, nargs="+", default=horizons, help="steps that are forecast")
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help="of weights and order")
+    parser.add_argument("--output", type=str, default=f"results/forecast/{action}".replace("report", "run"),
+                        help="folder of the results")  # fmt: skip
+    if action != "report":
+        parser.add_argument(
+            "--shard", type=str, default="0/1", help="share of this machine: 0/4 is a quarter"
+        )
+        parser.add_argument(
+            "--threads", type=int, default=1, help="CPU threads; results hang on their number"
+        )
+    values = parse(parser, arguments)
+    check_integer("threads", values.get("threads", 1))
+    for lr in values.get("lrs", []):
+        check_positive("lrs", lr)
+    for name in ("data", "models", "horizons", "seeds"):
+        check(len(set(values[name])) == len(values[name]), name, values[name], "without repetition")
+    return values
+
+
+def load(names: Sequence[str]) -> list[Series]:
+    """The series by the names of packaged ones or of files. Raises: ValueError for a name that is neither."""
+    found = []
+    for name in names:
+        if name in PACKAGED:
+            found.append(PACKAGED[name]())
+        else:
+            check(Path(name).is_file(), "data", name, f"a CSV file or one of {', '.join(PACKAGED)}")
+            found.append(read_series(Path(name)))
+    return found
+
+
+def runs_of(action: str, values: dict[str, Any], series: Sequence[Series]) -> list[QueuedRun]:
+    return forecast_runs(
+        series,
+        values["models"],
+        values["horizons"],
+        values["seeds"],
+        measured="validation" if action == "pilot" else "test",
+        lrs=values.get("lrs", (None,)),
+    )
+
+
+def error_table(rows: Sequence[dict[str, Any]], data: str) -> Table:
+    """Test errors of the models on one series, and what was published of it."""
+    rows = [row for row in rows if row["data"] == data]
+    horizons = rows[0]["horizons"]
+    table = Table(
+        title=f"{data}: test errors, mean over horizons (mean over seeds ± deviation)",
+        box=None,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("model")
+    for column in ("MSE", "MAE", *(f"MSE {h}" for h in horizons), "seeds"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        by_horizon = [row["mse_by_horizon"].get(str(horizon)) for horizon in horizons]
+        cells = [_number(found) for found in (row["mse"], row["mae"], *by_horizon)]
+        table.add_row(row["model"], *cells, str(len(row["seeds"])))
+    for name, mse in PUBLISHED.get(data, {}).items():
+        table.add_row(f"published: {name}", f"{mse:.3f}")
+    return table
+
+
+def pilot_table(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="Validation MSE by learning rate", box=None, padding=(0, 1, 0, 0))
+    for column in ("model", "lr", *rows[0]["validation_mse"], "mean"):
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    for row in rows:
+        errors = [f"{value:.4f}" for value in (*row["validation_mse"].values(), row["mean"])]
+        table.add_row(row["model"], f"{row['lr']:g}", *errors)
+    return table
+
+
+def _number(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    deviation = "" if found["deviation"] is None else f" ± {found['deviation']:.4f}"
+    return f"{found['mean']:.4f}{deviation}"
+
+
+def report_pilot(runs: Sequence[QueuedRun], folder: Path, console: Console) -> None:
+    done, missing = split_finished(folder, runs)
+    if done:
+        rows = pilot_summary(done)
+        console.print(pilot_table(rows))
+        _write_summary(folder, rows, runs, missing, console)
+
+
+def report_test(runs: Sequence[QueuedRun], series: Sequence[Series], folder: Path, console: Console) -> None:
+    done, missing = split_finished(folder, runs)
+    check(bool(done), "output", str(folder), "a folder of results; helmholtz forecast run makes them")
+    rows = summary(done)
+    for data in values_of(done, "data"):
+        console.print(error_table(rows, data))
+    _write_summary(folder, rows, runs, missing, console)
+    plot_horizons(rows, folder / "horizons.png")
+    for one in series:
+        own = of(done, data=one.name)
+        if own:
+            horizon, seed = min(values_of(own, "horizon")), min(values_of(own, "seed"))
+            plot_forecasts(own, one, folder / f"{one.name}.png", horizon=horizon, seed=seed)
+    console.print(f"wrote pictures into {folder}", markup=False)
+
+
+def _write_summary(
+    folder: Path,
+    rows: Sequence[dict[str, Any]],
+    runs: Sequence[QueuedRun],
+    missing: Sequence[QueuedRun],
+    console: Console,
+) -> None:
+    content = {"rows": rows, "runs": len(runs), "missing": [run.name for run in missing]}
+    write_atomically(folder / "summary.json", json.dumps(content, indent=1) + "\n")
+    console.print(
+        f"{len(missing)} of {len(runs)} runs are missing; wrote {folder / 'summary.json'}", markup=False
+    )
+
+
+def run(arguments: list[str], console: Console) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        console.print(usage(), markup=False)
+        return 0 if arguments else 2
+    action, *rest = arguments
+    check_choice("action", action, ACTIONS)
+    values = options(action, rest)
+    folder = Path(values["output"])
+    series = load(values["data"])
+    runs = runs_of(action, values, series)
+    if action != "report":
+        torch.set_num_threads(values["threads"])
+        compute = functools.partial(compute_forecast, series={one.name: one for one in series})
+        work_off(
+            shard(runs, values["shard"]),
+            compute,
+            folder,
+            report=lambda run, event: console.print(f"{run.name}: {event}", markup=False),
+        )
+    if action == "pilot":
+        report_pilot(runs, folder, console)
+    if action == "report":
+        report_test(runs, series, folder, console)
+    return 0

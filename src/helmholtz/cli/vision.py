@@ -1,0 +1,139 @@
+"""``helmholtz vision``."""
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from helmholtz._checks import check, check_choice, check_integer, check_positive
+from helmholtz._files import write_atomically
+from helmholtz.cli.arguments import make_parser, parse
+from helmholtz.data.images import ImageSplits, digits, fashion_mnist, idx_images
+from helmholtz.studies.queue import QueuedRun, shard, split_finished, work_off
+from helmholtz.studies.vision import LEARNING_RATES, compute_vision, vision_runs
+from helmholtz.studies.vision_report import data_names, pilot_summary, plot_confusion, plot_learning, summary
+
+ACTIONS = {
+    "run": "Train and measure vision transformers. Finished runs are kept, an interrupted queue goes on where it was.",
+    "pilot": "Compare learning rates on validation images alone; the test images are not looked at.",
+    "report": "Table and pictures of the runs that are finished.",
+}
+NAMED = {"digits": digits, "fashion-mnist": fashion_mnist}
+
+
+def usage() -> str:
+    actions = [f"  {name:<8}{text}" for name, text in ACTIONS.items()]
+    return "\n".join(["usage: helmholtz vision <action> [options]", "", *actions])
+
+
+def options(action: str, arguments: list[str]) -> dict[str, Any]:
+    """Values of the command line. Raises: ValueError naming the option that is wrong."""
+    parser = make_parser(f"vision {action}", ACTIONS[action])
+    if action == "pilot":
+        parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates")
+    parser.add_argument(
+        "--data", type=str, nargs="+", default=["digits"],
+        help=f"{', '.join(NAMED)}, or folders of IDX files named as MNIST's",
+    )  # fmt: skip
+    parser.add_argument("--models", type=str, nargs="+", default=list(LEARNING_RATES), help="mixers")
+    seeds = [1000] if action == "pilot" else [0, 1, 2]
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help="of weights and order")
+    parser.add_argument("--output", type=str, default=f"results/vision/{action}".replace("report", "run"),
+                        help="folder of the results")  # fmt: skip
+    if action != "report":
+        parser.add_argument(
+            "--shard", type=str, default="0/1", help="share of this machine: 0/4 is a quarter"
+        )
+        parser.add_argument(
+            "--threads", type=int, default=1, help="CPU threads; results hang on their number"
+        )
+    values = parse(parser, arguments)
+    check_integer("threads", values.get("threads", 1))
+    for lr in values.get("lrs", []):
+        check_positive("lrs", lr)
+    for name in ("data", "models", "seeds"):
+        check(len(set(values[name])) == len(values[name]), name, values[name], "without repetition")
+    return values
+
+
+def load(names: Sequence[str]) -> list[ImageSplits]:
+    """The images by name or folder; of a folder a tenth of the training images validates."""
+    return [NAMED[name]() if name in NAMED else _folder(Path(name)) for name in names]
+
+
+def _folder(folder: Path) -> ImageSplits:
+    check(folder.is_dir(), "data", str(folder), f"a folder of IDX files or one of {', '.join(NAMED)}")
+    return idx_images(folder, name=folder.resolve().name)
+
+
+def result_table(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="Mean over seeds ± deviation", box=None, padding=(0, 1, 0, 0))
+    for column in ("data", "mixer"):
+        table.add_column(column)
+    for column in ("parameters", "test accuracy", "test loss", "validation accuracy", "seeds"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        spreads = [_number(row[name]) for name in ("test_accuracy", "test_loss", "validation_accuracy")]
+        table.add_row(row["data"], row["model"], f"{row['parameters']:,}", *spreads, str(len(row["seeds"])))
+    return table
+
+
+def pilot_table(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="Validation by learning rate", box=None, padding=(0, 1, 0, 0))
+    for column in ("data", "mixer", "lr", "seed", "loss", "accuracy", "best step"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        found = row["validation"]
+        numbers = (f"{row['lr']:g}", str(row["seed"]), f"{found['loss']:.4f}", f"{found['accuracy']:.4f}")
+        table.add_row(row["data"], row["model"], *numbers, str(row["best_step"]))
+    return table
+
+
+def _number(found: dict[str, Any]) -> str:
+    deviation = "" if found["deviation"] is None else f" ± {found['deviation']:.4f}"
+    return f"{found['mean']:.4f}{deviation}"
+
+
+def report(action: str, runs: Sequence[QueuedRun], folder: Path, console: Console) -> None:
+    """Table, ``summary.json`` and, of measurements on test images, pictures."""
+    done, missing = split_finished(folder, runs)
+    check(bool(done), "output", str(folder), "a folder of results; helmholtz vision run makes them")
+    rows = pilot_summary(done) if action == "pilot" else summary(done)
+    console.print(pilot_table(rows) if action == "pilot" else result_table(rows))
+    content = {"rows": rows, "runs": len(runs), "missing": [run.name for run in missing]}
+    write_atomically(folder / "summary.json", json.dumps(content, indent=1) + "\n")
+    if action == "report":
+        for data in data_names(done):
+            plot_learning(done, data, folder / f"{data}-learning.png")
+            plot_confusion(done, data, folder / f"{data}-confusion.png")
+    console.print(
+        f"{len(missing)} of {len(runs)} runs are missing; wrote {folder / 'summary.json'}", markup=False
+    )
+
+
+def run(arguments: list[str], console: Console) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        console.print(usage(), markup=False)
+        return 0 if arguments else 2
+    action, *rest = arguments
+    check_choice("action", action, ACTIONS)
+    values = options(action, rest)
+    folder, data = Path(values["output"]), load(values["data"])
+    measured, lrs = ("validation", values["lrs"]) if action == "pilot" else ("test", (None,))
+    runs = vision_runs(data, values["models"], values["seeds"], measured=measured, lrs=lrs)
+    if action != "report":
+        torch.set_num_threads(values["threads"])
+        work_off(
+            shard(runs, values["shard"]),
+            functools.partial(compute_vision, data={one.name: one for one in data}),
+            folder,
+            report=lambda queued, event: console.print(f"{queued.name}: {event}", markup=False),
+        )
+    if action != "run":
+        report(action, runs, folder, console)
+    return 0
