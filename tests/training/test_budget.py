@@ -2,7 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from distributed_cases import distributed_run
 from helmholtz.training.budget import matmul_peak, measure_budget
+from helmholtz.training.run import prepare
+from tiny_runs import prepare_text
 
 
 @pytest.fixture
@@ -36,3 +39,18 @@ def test_frozen_weights_cost_no_gradient_and_gradients_are_left_as_they_were(mod
 
 def test_the_matmul_speed_is_a_plausible_number():
     assert 1e8 < matmul_peak(torch.float32, torch.device("cpu")) < 1e15
+
+
+def test_counting_writes_nothing_into_a_memory(tmp_path):
+    run = distributed_run(
+        prepare_text(tmp_path),
+        architecture="mamba_hopfield",
+        output=tmp_path / "run",
+        train={"steps": 4},
+        objective={"memory_write_step": 0},
+    )
+    trainer = prepare(run)
+    assert trainer.budget().flops > 0
+    assert not trainer.model.memory.occupied.any()
+    trainer.step()
+    assert trainer.model.memory.occupied.any()

@@ -1,12 +1,15 @@
 """Where a number that is not finite came from."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+STAGES = ("parameter", "buffer", "output", "the loss", "gradient")
+"""What the words of ``first_non_finite`` begin with, in the order of its search."""
 
 
 class NonFiniteError(RuntimeError):
@@ -17,27 +20,37 @@ def first_non_finite(model: nn.Module, losses: Callable[[], Tensor]) -> str:
     """The first tensor that is not finite when a step is repeated, in words.
 
     In this order: parameters and buffers; what modules make of their inputs, as they run; the loss; gradients, in the
-    order in which the backward pass makes them. Gradients are left as they were.
+    order in which the backward pass makes them (sharded ones in the order of the model). Gradients are left as they
+    were. Nothing is left out once something was found: processes that share weights wait for each other's passes.
 
     Args:
         losses: repeats the forward pass and gives the loss.
 
     Returns: an empty string if all is finite now.
     """
-    for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
-        for name, tensor in named:
-            if not _finite(tensor):
-                return f"{kind} {name}: {_describe(tensor)}"
     found: list[str] = []
+    for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        found += [f"{kind} {name}: {_describe(tensor)}" for name, tensor in named if not _finite(tensor)]
+    try:
+        _search_passes(model, losses, found)
+    except (RuntimeError, ValueError):  # of a solver that does not take what was found
+        if not found:
+            raise
+    return found[0] if found else ""
+
+
+def _search_passes(model: nn.Module, losses: Callable[[], Tensor], found: list[str]) -> None:
     with _watched_outputs(model, found):
         loss = losses()
-    if found:
-        return found[0]
-    if not _finite(loss):
-        return f"the loss: {_describe(loss)}"
+    if not found and not _finite(loss):
+        found.append(f"the loss: {_describe(loss)}")
     with _watched_gradients(model, found):
         loss.backward()
-    return found[0] if found else ""
+
+
+def earliest(texts: Sequence[str]) -> str:
+    """Of what several processes have found, what comes first in the search."""
+    return min(texts, key=lambda text: next(i for i, stage in enumerate(STAGES) if text.startswith(stage)))
 
 
 @contextlib.contextmanager
@@ -75,6 +88,8 @@ def _watched_gradients(model: nn.Module, found: list[str]) -> Iterator[None]:
     handles = [parameter.register_post_accumulate_grad_hook(watch(name)) for name, parameter in trained]
     try:
         yield
+        for name, parameter in trained:  # FSDP sets the gradients of its shards past the hooks
+            watch(name)(parameter)
     finally:
         for handle in handles:
             handle.remove()

@@ -28,7 +28,7 @@ from helmholtz.training.budget import Budget, matmul_peak, measure_budget
 from helmholtz.training.callbacks import Callback, EvalRecord, RunResult, StepRecord
 from helmholtz.training.checkpoint import save_last, save_run
 from helmholtz.training.config import TrainConfig
-from helmholtz.training.diagnosis import NonFiniteError, first_non_finite
+from helmholtz.training.diagnosis import NonFiniteError, earliest, first_non_finite
 from helmholtz.training.distributed import (
     gather_text,
     local_share,
@@ -193,8 +193,9 @@ class Trainer:
         return tokens
 
     def budget(self) -> Budget:
-        """What a step of this process costs, counted on its next micro-batch; nothing is trained."""
+        """What a step of this process costs, counted on its next micro-batch; nothing is trained or written."""
         tokens, keys = self._micro_batch(0)
+        before = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
 
         def loss() -> Tensor:
             with self._autocast():
@@ -202,7 +203,10 @@ class Trainer:
             return found
 
         with drawn_by_row(keys):
-            return measure_budget(self.model, loss, micro_batches=self.config.accumulation)
+            found = measure_budget(self.model, loss, micro_batches=self.config.accumulation)
+        for buffer, value in before:  # a memory has read the rows
+            buffer.copy_(value)
+        return found
 
     def measure_utilization(self) -> None:
         """From now on records say which fraction of the matmul speed a step reaches."""
@@ -228,9 +232,10 @@ class Trainer:
                 return loss
 
             with drawn_by_row(keys):
-                first = first or first_non_finite(self.model, losses)
+                found = first_non_finite(self.model, losses)
+            first = first or found
         texts = [f"{text} (rank {rank})" for rank, text in enumerate(gather_text(first)) if text]
-        where = texts[0] if texts else "nothing when the step is repeated"
+        where = earliest(texts) if texts else "nothing when the step is repeated"
         report = {
             "step": self.progress.step + 1,
             "windows": self.progress.windows,
