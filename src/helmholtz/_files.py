@@ -27,7 +27,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         finish_folder(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        _settle(path, _beside(path, "previous"))
+        settle_folder(path)
         raise
 
 
@@ -36,7 +36,7 @@ def begin_folder(path: Path) -> Path:
     path = path.absolute()
     partial = _beside(path, "partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _settle(path, _beside(path, "previous"))
+    settle_folder(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     return partial
@@ -65,8 +65,10 @@ def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}.{suffix}")
 
 
-def _settle(path: Path, previous: Path) -> None:
-    """Undo or finish a replacement that was cut short."""
+def settle_folder(path: Path) -> None:
+    """Undo or finish a replacement of ``path`` that was cut short; for the one who writes it."""
+    path = path.absolute()
+    previous = _beside(path, "previous")
     if not previous.exists():
         return
     if path.exists():
@@ -183,7 +185,9 @@ def owned(folder: Path) -> Iterator[None]:
         finally:
             if os.listdir(folder) == [OWNER]:
                 (folder / OWNER).unlink()
-                with contextlib.suppress(OSError):  # a link to a folder, or one that is mounted, is not ours to remove
+                with contextlib.suppress(
+                    OSError
+                ):  # a link to a folder, or one that is mounted, is not ours to remove
                     folder.rmdir()
 
 

@@ -21,10 +21,11 @@ from helmholtz._files import (
     finish_folder,
     first_damage,
     point_at,
+    settle_folder,
     write_atomically,
     write_checksums,
 )
-from helmholtz._run_folder import LAST, RUN, TOKENIZER
+from helmholtz._run_folder import LAST, METRICS, RUN, SUMMARY, TOKENIZER
 from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.checkpoint import checkpoint_weights, write_checkpoint
 from helmholtz.training.distributed import on_main, world
@@ -98,6 +99,8 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
 
     Raises: ValueError if there are checkpoints but all are damaged.
     """
+    for left in folder.glob(".step-*.previous"):  # one that was being written once more
+        settle_folder(folder / left.stem[1:])
     found = [path for _, path in sorted(_steps(folder), reverse=True)]
     for path in found:
         complete = (path / CHECKSUMS).exists()
@@ -143,6 +146,9 @@ def can_resume(folder: Path, identity: dict[str, Any], *, resume: bool) -> bool:
     difference = first_difference(old, identity)
     if difference:
         raise ValueError(f"train.resume: {folder} holds a different run: {difference}")
+    for name in (METRICS, SUMMARY):
+        if (folder / name).is_dir():
+            raise ValueError(f"{folder / name} is a folder, wanted a file; move it away")
     return True
 
 
