@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,12 @@ class Run:
         return complete_folder(self.folder / BEST)
 
     def series(self, kind: str, value: str) -> tuple[list[int], list[float]]:
-        """Tokens seen and ``value``, from the records of one kind ("step" or "eval")."""
+        """Tokens seen and ``value``, from the records of one kind ("step" or "eval") in which it was finite."""
         records = [record for record in self.metrics if record["kind"] == kind]
-        return [record["tokens"] for record in records], [record[value] for record in records]
+        for record in records:
+            _check_fields(self.folder / METRICS, record, {value: (int, float, type(None))})
+        finite = [record for record in records if record[value] is not None]
+        return [record["tokens"] for record in finite], [record[value] for record in finite]
 
     def train_tokens_per_second(self) -> float:
         """Median over the logged steps, so that a pause of the machine does not count; of the whole run if none was."""
@@ -41,18 +45,64 @@ class Run:
         return statistics.median(logged) if logged else self.summary["tokens"] / self.summary["seconds"]
 
 
+Fields = Mapping[str, type | tuple[type, ...]]
+SUMMARY_FIELDS: Fields = {
+    "status": str,
+    "steps": int,
+    "tokens": int,
+    "seconds": (int, float),
+    "parameters": int,
+    "peak_memory_bytes": int,
+    "commit": str,
+}
+
+
+def _read(file: Path, fields: Fields, *, lines: bool = False) -> list[dict[str, Any]]:
+    """The JSON object of a file, or that of each line. Raises: ValueError naming the file if it is damaged."""
+    text = file.read_text()
+    try:
+        found = [json.loads(part) for part in (text.splitlines() if lines else [text])]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    for content in found:
+        _check_fields(file, content, fields)
+    return found
+
+
+def _check_fields(file: Path, content: Any, fields: Fields) -> None:
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged: wanted an object, got {content!r:.60}")
+    for name, kind in fields.items():
+        got = content.get(name, "nothing")
+        if name not in content or not isinstance(got, kind) or isinstance(got, bool):
+            wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise ValueError(f"{file} is damaged: {name} must be {wanted}, got {got!r:.60}")
+
+
+def _check_description(file: Path, identity: dict[str, Any]) -> None:
+    """That what others read of a run is there."""
+    _check_fields(file, identity, {"architecture": str, "model": dict, "data": dict, "train": dict})
+    _check_fields(file, identity["data"], {"fingerprint": str})
+    _check_fields(file, identity["train"], {"seq_len": int, "batch_size": int, "seed": int})
+    objective = identity.get("objective")
+    if objective is not None:
+        known = isinstance(objective, dict) and "kappa_bits" not in objective
+        _check_fields(file, objective, {} if known else {"kappa_bits": (int, float)})
+
+
 def read_run(folder: str | Path) -> Run:
-    """The run in ``folder``. Raises: ValueError if there is none, or it is not finished."""
+    """The run in ``folder``. Raises: ValueError if there is none, it is not finished, or a file is damaged."""
     folder = Path(folder)
     if not (folder / RUN).exists():
         raise ValueError(f"{folder}: no run here ({RUN} is missing)")
     if not (folder / SUMMARY).exists():
         raise ValueError(f"{folder}: the run has not ended yet; go on with --train.resume=auto")
-    summary = json.loads((folder / SUMMARY).read_text())
+    (summary,) = _read(folder / SUMMARY, SUMMARY_FIELDS)
     if summary["status"] != "finished":
         raise ValueError(f"{folder}: the run is {summary['status']} at step {summary['steps']}, not finished")
-    metrics = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-    run = json.loads((folder / RUN).read_text())
+    metrics = _read(folder / METRICS, {"kind": str, "tokens": int}, lines=True)
+    (run,) = _read(folder / RUN, {"identity": dict, "data_folder": str})
+    _check_description(folder / RUN, run["identity"])
     return Run(folder, run["identity"], run["data_folder"], summary, metrics)
 
 

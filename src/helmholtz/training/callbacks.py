@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from helmholtz._files import write_atomically
+
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
@@ -28,7 +30,7 @@ class StepRecord:
     lr: float
     tokens_per_second: float
     skipped: bool = False
-    """The gradient overflowed in fp16: no update was made and ``step`` did not advance."""
+    """The loss or the gradient was not finite: no update was made and ``step`` did not advance."""
     terms: dict[str, float] = field(default_factory=dict)
     utilization: float | None = None
     """Matrix products per second over what the machine can do, if it was asked for."""
@@ -82,7 +84,7 @@ class Callback:
 
 
 class JSONLMetrics(Callback):
-    """One JSON object per line in ``metrics.jsonl``; ``kind`` is ``step`` or ``eval``.
+    """One JSON object per line in ``metrics.jsonl``; ``kind`` is ``step`` or ``eval``, what is not finite is null.
 
     A resumed run drops the records after its checkpoint, so that the file reads as if nothing had happened.
     """
@@ -91,22 +93,25 @@ class JSONLMetrics(Callback):
         self.log_every = log_every
         kept = []
         if start > 0 and path.exists():
-            kept = [line for line in path.read_text().splitlines() if self._until(line, start)]
-        rewritten = path.with_name(path.name + ".tmp")
-        rewritten.write_text("".join(line + "\n" for line in kept))
-        rewritten.replace(path)
+            lines = path.read_text(errors="replace").splitlines()
+            kept = [line for line in lines if self._until(line, start)]
+        write_atomically(path, "".join(line + "\n" for line in kept))
         self.path, self.file = path, path.open("ab", buffering=0)
 
     @staticmethod
     def _until(line: str, step: int) -> bool:
         try:
-            return json.loads(line)["step"] <= step
-        except json.JSONDecodeError:  # the line that was being written when the process was killed
+            return bool(json.loads(line)["step"] <= step)
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+        ):  # the line that was being written when the process was killed
             return False
 
     def _write(self, kind: str, values: dict[str, Any]) -> None:
         try:
-            self.file.write((json.dumps({"kind": kind} | values) + "\n").encode())
+            self.file.write((json.dumps({"kind": kind} | _finite(values)) + "\n").encode())
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 
@@ -115,14 +120,20 @@ class JSONLMetrics(Callback):
             values = asdict(record)
             if record.utilization is None:
                 del values["utilization"]
-            finite = values["grad_norm"] if math.isfinite(record.grad_norm) else None
-            self._write("step", values | {"grad_norm": finite})
+            self._write("step", values)
 
     def on_eval(self, record: EvalRecord) -> None:
         self._write("eval", asdict(record))
 
     def on_end(self, result: RunResult) -> None:
         self.file.close()
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no word for infinity or NaN."""
+    known = {name: _finite(value) if isinstance(value, dict) else value for name, value in values.items()}
+    bad = {name for name, value in known.items() if isinstance(value, float) and not math.isfinite(value)}
+    return known | dict.fromkeys(bad)
 
 
 class TensorBoard(Callback):
@@ -140,6 +151,8 @@ class TensorBoard(Callback):
         if record.step % self.log_every == 0:
             for name in ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_second"):
                 self.writer.add_scalar(f"train/{name}", getattr(record, name), record.step)
+            if record.utilization is not None:
+                self.writer.add_scalar("train/utilization", record.utilization, record.step)
 
     def on_eval(self, record: EvalRecord) -> None:
         self.writer.add_scalar("validation/loss", record.validation_loss, record.step)
