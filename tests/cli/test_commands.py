@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -99,13 +100,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(workspace, capsys, arguments, mes
         ("model: {architecture: transformer, prior: gla}", "unknown key 'model.prior'"),
         ("trian: {lr: 1}", "unknown key 'trian'; did you mean 'train'?"),
         ("model: {architecture: transfomer}", "did you mean 'transformer'?"),
-        ("train: [1", "not valid YAML"),
+        ("train: [1", "bad.yaml: not valid YAML"),
+        ("a: 2026-13-40", "bad.yaml: not valid YAML: month must be in 1..12"),
+        ("[" * 5000, "bad.yaml: not valid YAML"),
+        (b"train: \xff", "bad.yaml: not valid YAML: 'utf-8' codec can't decode byte 0xff in position 7"),
         ("3", "wanted a mapping of names to values, got int"),
     ],
 )
 def test_a_mistake_in_a_file_names_the_file_and_the_key(capsys, tmp_path, content, message):
     file = tmp_path / "bad.yaml"
-    file.write_text(content)
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
     code, _, err = call(capsys, "train", "--config", file)
     assert code == 2
     assert message in err
@@ -206,13 +210,14 @@ def test_an_interrupted_run_says_how_to_go_on(workspace, capsys, tmp_path, monke
         return record
 
     monkeypatch.setattr(Trainer, "step", stopped)
-    arguments = ["--config", str(workspace / "run.yaml"), f"--train.output_dir={tmp_path / 'stopped'}"]
+    arguments = ["--config", str(workspace / "run.yaml"), f"--train.output_dir={tmp_path / 'a name'}"]
     code, out, _ = call(capsys, "train", *arguments)
     assert code == 130
-    assert "stopped after step 3 and saved" in out
-    assert "--train.resume=auto" in out
+    said, command = out.strip().split("go on with\n")
+    assert "stopped after step 3 and saved" in said
     monkeypatch.undo()
-    code, out, _ = call(capsys, "train", *arguments, "--train.resume=auto")
+    assert command.startswith("helmholtz train --config ") and command.endswith(" --train.resume=auto")
+    code, out, _ = call(capsys, *shlex.split(command)[1:])
     assert code == 0
     assert "finished 4 steps" in out
 

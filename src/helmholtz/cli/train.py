@@ -1,5 +1,7 @@
 """``helmholtz train``."""
 
+import os
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -9,7 +11,7 @@ from helmholtz.cli.runs import run_config, run_parser
 from helmholtz.data.tokenizer import load_tokenizer
 from helmholtz.training.budget import matmul_peak
 from helmholtz.training.callbacks import Callback
-from helmholtz.training.distributed import is_main_process
+from helmholtz.training.distributed import is_launched, is_main_process
 from helmholtz.training.loop import AUTOCAST
 from helmholtz.training.run import RunConfig, prepare, train
 from helmholtz.training.tracking import Profile
@@ -45,12 +47,19 @@ def run(arguments: list[str], console: Console) -> int:
     if not is_main_process():
         return INTERRUPTED if result.status == "interrupted" else 0
     if result.status == "interrupted":
-        command = " ".join(["helmholtz train", *arguments, "--train.resume=auto"])
+        command = f"{_program()} {shlex.join([*arguments, '--train.resume=auto'])}"
         console.print(f"stopped after step {result.step} and saved; go on with\n{command}", markup=False)
         return INTERRUPTED
     text = f"finished {result.step} steps, {result.tokens:,} tokens; the run is in {result.folder}"
     console.print(text, markup=False)
     return 0
+
+
+def _program() -> str:
+    """What starts this command as it was started."""
+    if not is_launched():
+        return "helmholtz train"
+    return f"torchrun --nproc-per-node={os.environ['LOCAL_WORLD_SIZE']} -m helmholtz.cli.main train"
 
 
 def dry_run(config: RunConfig, console: Console) -> None:
