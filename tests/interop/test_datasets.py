@@ -103,6 +103,49 @@ def test_a_folder_of_files_other_splits_and_another_column(tmp_path):
     assert contents(data.validation, data.tokenizer) == TRAIN
 
 
+def test_what_is_asked_of_the_hub(tmp_path, monkeypatch):
+    asked = {}
+
+    def load_dataset(path, name, **options):
+        asked.update(path=path, name=name, **options)
+        return datasets.DatasetDict({"train": rows(TRAIN)})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    files = {"data_files": ("a/*.parquet",), "validation_files": ("b.parquet",)}
+    data = prepared(tmp_path, path="someone/texts", name="en", revision="abc", **files)
+    split = {"train": ["a/*.parquet"], "validation": ["b.parquet"]}
+    wanted = {
+        "path": "someone/texts",
+        "name": "en",
+        "revision": "abc",
+        "data_files": split,
+        "streaming": True,
+    }
+    assert asked == wanted
+    assert data.metadata.split_by == "tail"
+
+
+def test_a_validation_split_that_trains_is_divided(tmp_path):
+    train, validation = write(tmp_path, "json", "one", TRAIN), write(tmp_path, "json", "two", VALIDATION)
+    data = prepared(
+        tmp_path,
+        {"validation_fraction": 0.3, "split_by": "document"},
+        path="json",
+        data_files=(train,),
+        validation_files=(validation,),
+        split="validation",
+    )
+    found = [text for split in (data.train, data.validation) for text in contents(split, data.tokenizer)]
+    assert sorted(found) == sorted(VALIDATION)
+
+
+def test_a_row_that_is_no_text_is_named_by_its_number(tmp_path):
+    saved = datasets.Dataset.from_dict({"text": ["one", "two", None, "three"]})
+    saved.save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="dataset row 2: column 'text' must hold a string, got NoneType"):
+        prepared(tmp_path, path=str(tmp_path / "saved"))
+
+
 @pytest.mark.parametrize(
     ("dataset", "data", "message"),
     [
@@ -110,7 +153,7 @@ def test_a_folder_of_files_other_splits_and_another_column(tmp_path):
         ({"validation_split": "dev"}, {}, "dataset.validation_split: no split 'dev'"),
         ({}, {"text_field": "txt"}, r"no column 'txt'; did you mean 'text'\? \(columns: text, more\)"),
         ({}, {"text_field": "more"}, "dataset row 0: column 'more' must hold a string, got list"),
-        ({}, {"seed": 3}, "seed: got 3, but the dataset's split 'validation' validates"),
+        ({}, {"seed": 3}, "data.seed: got 3, but the dataset's split 'validation' validates"),
         ({"data_files": ("nothing*.json",)}, {}, r"dataset.data_files: no file 'nothing\*.json'"),
         ({"path": "jsn"}, {}, "dataset: jsn cannot be read: "),
     ],
@@ -141,6 +184,7 @@ def test_damaged_rows_are_an_error_and_nothing_is_left(tmp_path, content):
     ("fields", "message"),
     [
         ({"data_files": ("a",)}, "dataset.data_files must be left out without dataset.path"),
+        ({"split": "test"}, "dataset.split must be left out without dataset.path, got 'test'"),
         ({"path": "json"}, "dataset.data_files must be given with path='json'"),
         ({"path": "json", "data_files": "a"}, "dataset.data_files must be a list of paths"),
         (

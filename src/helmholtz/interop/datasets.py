@@ -44,6 +44,7 @@ class DatasetConfig:
             for name in ("name", "revision", "data_files", "validation_files", "validation_split"):
                 value = getattr(self, name)
                 check(not value, f"dataset.{name}", value, "left out without dataset.path")
+            check(self.split == "train", "dataset.split", self.split, "left out without dataset.path")
         for name in ("data_files", "validation_files"):
             value = getattr(self, name)
             check(not isinstance(value, str), f"dataset.{name}", value, "a list of paths")
@@ -86,7 +87,7 @@ def _check_no_split_is_made(config: DataConfig, split: str) -> None:
     for name in ("validation_fraction", "split_by", "seed"):
         value = getattr(config, name)
         if value != getattr(default, name):
-            raise ValueError(f"{name}: got {value!r}, but the dataset's split {split!r} validates")
+            raise ValueError(f"data.{name}: got {value!r}, but the dataset's split {split!r} validates")
 
 
 def _open(config: DatasetConfig) -> Mapping[str, Any]:
