@@ -12,6 +12,7 @@ shares the work among processes.
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 import yaml
@@ -21,6 +22,7 @@ from helmholtz._files import write_atomically
 from helmholtz.cli.main import main as helmholtz
 from helmholtz.interop.seeds.free_transformer.config import read_yaml
 from helmholtz.interop.seeds.free_transformer.convert import convert_config
+from helmholtz.training.distributed import is_main_process
 
 
 def train(architecture: str, output_dir: str) -> int:
@@ -33,13 +35,18 @@ def train(architecture: str, output_dir: str) -> int:
     )
     arguments = parser.parse_args()
     file = Path(arguments.config)
+    with tempfile.TemporaryDirectory() as scratch:
+        return _train(file, architecture, arguments, Path(scratch))
+
+
+def _train(file: Path, architecture: str, arguments: argparse.Namespace, scratch: Path) -> int:
     try:
         if "training" in read_yaml(file):
-            file = _translated(file, architecture, arguments.output_dir)
+            file = _translated(file, architecture, arguments.output_dir, scratch)
         found = read_yaml(file).get("model", {}).get("architecture")
         if found != architecture:
             raise ValueError(f"model.architecture: got {found!r}, this script trains {architecture!r}")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"train: error: {file}: {error}")
     options = [f"--train.output_dir={arguments.output_dir}", "--train.resume=auto"]
     if arguments.use_fsdp:
@@ -47,12 +54,13 @@ def train(architecture: str, output_dir: str) -> int:
     return helmholtz(["train", f"--config={file}", *options])
 
 
-def _translated(file: Path, architecture: str, output_dir: str) -> Path:
+def _translated(file: Path, architecture: str, output_dir: str, scratch: Path) -> Path:
+    """The translated file; of several processes one writes and explains it, the others have theirs in ``scratch``."""
     converted, notes = convert_config(read_yaml(file), architecture=architecture, output_dir=output_dir)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    target = Path(f"{output_dir.rstrip('/')}.yaml") if is_main_process() else scratch / "run.yaml"
+    console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not is_main_process())
     for note in notes:
         console.print(f"{file}: {note}", style="yellow", markup=False)
-    target = Path(f"{output_dir.rstrip('/')}.yaml")
     write_atomically(target, yaml.safe_dump(converted, sort_keys=False))
     return target
 
