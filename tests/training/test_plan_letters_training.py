@@ -49,7 +49,7 @@ def test_the_loss_falls(kappa):
 
 def test_profiles_are_those_of_the_experiment():
     ci, paper = PROFILES["ci"], PROFILES["paper"]
-    assert (ci.law, ci.n_latent_bits, ci.steps) == (LetterLaw(n_characters=32, run_length=6), 4, 1200)
+    assert (ci.law, ci.n_latent_bits, ci.steps) == (LetterLaw(n_characters=32, run_length=6), 4, 800)
     assert (paper.law, paper.n_latent_bits, paper.steps) == (LetterLaw(), 8, 1500)
 
 

@@ -64,7 +64,7 @@ class LetterExperiment:
 
 PROFILES = {
     "ci": LetterExperiment(
-        law=LetterLaw(n_characters=32, run_length=6), d_model=48, n_latent_bits=4, steps=1200
+        law=LetterLaw(n_characters=32, run_length=6), d_model=48, n_latent_bits=4, steps=800
     ),
     "paper": LetterExperiment(law=LetterLaw(), d_model=64, n_latent_bits=8, steps=1500),
 }
