@@ -1,3 +1,4 @@
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -131,6 +132,60 @@ def test_a_run_that_is_not_finished_is_refused(tmp_path):
         read_run(tmp_path)
     with pytest.raises(ValueError, match="at least one folder"):
         compare([])
+
+
+FINISHED = {
+    "status": "finished", "steps": 2, "tokens": 64, "seconds": 1.5, "parameters": 9, "peak_memory_bytes": 7,
+    "commit": "a",
+}  # fmt: skip
+DESCRIPTION = {
+    "architecture": "fem_lm",
+    "model": {},
+    "data": {"fingerprint": "f"},
+    "train": {"seq_len": 8, "batch_size": 2, "seed": 0},
+    "objective": {"kappa_bits": 0.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("summary.json", "[]", "wanted an object, got \\[\\]"),
+        ("summary.json", FINISHED | {"status": None}, "status must be str, got None"),
+        ("summary.json", FINISHED | {"parameters": True}, "parameters must be int, got True"),
+        ("summary.json", FINISHED | {"seconds": "1"}, "seconds must be int or float, got '1'"),
+        ("summary.json", {"status": "finished", "steps": 2}, "tokens must be int, got 'nothing'"),
+        ("metrics.jsonl", '{"kind": "step", "tokens": 1}\n{"kind"', "Expecting"),
+        ("metrics.jsonl", {"tokens": 1}, "kind must be str"),
+        ("run.json", {"identity": DESCRIPTION}, "data_folder must be str"),
+        (
+            "run.json",
+            {"identity": DESCRIPTION | {"model": 1}, "data_folder": "d"},
+            "model must be dict, got 1",
+        ),
+        ("run.json", {"identity": DESCRIPTION | {"data": {}}, "data_folder": "d"}, "fingerprint must be str"),
+        ("run.json", {"identity": DESCRIPTION | {"train": {}}, "data_folder": "d"}, "seq_len must be int"),
+        (
+            "run.json",
+            {"identity": DESCRIPTION | {"objective": {"kappa_bits": "x"}}, "data_folder": "d"},
+            "kappa_bits",
+        ),
+    ],
+)
+def test_a_file_that_says_something_else_is_named(tmp_path, file, content, message):
+    good = {
+        "run.json": {"identity": DESCRIPTION, "data_folder": "d"},
+        "summary.json": FINISHED,
+        "metrics.jsonl": {"kind": "step", "tokens": 1},
+    }
+    for name, value in good.items():
+        (tmp_path / name).write_text(json.dumps(value))
+    assert read_run(tmp_path).series("eval", "x") == ([], [])
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged: speed must be int or float"):
+        read_run(tmp_path).series("step", "speed")
+    (tmp_path / file).write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=f"{file} is damaged: .*{message}"):
+        read_run(tmp_path)
 
 
 def test_a_picture_without_matplotlib_names_the_extra(monkeypatch, tmp_path):

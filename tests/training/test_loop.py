@@ -167,6 +167,17 @@ def test_a_signal_finishes_the_step_saves_and_can_be_resumed(data, tmp_path, num
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json"])
+def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_written(data, tmp_path, name):
+    train(tiny_run(data, tmp_path))
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    before = (tmp_path / "run.json").stat().st_mtime_ns
+    with pytest.raises(ValueError, match=f"{name} is a folder, wanted a file"):
+        train(tiny_run(data, tmp_path, resume="auto"))
+    assert (tmp_path / "run.json").stat().st_mtime_ns == before
+
+
 def test_a_second_run_into_a_folder_is_refused_and_nothing_is_lost(data, tmp_path):
     train(tiny_run(data, tmp_path))
     files = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}

@@ -47,8 +47,6 @@ class Run:
 
 Fields = Mapping[str, type | tuple[type, ...]]
 SUMMARY_FIELDS: Fields = {
-    "status": str,
-    "steps": int,
     "tokens": int,
     "seconds": (int, float),
     "parameters": int,
@@ -97,9 +95,10 @@ def read_run(folder: str | Path) -> Run:
         raise ValueError(f"{folder}: no run here ({RUN} is missing)")
     if not (folder / SUMMARY).exists():
         raise ValueError(f"{folder}: the run has not ended yet; go on with --train.resume=auto")
-    (summary,) = _read(folder / SUMMARY, SUMMARY_FIELDS)
+    (summary,) = _read(folder / SUMMARY, {"status": str, "steps": int})
     if summary["status"] != "finished":
         raise ValueError(f"{folder}: the run is {summary['status']} at step {summary['steps']}, not finished")
+    _check_fields(folder / SUMMARY, summary, SUMMARY_FIELDS)
     metrics = _read(folder / METRICS, {"kind": str, "tokens": int}, lines=True)
     (run,) = _read(folder / RUN, {"identity": dict, "data_folder": str})
     _check_description(folder / RUN, run["identity"])
