@@ -31,7 +31,7 @@ def sample(task, n=N, *, training=False, seed=0):
     found = task.sample(n, training=training, generator=np.random.default_rng(seed))
     assert found.inputs.shape == found.targets.shape == (n, task.n_tokens)
     assert found.inputs.dtype == found.targets.dtype == torch.int64
-    assert 0 <= found.inputs.min() and found.inputs.max() < task.vocab_size
+    assert found.inputs.min() >= 0 and found.inputs.max() < task.vocab_size
     return found
 
 

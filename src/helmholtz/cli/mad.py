@@ -8,15 +8,19 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
-from helmholtz._checks import check_choice, check_integer
+from helmholtz._checks import check, check_choice, check_integer
 from helmholtz._files import write_atomically
 from helmholtz.cli.arguments import make_parser, parse
+from helmholtz.studies.mad_plots import plot_accuracy, plot_curves
+from helmholtz.studies.mad_report import markdown, report_content, rows_of, table_lines
 from helmholtz.studies.mad_runs import PROFILES, MadRun, chosen_rates
 from helmholtz.studies.queue import QueuedRun, shard, split_finished, work_off
 
 ACTIONS = {
     "run": "Train the models of a profile on the MAD tasks. Finished runs are kept, an interrupted queue goes on.",
+    "report": "Table, pictures and report.json of a profile's finished runs, beside the published rows.",
     "pilot": "Choose the learning rate of each task for the profile quick: attention alone, on a seed of its own.",
 }
 RATES = "learning_rates.json"
@@ -32,17 +36,24 @@ def usage() -> str:
 def options(action: str, arguments: list[str]) -> dict[str, Any]:
     """Values of the command line. Raises: ValueError naming the option that is wrong."""
     parser = make_parser(f"mad {action}", ACTIONS[action])
-    if action == "run":
+    if action != "pilot":
         parser.add_argument("--profile", type=str, default="quick", help=f"one of {', '.join(PROFILES)}")
+    if action == "run":
         parser.add_argument("--models", type=str, nargs="+", default=[], help="default: all of the profile")
         parser.add_argument("--seeds", type=int, nargs="+", default=[], help="default: those of the profile")
-    parser.add_argument("--tasks", type=str, nargs="+", default=[], help="default: all six")
-    parser.add_argument("--shard", type=str, default="0/1", help="share of this machine: 0/4 is a quarter")
+    if action != "report":
+        parser.add_argument("--tasks", type=str, nargs="+", default=[], help="default: all six")
+        parser.add_argument(
+            "--shard", type=str, default="0/1", help="share of this machine: 0/4 is a quarter"
+        )
+        parser.add_argument(
+            "--threads", type=int, default=1, help="CPU threads; more help these models little"
+        )
     parser.add_argument(
         "--output", type=str, default="results/mad", help="folder; each profile has one in it"
     )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; more help these models little")
-    values = {"profile": "pilot", "models": [], "seeds": []} | parse(parser, arguments)
+    defaults = {"profile": "pilot", "models": [], "seeds": [], "tasks": [], "threads": 1}
+    values = defaults | parse(parser, arguments)
     check_choice("profile", values["profile"], PROFILES)
     check_integer("threads", values["threads"])
     return values
@@ -102,6 +113,33 @@ def write_rates(runs: Sequence[MadRun], folder: Path, file: Path, console: Conso
     console.print(f"wrote {file}: LEARNING_RATES = {rates}", markup=False)
 
 
+def write_report(values: dict[str, Any], folder: Path, console: Console) -> None:
+    """Raises: ValueError if there is no finished run."""
+    name = values["profile"]
+    profile = PROFILES[name]
+    done, missing = split_finished(folder, [run.queued() for run in runs_of(values)])
+    check(bool(done), "output", str(folder), "a folder with finished runs of this profile")
+    rows = rows_of(profile, done)
+    lines = table_lines(rows, list(profile.settings))
+    console.print(_table(lines))
+    content = report_content(name, profile, done, missing)
+    console.print(f"{len(done)} runs, {len(missing)} missing, {len(content['diverged'])} diverged")
+    write_atomically(folder / "report.json", json.dumps(content, indent=1) + "\n")
+    write_atomically(folder / "report.md", markdown(content, lines))
+    plot_accuracy(rows, folder / "accuracy.png")
+    plot_curves(done, profile.protocol.accuracy, folder / "curves.png")
+    console.print(f"wrote report.json, report.md, accuracy.png and curves.png in {folder}", markup=False)
+
+
+def _table(lines: Sequence[Sequence[str]]) -> Table:
+    table = Table(title="Accuracy in per cent", box=None, padding=(0, 1, 0, 0))
+    for index, column in enumerate(lines[0]):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    for line in lines[1:]:
+        table.add_row(*line)
+    return table
+
+
 def run(arguments: list[str], console: Console) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         console.print(usage(), markup=False)
@@ -110,8 +148,12 @@ def run(arguments: list[str], console: Console) -> int:
     check_choice("action", action, ACTIONS)
     values = options(action, rest)
     torch.set_num_threads(values["threads"])
-    runs, output = runs_of(values), Path(values["output"])
+    output = Path(values["output"])
     folder = output / values["profile"]
+    if action == "report":
+        write_report(values, folder, console)
+        return 0
+    runs = runs_of(values)
     computed = work(runs, values["shard"], folder, console)
     console.print(f"{computed} of {len(runs)} runs computed; results in {folder}", markup=False)
     if action == "pilot":
