@@ -16,6 +16,8 @@ COMMANDS = {
     "plan": "the latent plan of a text, and what samples share under one",
     "synthetic": "the experiment of the Free Transformer on a law whose entropy is known",
     "recall": "what a Hopfield memory recalls of spoilt patterns, keys and pairs in a context",
+    "language": "language models of equal parameters on two texts, and how they scale",
+    "report": "one page of all results, every number traceable to its file",
     "selection": "which token every channel can read: attention and free energy against the law",
     "continual": "learning one map after another with and without a memory",
     "forecast": "time series: encoders of attention and of FEM against a linear and a naive forecast",

@@ -1,0 +1,108 @@
+"""``helmholtz language``."""
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from helmholtz._checks import check_integer
+from helmholtz._files import write_atomically
+from helmholtz.cli.arguments import make_parser, parse
+from helmholtz.studies.language import (
+    CORPORA,
+    TOKENIZERS,
+    LanguageStudy,
+    compute_language,
+    language_runs,
+    prepare_corpus,
+    scaling_fits,
+)
+from helmholtz.studies.language_models import LANGUAGE_MODELS
+from helmholtz.studies.queue import FinishedRun, shard, split_finished, spread, work_off
+
+DESCRIPTION = (
+    "Language models of equal parameters on two texts, by bytes and by BPE, and three sizes of some on one of them. "
+    "Each run's result is kept in a file, and not computed again; an interrupted queue goes on where it was."
+)
+
+
+def result_table(done: Sequence[FinishedRun]) -> Table:
+    """Bits per byte of every model on every text, mean and deviation over seeds; "<" marks a bound."""
+    table = Table(title="Validation bits per byte", box=None, padding=(0, 1, 0, 0))
+    for column in ("text", "tokens", "size", "model", "parameters", "bits/byte", "seeds"):
+        table.add_column(
+            column, justify="right" if column in ("parameters", "bits/byte", "seeds") else "left"
+        )
+    groups: dict[tuple[str, ...], list[FinishedRun]] = {}
+    for run in done:
+        key = tuple(run.run.settings[name] for name in ("corpus", "tokenizer", "size", "model"))
+        groups.setdefault(key, []).append(run)
+    for key, runs in groups.items():
+        found = spread([run.result["bits_per_byte"] for run in runs])
+        sign = "< " if runs[0].result["kind"] == "bound" else ""
+        deviation = "" if found.deviation is None else f" ± {found.deviation:.3f}"
+        table.add_row(
+            *key, f"{runs[0].result['parameters']:,}", f"{sign}{found.mean:.3f}{deviation}", str(len(runs))
+        )
+    return table
+
+
+def options(arguments: list[str]) -> dict[str, Any]:
+    """Values of the command line. Raises: ValueError naming the option that is wrong."""
+    parser = make_parser("language", DESCRIPTION)
+    study = LanguageStudy()
+    parser.add_argument(
+        "--corpora", type=str, nargs="+", default=list(CORPORA), help=f"of {', '.join(CORPORA)}"
+    )
+    parser.add_argument(
+        "--tokenizers", type=str, nargs="+", default=list(TOKENIZERS), help=f"of {', '.join(TOKENIZERS)}"
+    )
+    parser.add_argument(
+        "--models",
+        type=str,
+        nargs="+",
+        default=list(LANGUAGE_MODELS),
+        help=f"of {', '.join(LANGUAGE_MODELS)}",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights and data order")
+    parser.add_argument("--steps", type=int, default=study.steps, help="optimizer steps of a run")
+    parser.add_argument("--shard", type=str, default="0/1", help="share of this machine: 0/4 is a quarter")
+    parser.add_argument("--data", type=str, default="data/language", help="folder of the prepared texts")
+    parser.add_argument("--output", type=str, default="results/language", help="folder of the results")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; more help these models little")
+    values = parse(parser, arguments)
+    for name in ("steps", "threads"):
+        check_integer(name, values[name])
+    return values
+
+
+def run(arguments: list[str], console: Console) -> int:
+    values = options(arguments)
+    torch.set_num_threads(values["threads"])
+    study = LanguageStudy(steps=values["steps"])
+    names = {name: values[name] for name in ("corpora", "tokenizers", "models", "seeds")}
+    runs, folder, data = language_runs(study, **names), Path(values["output"]), Path(values["data"])
+    mine = shard(runs, values["shard"])
+    for corpus in values["corpora"]:
+        for tokenizer in values["tokenizers"]:
+            prepare_corpus(corpus, tokenizer, data)
+    work_off(
+        mine,
+        partial(compute_language, data=data, folder=folder),
+        folder,
+        report=lambda run, event: console.print(f"{run.name}: {event}", markup=False),
+    )
+    done, missing = split_finished(folder, runs)
+    console.print(result_table(done))
+    fits = scaling_fits(done)
+    write_atomically(folder / "scaling.json", json.dumps({"fits": fits}, indent=1) + "\n")
+    for fit in fits:
+        text = f"{fit['model']}: {fit['slope']:.3f} ± {fit['standard_error']:.3f} bits/byte per tenfold parameters"
+        console.print(text, markup=False)
+    console.print(f"{len(done)} runs in {folder / 'results'}, {len(missing)} missing", markup=False)
+    return 0
