@@ -138,7 +138,7 @@ PROFILES: dict[str, MadProfile] = {
         seeds=(1000,),
         lrs=LR_GRID,
         weight_decays=(0.1,),
-        protocol=MadProtocol(batch_size=32, steps=1000, n_evaluations=4),
+        protocol=MadProtocol(batch_size=32, steps=300, n_evaluations=3),
     ),
     "paper": MadProfile(
         settings={name: ladder(name) for name in TASKS},
@@ -149,7 +149,7 @@ PROFILES: dict[str, MadProfile] = {
         protocol=MadProtocol(batch_size=128, epochs=200, n_evaluations=200, select="best_test_perplexity"),
     ),
 }
-"""``quick`` for two cores; ``pilot`` chooses its learning rates on attention alone, in 1,000 steps of another seed;
+"""``quick`` for two cores; ``pilot`` chooses its learning rates on attention alone, in 300 steps of another seed;
 ``paper`` is the published grid of 396 runs per model."""
 
 
