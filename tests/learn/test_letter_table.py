@@ -4,7 +4,7 @@ import pytest
 
 from letter_table import KAPPAS, LAW, check_bounds, check_cell, check_most, row, run_cell
 
-SEEDS = (6, 7, 8)
+SEEDS = (3, 4, 5)
 
 
 @pytest.mark.learn
