@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Store
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -86,8 +89,35 @@ def connect(device: str, timeout_seconds: int) -> None:
     timeout = timedelta(seconds=timeout_seconds)
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     # torch 2.13 gives restarted processes the store of those before them, where gloo finds addresses of the dead
-    attempt = PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    attempt = PrefixStore(fresh_name(store, rank, size, timeout), store)
     dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
+
+
+def fresh_name(store: Store, rank: int, size: int, timeout: timedelta) -> str:
+    """A name that these processes agree on and no earlier ones had, whose words the store may still hold.
+
+    The number of the restart is none: every machine counts its own. So each process asks with a number that nobody had
+    before, the first one answers what it finds asked, and is done when all have confirmed its answer.
+
+    Raises: TimeoutError, or dist.DistStoreError, if others do not come.
+    """
+    mine = uuid.uuid4().hex
+    if rank:
+        store.set(f"asked_{rank}", mine)
+        store.wait([f"answer_{mine}"], timeout)
+        name = store.get(f"answer_{mine}").decode()
+        store.set(f"confirmed_{name}_{rank}", "")
+        return name
+    waiting, end = list(range(1, size)), time.monotonic() + timeout.total_seconds()
+    while waiting:
+        for other in waiting:
+            if store.check([f"asked_{other}"]):
+                store.set(f"answer_{store.get(f'asked_{other}').decode()}", mine)
+        waiting = [other for other in waiting if not store.check([f"confirmed_{mine}_{other}"])]
+        if time.monotonic() > end:
+            raise TimeoutError(f"ranks {waiting} of {size} did not come within {timeout.total_seconds():g} s")
+        time.sleep(0.01)
+    return mine
 
 
 @contextlib.contextmanager
