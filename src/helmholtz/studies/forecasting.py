@@ -1,7 +1,7 @@
 """Forecasting many variates at once: encoders of attention and of FEM, over variates and over time, and two baselines.
 
 Look-back 96, horizons 96 to 720, errors of the standardised series over all test windows: the usual protocol of ETT.
-Learning rates come from a pilot on the validation windows of the two packaged sets, which sees no test window.
+Learning rates come from a pilot on the validation windows of the traffic, which sees no test window.
 """
 
 from collections.abc import Mapping, Sequence

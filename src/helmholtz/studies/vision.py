@@ -1,6 +1,6 @@
 """A small vision transformer whose mixer is attention or FEM, at equal parameters, on small images.
 
-Learning rates come from a pilot on the validation images of the digits, and serve Fashion-MNIST as well.
+The learning rate comes from a pilot on the validation images of the digits, and serves Fashion-MNIST as well.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,0 +1,122 @@
+import json
+
+import numpy as np
+import pytest
+
+from helmholtz.cli.main import main
+from helmholtz.studies import vision
+from helmholtz.studies.vision import VisionRecipe
+from image_cases import write_set
+
+TINY = VisionRecipe(
+    patch_size=3,
+    n_layers=1,
+    d_model=16,
+    n_heads=2,
+    d_ff=32,
+    steps=4,
+    eval_every=2,
+    warmup_steps=1,
+    batch_size=8,
+)
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    monkeypatch.setattr(vision, "DIGITS", TINY)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "mine").mkdir()
+    return write_set(tmp_path / "mine")
+
+
+def call(capsys, *arguments):
+    code = main(["vision", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_runs_and_report_from_the_shell(capsys, tmp_path, folder):
+    common = ("--data", folder, "--seeds", 0, 1, f"--output={tmp_path / 'out'}")
+    code, out, _ = call(capsys, "run", *common, "--shard=1/4")
+    assert code == 0 and out.count("begins") == 1
+    assert call(capsys, "run", *common)[1].count("done before") == 1
+    code, out, _ = call(capsys, "report", *common)
+    assert code == 0 and "0 of 4 runs are missing" in out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [(row["data"], row["model"], row["seeds"]) for row in summary["rows"]] == [
+        ("mine", "attention", [0, 1]),
+        ("mine", "fem", [0, 1]),
+    ]
+    assert f"{summary['rows'][1]['test_accuracy']['mean']:.4f}" in out
+    for name in ("mine-learning.png", "mine-confusion.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 10_000
+    results = sorted((tmp_path / "out" / "results").iterdir())
+    assert [path.name for path in results] == [
+        f"mine-{m}-{s}.json" for m in ("attention", "fem") for s in (0, 1)
+    ]
+    for result in results:
+        assert str(tmp_path) not in result.read_text(), "no path of the machine"
+        assert np.sum(json.loads(result.read_text())["result"]["confusion"]) == 10
+
+
+def test_a_pilot_prints_validation_by_learning_rate(capsys, tmp_path, folder):
+    code, out, _ = call(
+        capsys,
+        "pilot",
+        "--data",
+        folder,
+        "--models=fem",
+        "--lrs",
+        0.01,
+        0.001,
+        f"--output={tmp_path / 'p'}",
+    )
+    assert code == 0 and "Validation by learning rate" in out
+    rows = json.loads((tmp_path / "p" / "summary.json").read_text())["rows"]
+    assert [(row["model"], row["lr"], row["seed"]) for row in rows] == [
+        ("fem", 0.01, 1000),
+        ("fem", 0.001, 1000),
+    ]
+    for path in (tmp_path / "p" / "results").iterdir():
+        assert "test" not in json.loads(path.read_text())["result"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rum"], "action must be one of ['pilot', 'report', 'run'], got 'rum'"),
+        (
+            ["run", "--data=digit"],
+            "data must be a folder of IDX files or one of digits, fashion-mnist, got 'digit'",
+        ),
+        (
+            ["run", "--data=FOLDER", "--models=vit"],
+            "models must be one of ['attention', 'fem'], got 'vit'",
+        ),
+        (["run", "--data=FOLDER", "--shard=1"], "shard must be i/n"),
+        (["run", "--data=FOLDER", "--seeds", "0", "0"], "seeds must be without repetition"),
+        (["run", "--data=FOLDER", "--seeds=-1"], "seeds must be an integer of at least 0, got -1"),
+        (["pilot", "--data=FOLDER", "--lrs=-1"], "lrs must be a finite number above 0, got -1.0"),
+        (
+            ["report", "--data=FOLDER"],
+            "output must be a folder of results; helmholtz vision run makes them",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(capsys, tmp_path, folder, arguments, message):
+    arguments = [argument.replace("FOLDER", str(folder)) for argument in arguments]
+    output = [] if arguments == ["rum"] else [f"--output={tmp_path / 'new'}"]
+    code, _, error = call(capsys, *arguments, *output)
+    assert code == 2
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert not list((tmp_path / "new").rglob("*.json"))
+
+
+def test_a_call_without_action_explains(capsys):
+    code, out, _ = call(capsys)
+    assert code == 2 and "usage: helmholtz vision <action>" in out
+    assert call(capsys, "-h")[0] == 0
