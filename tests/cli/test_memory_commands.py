@@ -45,6 +45,16 @@ def test_recall_from_the_shell(capsys, tmp_path, _tiny):
     assert "32 pairs in a context, written: 1.000 (chance 0.016)" in out and "mask 0.5" in out
 
 
+def test_the_profile_of_capacities_has_no_values_to_recall(capsys, tmp_path, monkeypatch):
+    assert recall.MASKED["capacity"] == recall.PAIRS["capacity"] == ()
+    monkeypatch.setitem(recall.PROFILES, "capacity", {8: (4, 8)})
+    code, out, _ = call(capsys, "recall", "--profile=capacity", "--trials=10", f"--output={tmp_path}")
+    assert code == 0 and "Values recalled" not in out
+    content = json.loads((tmp_path / "recall.json").read_text())
+    assert [row["n_patterns"] for row in content["patterns"]] == [4] * 4 + [8] * 4
+    assert content["values"] == []
+
+
 def test_continual_from_the_shell(capsys, tmp_path):
     command = ("continual", "--seeds", 3, 4, "--tasks=2", "--inputs=10", "--steps=3", f"--output={tmp_path}")
     code, out, _ = call(capsys, *command)
@@ -73,7 +83,7 @@ def test_every_learner_can_be_built():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["recall", "--profile=huge"], "profile must be one of ['ci', 'full'], got 'huge'"),
+        (["recall", "--profile=huge"], "profile must be one of ['capacity', 'ci', 'full'], got 'huge'"),
         (["recall", "--trials=0"], "trials must be an integer of at least 1, got 0"),
         (["recall", "--train_steps=-1"], "train_steps must be an integer of at least 0, got -1"),
         (["continual", "--learner=mambo"], "did you mean 'mamba'?"),

@@ -192,6 +192,32 @@ def test_forecasts_and_images_are_read_from_their_queues(tmp_path, monkeypatch):
     assert check_page(render(list(sections.values()), [tmp_path]), tmp_path) > 8
 
 
+def test_recall_takes_the_first_of_settings_that_were_measured_twice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = {"processor": "p", "threads": 1, "torch": "t"}
+
+    def write(folder, *rows):
+        folder.mkdir(parents=True)
+        patterns = [
+            {"d_model": 8, "n_patterns": k, "margin": m, "accuracy": a, "nearest": 1.0,
+             "corruption": {"kind": "noise", "level": 1.0}}
+            for k, m, a in rows
+        ]  # fmt: skip
+        content = {"seed": 0, "patterns": patterns, "commit": "c", "hardware": ran}
+        (folder / "recall.json").write_text(json.dumps(content))
+
+    write(tmp_path / "memory", (4, 4.5, 0.75))
+    write(tmp_path / "memory" / "capacity", (4, 4.5, 0.5), (8, 2.5, 0.25))
+    section = next(s for s in build_sections([tmp_path]) if s.anchor == "recall")
+    (table,) = section.tables
+    assert [[cell.text for cell in row] for row in table.rows] == [
+        ["D = 8, K = 4", "4.50", "0.750"],
+        ["D = 8, K = 8", "2.50", "0.250"],
+    ]
+    assert "capacity/recall.json" in table.rows[1][2].sources[0]
+    assert check_page(render([section], [tmp_path]), tmp_path) > 6
+
+
 def test_nodes_know_where_they_lie(tmp_path):
     (tmp_path / "a file.json").write_text(
         json.dumps({"no memory": [{"a/b": 1.5}, {"a/b": None}], "x": math.nan})

@@ -41,11 +41,16 @@ SPOILT = (
 PROFILES: dict[str, dict[int, tuple[int, ...]]] = {
     "ci": {32: (64, 512), 64: (512,)},
     "full": {32: (64, 512, 4096), 64: (512, 4096, 10000), 128: (64, 512, 4096, 10000)},
+    "capacity": {
+        16: tuple(2**n for n in range(2, 9)),
+        32: tuple(2**n for n in range(4, 13)),
+        64: tuple(2**n for n in range(8, 15)),
+    },
 }
-"""Numbers of patterns per width."""
-MASKED = {"ci": ((64, 512),), "full": ((64, 512), (128, 512), (128, 4096))}
+"""Numbers of patterns per width. ``capacity`` follows the margin down, and does nothing else."""
+MASKED = {"ci": ((64, 512),), "full": ((64, 512), (128, 512), (128, 4096)), "capacity": ()}
 """Widths and numbers of patterns of the rows with masks and flips."""
-PAIRS = {"ci": (500,), "full": (500, 2000)}
+PAIRS = {"ci": (500,), "full": (500, 2000), "capacity": ()}
 
 
 def pattern_results(profile: str, trials: int, seed: int, console: Console) -> list[RecallResult]:
@@ -177,7 +182,8 @@ def run(arguments: list[str], console: Console) -> int:
     patterns = pattern_results(profile, values["trials"], seed, console)
     console.print(pattern_table(patterns))
     pairs = value_results(profile, values["trials"], seed, console)
-    console.print(value_table(pairs))
+    if pairs:
+        console.print(value_table(pairs))
     in_context = in_context_results(values["learner"], values["pairs"], values["train_steps"], seed, console)
     for name, (task, result) in in_context.items():
         console.print(

@@ -1,5 +1,6 @@
 """The models of the language study: all of a size have the parameters of its baseline within two percent."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -95,6 +96,7 @@ LANGUAGE_MODELS = {
 }
 
 
+@functools.cache
 def model_config(name: str, size: Size, *, vocab_size: int, max_seq_len: int) -> ModelConfig:
     """The config of a row at a size, matched to the baseline.
 

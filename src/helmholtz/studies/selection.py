@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from helmholtz._checks import check_integer
@@ -39,11 +39,15 @@ PATTERN_DRAWS = 20_000
 PATTERN_BETA = 5.0
 
 
+ReaderRead = Literal["mean", "free_energy"]
+READS: dict[str, ReaderRead] = {"attention": "mean", "free energy": "free_energy"}
+
+
 @dataclass(frozen=True, slots=True)
 class Reader:
     """A layer of the comparison: attention and free energy have the same parameters and differ in the read alone."""
 
-    read: Literal["mean", "free_energy"]
+    read: ReaderRead
     beta: float | None
     """Values start at ``beta`` times the cache; None: at N(0, 0.02) times it, like all else."""
     n_heads: int
@@ -60,7 +64,7 @@ MAXIMUM_READERS = {
 NAMED_READERS = {
     f"{name}, {n_heads} head{'s' * (n_heads > 1)}": Reader(read, None, n_heads, fixed=False)
     for n_heads in (1, 2, 8)
-    for name, read in (("attention", "mean"), ("free energy", "free_energy"))
+    for name, read in READS.items()
 }
 
 
@@ -300,5 +304,5 @@ def count_patterns(
 
 def _patterns(weights: Float[Tensor, "B H T S V"]) -> set[tuple[int, ...]]:
     """The largest weight's token for every channel, as the last query reads."""
-    largest: Int[Tensor, B] = weights[:, :, -1].argmax(2).flatten(1).unique(dim=0)
+    largest = weights[:, :, -1].argmax(2).flatten(1).unique(dim=0)
     return {tuple(row) for row in largest.tolist()}

@@ -68,9 +68,9 @@ def line_chart(
             named.add(curve.name)
             axes.plot(curve.x, curve.y, curve.style, color=colour, markersize=4, linewidth=1.4, label=text)
         if log_x:
-            axes.set_xscale("log")
+            _logarithmic(axes, "x")
         if log_y:
-            axes.set_yscale("log")
+            _logarithmic(axes, "y")
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.set_title(title)
@@ -95,7 +95,7 @@ def dot_chart(
         axes.set_yticks(range(len(rows)), [name for name, _ in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         if log_x:
-            axes.set_xscale("log")
+            _logarithmic(axes, "x")
         axes.set_xlabel(x)
         axes.set_title(title)
 
@@ -127,6 +127,17 @@ def heat_charts(
             own.set_ylabel(y if place == 0 else "")
 
     return _svg(draw, (SIZE[0], 2.7))
+
+
+def _logarithmic(axes: Any, name: str) -> None:
+    """A logarithmic axis with 1, 2 and 5 of each power of ten written out as numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set(**{f"{name}scale": "log"})
+    axis = getattr(axes, f"{name}axis")
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:,g}")
 
 
 def _svg(draw: Any, size: tuple[float, float]) -> str:

@@ -12,7 +12,8 @@ RECALL_ASKED = (
     "How many random patterns does the memory tell apart as the theory's margin falls? The margin says by how many "
     "nats a pattern outweighs all others at its own place; below three the memory warns."
 )
-RECALL_COMMAND = "helmholtz recall --profile full --train_steps 1500 --output docs/experiments/memory"
+RECALL_COMMAND = """helmholtz recall --profile full --train_steps 1500 --output docs/experiments/memory
+helmholtz recall --profile capacity --trials 1024 --output docs/experiments/memory/capacity"""
 CONTINUAL = "Memory: one map after another"
 CONTINUAL_ASKED = (
     "Maps over shared inputs and labels, learned in turn: what is left of the earlier ones at the end?"
@@ -49,16 +50,12 @@ LEARNING_ROWS = {
 
 
 def recall(folders: Sequence[Path]) -> Section:
-    files = [locate(folders, f"memory/{name}.json") for name in ("recall", "capacity")]
+    files = [locate(folders, f"memory/{name}") for name in ("recall.json", "capacity/recall.json")]
     contents = [read_node(file) for file in files if file is not None]
     if not contents:
         return absent("recall", RECALL, RECALL_ASKED, RECALL_COMMAND, "memory/recall.json")
-    noisy = [
-        row
-        for content in contents
-        for row in content["patterns"]
-        if row["corruption"]["kind"].value == "noise"
-    ]
+    rows = [row for content in contents for row in content["patterns"]]
+    noisy = _first_of_each([row for row in rows if row["corruption"]["kind"].value == "noise"])
     levels = sorted({row["corruption"]["level"].value for row in noisy})
     seeds = number([content["seed"] for content in contents], "d", rule="set")
     return Section(
@@ -71,6 +68,14 @@ def recall(folders: Sequence[Path]) -> Section:
         (("seeds", seeds), *hardware(contents)),
         ("One seed, five sets of patterns each; spread over sets is not kept.",),
     )
+
+
+def _first_of_each(rows: Sequence[Node]) -> list[Node]:
+    """Of settings that were measured twice, the first."""
+    groups = grouped(
+        rows, lambda row: (row["d_model"].value, row["n_patterns"].value, row["corruption"]["level"].value)
+    )
+    return [same[0] for same in groups.values()]
 
 
 def _recall_table(rows: Sequence[Node], levels: Sequence[float]) -> Table:
