@@ -1,13 +1,14 @@
 import json
+import re
 
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from decoder_cases import tokens_of
+from decoder_cases import SIZES, tokens_of
 from helmholtz.cli.main import main
-from helmholtz.data.tokenizer import ByteTokenizer, load_tokenizer
+from helmholtz.data.tokenizer import ByteTokenizer, IdTokenizer, load_tokenizer
 from helmholtz.interop.hf import export, from_hf, register
 from helmholtz.models.checkpoint import load_checkpoint, save_checkpoint
 from hf_cases import make
@@ -94,12 +95,25 @@ def test_nothing_is_overwritten_and_mistakes_are_one_line(capsys, run_folder, tm
         ((run_folder, tmp_path / "full"), "a new or an empty folder: nothing is overwritten"),
         ((tmp_path / "nowhere", tmp_path / "out"), "neither a checkpoint (config.json) nor a run"),
         ((run_folder, tmp_path / "out", "--license="), "license must be an identifier"),
+        (
+            (run_folder, tmp_path / "out", "--max_shard_size=abc"),
+            "max_shard_size must be a number of KB, MB, GB or TB, as 200MB, got 'abc'",
+        ),
         ((run_folder, tmp_path / "out", "--licence=mit"), "did you mean 'license'?"),
     ]:
         code, _, error = call(capsys, "export", *arguments)
         assert code == 2 and message in error, error
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
     assert not (tmp_path / "out").exists()
+
+
+def test_the_card_s_prompt_is_one_also_where_tokens_are_no_text(tmp_path):
+    save_checkpoint(make("transformer").model, tmp_path / "checkpoint")
+    IdTokenizer(SIZES["vocab_size"] - 1).save(tmp_path / "checkpoint" / "tokenizer")
+    folder = export(tmp_path / "checkpoint", tmp_path / "out").folder
+    (prompt,) = re.findall(r'tokenizer\("(.*)", return_tensors', (folder / "README.md").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer(prompt, split_special_tokens=False)["input_ids"] == [SIZES["vocab_size"] - 1, 0]
 
 
 def test_an_unfinished_run_is_refused(run_folder, tmp_path):

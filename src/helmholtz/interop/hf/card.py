@@ -16,6 +16,8 @@ class ModelFacts:
     parameters: int
     max_seq_len: int
     vocab_size: int
+    text: str
+    """Something that its tokenizer reads."""
     license: str
     exported_by: str
     """Commit."""
@@ -33,7 +35,7 @@ class ModelFacts:
 
 def model_card(facts: ModelFacts, name: str) -> str:
     """Markdown with a YAML head; ``name`` is the folder's."""
-    return f"---\n{_head(facts)}---\n\n# {name}\n\n{_story(facts)}\n\n{_table(facts)}\n\n{_loading(name)}"
+    return f"---\n{_head(facts)}---\n\n# {name}\n\n{_story(facts)}\n\n{_table(facts)}\n\n{_loading(name, facts.text)}"
 
 
 def _head(facts: ModelFacts) -> str:
@@ -71,7 +73,7 @@ def _table(facts: ModelFacts) -> str:
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
-def _loading(name: str) -> str:
+def _loading(name: str, text: str) -> str:
     return f"""\
 ## Loading
 
@@ -84,7 +86,7 @@ from helmholtz.interop.hf import register
 register()
 model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
-prompt = tokenizer("<|endoftext|>Once", return_tensors="pt", split_special_tokens=False)
+prompt = tokenizer("<|endoftext|>{text}", return_tensors="pt", split_special_tokens=False)
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 ```
 

@@ -1,6 +1,7 @@
 """A trained model as a folder that transformers loads, and back."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from helmholtz._checks import check
 from helmholtz._files import atomic_folder
 from helmholtz._hardware import git_commit
 from helmholtz._run_folder import RUN, TOKENIZER
-from helmholtz.data.tokenizer import AbstractTokenizer, load_tokenizer
+from helmholtz.data.tokenizer import AbstractTokenizer, IdTokenizer, load_tokenizer
 from helmholtz.evals.runs import Run, find_checkpoint, read_run
 from helmholtz.interop.hf.card import CARD, ModelFacts, model_card
 from helmholtz.interop.hf.config import OBJECTIVES
@@ -55,6 +56,8 @@ def export(
     source, folder = Path(source), Path(folder)
     _refuse_to_overwrite(folder)
     check(bool(license.strip()), "license", license, "an identifier, as apache-2.0, or unknown")
+    size = re.fullmatch(r"\d+(\.\d+)?[KMGT]B", max_shard_size)
+    check(size is not None, "max_shard_size", max_shard_size, "a number of KB, MB, GB or TB, as 200MB")
     checkpoint, run = find_checkpoint(source), _run(source)
     model, tokenizer = load_checkpoint(checkpoint), load_tokenizer(checkpoint / TOKENIZER)
     wanted = f"{model.config.vocab_size}, the model's vocabulary"
@@ -64,7 +67,8 @@ def export(
     wrapper = HelmholtzForCausalLM.of(model)
     wrapper.config.objective = _objective(wrapper, run)
     wrapper.generation_config = _generation_config(tokenizer)
-    facts = _facts(wrapper, run, license)
+    text = "0" if isinstance(tokenizer, IdTokenizer) else "Once"
+    facts = _facts(wrapper, run, license, text)
     with atomic_folder(folder) as partial:
         wrapper.save_pretrained(partial, max_shard_size=max_shard_size)
         to_transformers(tokenizer, max_seq_len=model.config.max_seq_len).save_pretrained(partial)
@@ -113,12 +117,13 @@ def _generation_config(tokenizer: AbstractTokenizer) -> GenerationConfig:
     return GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end)
 
 
-def _facts(wrapper: HelmholtzForCausalLM, run: Run | None, license: str) -> ModelFacts:
+def _facts(wrapper: HelmholtzForCausalLM, run: Run | None, license: str, text: str) -> ModelFacts:
     return ModelFacts(
         architecture=wrapper.config.architecture,
         parameters=sum(parameter.numel() for parameter in wrapper.parameters()),
         max_seq_len=wrapper.config.max_position_embeddings,
         vocab_size=wrapper.config.vocab_size,
+        text=text,
         license=license,
         exported_by=git_commit(),
         is_bound=wrapper.config.plan_seed is not None,
