@@ -15,9 +15,10 @@ import torch
 from helmholtz.data.mad import IGNORED, TASKS, draw
 from helmholtz.studies import mad_runs, mad_training
 from helmholtz.studies.mad_models import MODELS, MadSizes, build_model, count_parameters, matched_d_ff
+from helmholtz.studies.mad_report import PUBLISHED, SHORT, Row, comparisons, rows_of
 from helmholtz.studies.mad_runs import PROFILES, MadRun, chosen_rates
 from helmholtz.studies.mad_training import MadProtocol, batches, macro_accuracy, measure, train
-from helmholtz.studies.queue import FinishedRun, QueuedRun, work_off
+from helmholtz.studies.queue import FinishedRun, QueuedRun, spread, work_off
 from mad_cases import RECALL, SIZES, SQUEEZE, profile, protocol
 
 ROOT = Path(__file__).parents[2]
@@ -278,6 +279,60 @@ def test_the_rate_with_the_best_score_then_the_lowest_loss_is_chosen():
     assert chosen_rates(runs) == {"a": 3, "b": 2}
     with pytest.raises(ValueError, match="a task with a run that did not diverge"):
         chosen_rates(runs[3:4])
+
+
+def test_a_task_scores_the_mean_of_its_settings_and_the_best_of_their_grids():
+    harder = replace(RECALL, name="vocab_size=8")
+    tiny = profile(settings={"in-context-recall": (RECALL, harder)}, lrs=(1e-4, 1e-3), seeds=(0,))
+    runs = tiny.runs(["in-context-recall"], ["attention"], [0])
+    results = zip(runs, (0.2, 0.6, None, 0.4), strict=True)
+    done = [FinishedRun(run.queued(), {"score": score, "parameters": 5}, {}) for run, score in results]
+    (row,) = rows_of(tiny, done)
+    assert row.tasks["in-context-recall"].mean == pytest.approx(0.5) and row.parameters == 5
+    assert rows_of(tiny, done[:3])[0].tasks["in-context-recall"] is None, "a run is missing"
+    diverged = [*done[:3], replace(done[3], result=done[2].result)]
+    assert rows_of(tiny, diverged)[0].tasks["in-context-recall"] is None, "a setting has no score"
+    assert rows_of(tiny, []) == []
+
+
+def test_comparisons_with_the_published_differences():
+    def row(model, **tasks):
+        spreads = {task: spread(values) for task, values in tasks.items()}
+        return Row(model, 1, spreads, spread([0.5, 0.6]))
+
+    fuzzy = "fuzzy-in-context-recall"
+    rows = [
+        row("attention", **{"compression": [0.40, 0.42], fuzzy: [0.2, 0.3], "memorization": [0.5, 0.5]}),
+        row("fem_softmax", **{"compression": [0.50, 0.52], fuzzy: [0.2, 0.3], "memorization": [0.4, 0.4]}),
+        row("fem_gla", **{"compression": [0.1], fuzzy: [0.1, 0.1]}),
+    ]
+    found = {(c["task"], c["first"], c["second"]): c for c in comparisons(rows)}
+    pair = ("attention", "fem_softmax")
+    assert found["compression", *pair] | {"deviations": 0} == {
+        "task": "compression",
+        "first": "attention",
+        "second": "fem_softmax",
+        "published": 8.8,
+        "ours": 10.0,
+        "deviations": 0,
+        "verdict": "agrees",
+    }
+    assert found["compression", *pair]["deviations"] == pytest.approx(200 * 0.02 / 2**0.5, abs=0.01)
+    assert found[fuzzy, *pair]["verdict"] == "unclear"
+    assert found["memorization", *pair]["verdict"] == "differs"
+    assert found["compression", "attention", "fem_gla"]["verdict"] == "one run"
+    assert found[fuzzy, "attention", "fem_gla"]["verdict"] == "agrees"
+    assert ("memorization", "attention", "fem_gla") not in found
+    assert not any(c["task"] == "average" for c in found.values()), (
+        "no two neighbours of the ablation are there"
+    )
+
+
+def test_published_rows_have_their_averages():
+    for row in PUBLISHED:
+        mean = sum(row.tasks) / 6
+        assert abs(mean - row.average) < 0.3, row
+    assert {row.model for row in PUBLISHED} - {None} <= set(MODELS) and set(SHORT) == set(TASKS)
 
 
 def compute_all(folder, stuck=None):

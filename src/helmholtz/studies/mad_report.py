@@ -73,7 +73,7 @@ class Row:
     tasks: dict[str, Spread | None]
     """None where runs are missing or all of a setting diverged."""
     average: Spread | None
-    """Mean of all six tasks, over the seeds that have them."""
+    """Mean of the profile's tasks, over the seeds that have all of them."""
 
     @property
     def label(self) -> str:
@@ -137,8 +137,9 @@ def _spread(values: Sequence[float | None]) -> Spread | None:
 def comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Every pair of rows that one paper has too, per task: the difference there, here, and whether they agree.
 
-    Differences are in per cent points, of the second model over the first. They agree if they have one sign, and
-    "unclear" is one of ours that is no larger than the two sample deviations together.
+    Differences are in per cent points, of the second model over the first. They agree if they have one sign. "unclear"
+    is one of ours that is no larger than the two sample deviations together, or a published one of 0; "one run" is one
+    of a single seed.
     """
     ours = {row.model: row for row in rows}
     found = []
@@ -166,7 +167,9 @@ def _compared(
     difference = 100 * (second.mean - first.mean)
     noise = 100 * ((first.deviation or 0.0) + (second.deviation or 0.0))
     verdict = "agrees" if difference * published > 0 else "differs"
-    if abs(difference) <= noise or published == 0:
+    if first.n < 2 or second.n < 2:
+        verdict = "one run"
+    elif abs(difference) <= noise or published == 0:
         verdict = "unclear"
     return [
         {
