@@ -124,8 +124,13 @@ def run(arguments: list[str], console: Console) -> int:
     check_choice("action", action, ACTIONS)
     values = options(action, rest)
     folder, data = Path(values["output"]), load(values["data"])
-    measured, lrs = ("validation", values["lrs"]) if action == "pilot" else ("test", (None,))
-    runs = vision_runs(data, values["models"], values["seeds"], measured=measured, lrs=lrs)
+    runs = vision_runs(
+        data,
+        values["models"],
+        values["seeds"],
+        measured="validation" if action == "pilot" else "test",
+        lrs=values.get("lrs", (None,)),
+    )
     if action != "report":
         torch.set_num_threads(values["threads"])
         work_off(

@@ -99,4 +99,5 @@ def forecast_data(series: Series, *, look_back: int, horizon: int) -> ForecastDa
             horizon,
             f"one that leaves {MIN_WINDOWS} {name} windows of {series.name} ({len(windows)} are left)",
         )
-    return ForecastData(*parts, mean, scale)
+    train, validation, test = parts
+    return ForecastData(train, validation, test, mean, scale)

@@ -86,7 +86,7 @@ def plot_confusion(done: Sequence[FinishedRun], data: str, file: Path) -> None:
         1, len(groups), figsize=(5.2 * len(groups), 4.8), layout="constrained", squeeze=False
     )
     for axes, (model, runs) in zip(panels[0], groups.items(), strict=True):
-        counts = sum(np.array(run.result["confusion"]) for run in runs)
+        counts = np.sum([run.result["confusion"] for run in runs], axis=0)
         shares = counts / counts.sum(1, keepdims=True)
         names = runs[0].run.settings["data"]["classes"]
         axes.imshow(shares, vmin=0, vmax=1, cmap="viridis")
