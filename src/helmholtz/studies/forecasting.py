@@ -62,8 +62,8 @@ RECIPES: dict[str, Recipe | None] = {
     "attention-variates": Recipe(lr=3e-3),
     "fem-variates": Recipe(lr=3e-3),
     "attention-time": Recipe(lr=3e-3, batch_size=8),
-    "fem-time": Recipe(lr=3e-3, batch_size=8),
-    "dlinear": Recipe(lr=3e-3, steps=2000, eval_every=250),
+    "fem-time": Recipe(lr=1e-2, batch_size=8),
+    "dlinear": Recipe(lr=1e-3, steps=2000, eval_every=250),
     "naive": None,
 }
 """By the model's name; the last day over and over has nothing to learn."""
