@@ -267,14 +267,14 @@ def test_quick_takes_the_learning_rates_that_the_pilot_chose(monkeypatch):
         quick.runs(list(TASKS), ["attention"], [0])
 
 
-def test_the_rate_with_the_best_score_then_the_lowest_loss_is_chosen():
+def test_the_rate_with_the_lowest_loss_is_chosen():
     def done(task, lr, score, loss):
         final = None if loss is None else {"loss": loss}
         return FinishedRun(
             QueuedRun(f"{task}-{lr}", {"task": task, "lr": lr}), {"score": score, "final": final}, {}
         )
 
-    runs = [done("a", 1, 0.5, 1.0), done("a", 2, 0.6, 3.0), done("a", 3, 0.6, 2.0)]
+    runs = [done("a", 1, 0.5, 2.5), done("a", 2, 0.7, 3.0), done("a", 3, 0.6, 2.0)]
     runs += [done("b", 1, None, None), done("b", 2, 0.1, 9.0)]
     assert chosen_rates(runs) == {"a": 3, "b": 2}
     with pytest.raises(ValueError, match="a task with a run that did not diverge"):
