@@ -103,6 +103,15 @@ def test_the_valid_config_is_one(data, architecture):
     assert called is not None and isinstance(called.args[0], RunConfig), found
 
 
+@pytest.mark.parametrize("name", ["data.sources", "data.seed", "model.d_model", "train.lr", "train.resume"])
+def test_null_is_no_value(data, name):
+    config = valid_run(data, "transformer")
+    group, setting = name.split(".")
+    config[group][setting] = None
+    found, called = parse("train", dumped(config))
+    assert called is None and f"{name} must not be null, its default is" in found.err
+
+
 @examples(0.6)
 @given(st.data())
 def test_changed_runs(data, draw):
