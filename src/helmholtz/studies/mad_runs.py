@@ -11,7 +11,14 @@ from helmholtz.studies.mad_training import MadProtocol, StepCallback, train
 from helmholtz.studies.queue import FinishedRun, QueuedRun
 
 LR_GRID = (1e-4, 5e-4, 1e-3)
-LEARNING_RATES: dict[str, float] = {}
+LEARNING_RATES: dict[str, float] = {
+    "memorization": 0.001,
+    "compression": 0.001,
+    "in-context-recall": 0.001,
+    "noisy-in-context-recall": 0.001,
+    "fuzzy-in-context-recall": 0.001,
+    "selective-copying": 0.001,
+}
 """Of each task in the profile ``quick``: what the pilot chose (``docs/experiments/mad/learning_rates.json``)."""
 BASELINES = {name: (baseline(name),) for name in TASKS}
 
