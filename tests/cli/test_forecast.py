@@ -102,7 +102,7 @@ def test_a_call_without_action_explains(capsys):
     ("arguments", "message"),
     [
         (["rum"], "action must be one of ['pilot', 'report', 'run'], got 'rum'; did you mean 'run'?"),
-        (["run", "--data=wether"], "data must be a CSV file or one of weather, traffic, got 'wether'"),
+        (["run", "--data=traffics"], "data must be a CSV file or one of weather, traffic, got 'traffics'"),
         (["run", "--data=FILE", "--models=fem-tim"], "models must be one of"),
         (["run", "--data=FILE", "--shard=2/2"], "shard must be i/n with i from 0 to n - 1"),
         (["run", "--data=FILE", "--seeds", "1", "1"], "seeds must be without repetition, got [1, 1]"),

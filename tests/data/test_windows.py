@@ -79,6 +79,8 @@ def test_windows_that_are_too_few_and_variates_that_stand_still_are_refused():
     ):
         forecast_data(series, look_back=LOOK_BACK, horizon=102)
     assert len(forecast_data(series, look_back=LOOK_BACK, horizon=101).validation) == 100
+    with pytest.raises(ValueError, match=r"100 training windows of waves \(0 are left\)"):
+        forecast_data(series, look_back=700, horizon=12)
     still = series.values.clone()
     still[:600, 1] = 4
     with pytest.raises(ValueError, match=r"variates must be such that they vary .*, got \['v1'\]"):

@@ -49,7 +49,7 @@ class Windows:
     horizon: int
 
     def __len__(self) -> int:
-        return len(self.values) - self.look_back - self.horizon + 1
+        return max(0, len(self.values) - self.look_back - self.horizon + 1)
 
     def read(self, indices: Int[Tensor, "B"]) -> tuple[Float[Tensor, "B L C"], Float[Tensor, "B H C"]]:
         """Inputs and targets of these windows; window ``i`` begins ``i`` rows after the first."""
@@ -94,7 +94,7 @@ def forecast_data(series: Series, *, look_back: int, horizon: int) -> ForecastDa
     ]
     for name, windows in zip(("training", "validation", "test"), parts, strict=True):
         check(
-            len(windows) >= MIN_WINDOWS and bounds.validation >= look_back,
+            len(windows) >= MIN_WINDOWS,
             "horizon",
             horizon,
             f"one that leaves {MIN_WINDOWS} {name} windows of {series.name} ({len(windows)} are left)",
