@@ -1,4 +1,4 @@
-"""``make learn``: what small equilibrium models learn, on seeds that the limits were not set on; one of them in every run.
+"""``make learn``: what small equilibrium models learn on seeds that the limits were not set on; one in every run.
 
 The limits were set on seeds 0, 1 and 2, and 3, 4 and 5 were run afterwards:
 docs/experiments/mamba_hopfield/learning.json. Beside each limit, what seeds 0, 1 and 2 gave.

@@ -30,7 +30,7 @@ def row_uniform(
 
     Cost: a dozen passes over 8 bytes per number.
     Raises: ValueError for another dtype.
-    Source: Steele, Lea & Flood, "Fast splittable pseudorandom number generators", 2014 (the mixing function). Reference:
+    Source: Steele, Lea & Flood, "Fast splittable pseudorandom number generators", 2014 (mixing function). Reference:
         ``helmholtz.reference.row_uniform``.
     """
     check(dtype in (torch.float32, torch.float64), "dtype", dtype, "torch.float32 or torch.float64")
