@@ -12,7 +12,7 @@ from helmholtz.studies.mad_runs import MadProfile, MadRun
 from helmholtz.studies.queue import FinishedRun, QueuedRun, Spread, spread
 
 SHORT = {
-    "memorization": "Memor.",
+    "memorization": "Memory",
     "compression": "Compr.",
     "in-context-recall": "Recall",
     "noisy-in-context-recall": "Noisy",
