@@ -115,6 +115,8 @@ JSON_LINES = st.one_of(
 
 @examples(0.6)
 @given(JSON_LINES)
+@example(b"[" * 5000)
+@example(b"9" * 5000)
 def test_json_lines(content):
     with tempfile.TemporaryDirectory() as name:
         found, target = prepare(
