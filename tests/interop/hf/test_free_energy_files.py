@@ -70,6 +70,10 @@ def test_folders_that_do_not_hold_what_they_say(tmp_path):
     path.write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(ValueError, match=r"are not those of its config: \{'missing_keys': .*free_energy"):
         load_free_energy(tmp_path / "other")
+    for architectures in (None, [], ["NoSuchModel"]):
+        path.write_text(json.dumps(config | {"architectures": architectures}))
+        with pytest.raises(ValueError, match=r"names the architectures .*, wanted a class of transformers"):
+            load_free_energy(tmp_path / "other")
     path.write_text(json.dumps(config | {"helmholtz_free_energy": {"gate": "head"}}))
     with pytest.raises(
         ValueError, match="helmholtz_free_energy in config.json has no key 'gate'; did you mean"

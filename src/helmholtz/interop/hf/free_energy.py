@@ -114,7 +114,12 @@ def load_free_energy(
             f"{config.architectures} or an Auto class"
         )
     check_keys(f"{NAME} in config.json", settings, ("gates", "beta", "cap"))
-    original = getattr(transformers, config.architectures[0])
+    original: Any = getattr(transformers, (config.architectures or ["nothing"])[0], None)
+    if original is None:
+        raise ValueError(
+            f"folder: config.json in {os.fspath(folder)!r} names the architectures {config.architectures}, "
+            "wanted a class of transformers"
+        )
 
     def build(self: PreTrainedModel, config: Any) -> None:
         original.__init__(self, config)
