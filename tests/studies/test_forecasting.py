@@ -102,6 +102,10 @@ def test_errors_are_means_over_windows_steps_and_variates(monkeypatch):
     assert found["windows"] == len(windows) == 121
     assert found["mse"] == pytest.approx(difference.square().mean().item(), rel=1e-5)
     assert found["mae"] == pytest.approx(difference.abs().mean().item(), rel=1e-5)
+    result = compute(forecast_runs([WAVES], ["naive"], [30], [0])[0])
+    assert result["test"] == found
+    validation = forecast_data(WAVES, look_back=LOOK_BACK, horizon=30).validation
+    assert result["validation"] == errors(SeasonalNaive(30), validation, stride=4)
     sparse = errors(SeasonalNaive(30), windows, stride=4)
     assert sparse["windows"] == 31
     assert sparse["mse"] == pytest.approx(difference[::4].square().mean().item(), rel=1e-5)

@@ -104,7 +104,7 @@ def error_table(rows: Sequence[dict[str, Any]], data: str) -> Table:
         box=None,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     for column in ("MSE", "MAE", *(f"MSE {h}" for h in horizons), "seeds"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:

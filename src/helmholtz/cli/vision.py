@@ -74,11 +74,11 @@ def _folder(folder: Path) -> ImageSplits:
 def result_table(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(title="Mean over seeds ± deviation", box=None, padding=(0, 1, 0, 0))
     for column in ("data", "mixer"):
-        table.add_column(column)
-    for column in ("parameters", "test accuracy", "test loss", "validation accuracy", "seeds"):
+        table.add_column(column, no_wrap=True)
+    for column in ("parameters", "test accuracy", "test loss", "seeds"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        spreads = [_number(row[name]) for name in ("test_accuracy", "test_loss", "validation_accuracy")]
+        spreads = [_number(row[name]) for name in ("test_accuracy", "test_loss")]
         table.add_row(row["data"], row["model"], f"{row['parameters']:,}", *spreads, str(len(row["seeds"])))
     return table
 
