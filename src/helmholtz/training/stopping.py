@@ -6,10 +6,16 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from helmholtz.training.distributed import LostRankError
+
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """While open, SIGINT and SIGTERM are noted in the list instead of ending the process; a second one ends it."""
+    """While open, SIGINT and SIGTERM are noted in the list instead of ending the process; a second one ends it.
+
+    Where another process is lost they go on being noted afterwards: this one is about to end, and torchrun's SIGTERM
+    must not keep it from saying why.
+    """
     received: list[int] = []
     signals = (signal.SIGINT, signal.SIGTERM)
     try:
@@ -26,6 +32,15 @@ def stop_signals() -> Iterator[list[int]]:
         return
     try:
         yield received
-    finally:
-        for number in signals:
-            signal.signal(number, previous[number])
+    except LostRankError:
+        raise
+    except BaseException:
+        _restore(previous)
+        raise
+    else:
+        _restore(previous)
+
+
+def _restore(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
