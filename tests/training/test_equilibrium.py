@@ -1,5 +1,6 @@
 """The objective of equilibrium models: its terms and whom they reach, its curriculum, its writes, its report."""
 
+import json
 import re
 import warnings
 from dataclasses import replace
@@ -8,7 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pytest import MonkeyPatch
 
+from distributed_cases import distributed_run
 from equilibrium_cases import jacobians, make_model
 from helmholtz.layers.equilibrium_reading import equilibrium_statistics, retrieval_energy, start_distance
 from helmholtz.models import Transformer
@@ -16,6 +19,8 @@ from helmholtz.models.transformer import TransformerConfig
 from helmholtz.ops import cross_entropy
 from helmholtz.solvers import SolverConfig
 from helmholtz.solvers.spectrum import local_lipschitz, top_eigenvector
+from helmholtz.training.callbacks import Callback
+from helmholtz.training.diagnosis import NonFiniteError
 from helmholtz.training.equilibrium import (
     EquilibriumObjective,
     EquilibriumObjectiveConfig,
@@ -23,7 +28,10 @@ from helmholtz.training.equilibrium import (
     contraction_excess,
     training_solver,
 )
+from helmholtz.training.loop import Trainer
 from helmholtz.training.objectives import last_tokens, next_token
+from helmholtz.training.run import train
+from tiny_runs import prepare_text
 
 ALONE = {"energy_weight": 0.0, "convergence_weight": 0.0, "stability_weight": 0.0}
 ALL = EquilibriumObjectiveConfig(
@@ -402,3 +410,41 @@ def test_an_evaluation_leaves_the_generators_alone(model, tokens):
     EquilibriumObjective(ALL)(model.eval(), tokens, 0)
     EquilibriumObjective(ALL).report(model, [tokens], 0)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Poison(Callback):
+    """After a step, the embeddings are NaN."""
+
+    def __init__(self, step):
+        self.step, self.trainer = step, None
+
+    def on_step(self, record):
+        if record.step == self.step:
+            with torch.no_grad():
+                next(self.trainer.model.parameters()).fill_(torch.nan)
+
+
+def test_a_start_that_is_not_finite_ends_the_run_with_the_first_bad_tensor(tmp_path):
+    run = distributed_run(
+        prepare_text(tmp_path),
+        architecture="mamba_hopfield",
+        output=tmp_path / "run",
+        train={"steps": 6, "save_every": 2},
+    )
+    poison = Poison(3)
+    with (
+        MonkeyPatch.context() as patch,
+        pytest.raises(
+            NonFiniteError, match=r"step 4: the context must be finite .* first seen in parameter embed"
+        ),
+    ):
+        made = Trainer.__init__
+        patch.setattr(
+            Trainer,
+            "__init__",
+            lambda self, *a, **k: (made(self, *a, **k), setattr(poison, "trainer", self))[0],
+        )
+        train(run, callbacks=[poison])
+    report = json.loads((tmp_path / "run" / "non_finite.json").read_text())
+    assert report["step"] == 4 and report["first"].startswith("parameter embed.weight: 4,112 of 4,112 ")
+    assert (tmp_path / "run" / "last").resolve().name == "step-00000002"

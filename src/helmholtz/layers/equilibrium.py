@@ -31,6 +31,7 @@ from helmholtz.solvers import (
     AbstractAdjoint,
     AbstractProblem,
     Implicit,
+    NonFiniteInputError,
     Phantom,
     Solution,
     SolverConfig,
@@ -235,7 +236,8 @@ class EquilibriumLayer(nn.Module):
         index, shape = dynamics.index, c.shape[:2]
         start = _rows(dynamics.start if z_init is None else _given_start(z_init, dynamics.start), index)
         name = "z_init" if z_init is not None else "the context"
-        check(bool(start.isfinite().all()), name, "NaN or infinity", "finite at every real token")
+        if not start.isfinite().all():
+            raise NonFiniteInputError(f"{name} must be finite at every real token, got NaN or infinity")
         with full_precision(c.device):
             problem = TokenProblem(dynamics.field, self.dynamics.energy_parameters(self.memory))
             solution = solve(problem, start, self.solver)

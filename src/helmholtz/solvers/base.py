@@ -27,6 +27,10 @@ class ConvergenceError(RuntimeError):
     """A result would be less exact than was asked for."""
 
 
+class NonFiniteInputError(ValueError):
+    """An equilibrium was asked for from a start that is NaN or infinite."""
+
+
 class AbstractProblem(abc.ABC):
     r"""Independent problems :math:`z = f(z)` with :math:`f(z) = z - \nabla E(z)`, one per row.
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from helmholtz.data.tokens import TokenDataset
 from helmholtz.layers.row_draws import drawn_by_row
 from helmholtz.models.base import AbstractDecoder, evaluation_mode
 from helmholtz.ops.row_random import row_keys
+from helmholtz.solvers import NonFiniteInputError
 from helmholtz.training.budget import Budget, matmul_peak, measure_budget
 from helmholtz.training.callbacks import Callback, EvalRecord, RunResult, StepRecord
 from helmholtz.training.checkpoint import save_last, save_run
@@ -144,6 +146,15 @@ class Trainer:
         self._stopping = found.pop("stop") > 0
         return found
 
+    def _backward_or_stop(self) -> dict[str, float]:
+        """``_backward``; an equilibrium that has no finite start ends the run, for there is no loss to skip."""
+        try:
+            return self._backward()
+        except NonFiniteInputError as error:
+            if world().size > 1:  # the others do not come to the search for the first bad tensor
+                raise NonFiniteError(self._failure(str(error))) from error
+            self._stop_for(str(error))
+
     def _kept(self) -> str:
         if not (self.folder / LAST).exists():
             return "no checkpoint had been written yet"
@@ -161,7 +172,7 @@ class Trainer:
             group["lr"] = lr * group["lr_factor"]
         self.optimizer.zero_grad(set_to_none=True)
         with lost_rank_named(f"in step {progress.step + 1}"):
-            found = self._backward()
+            found = self._backward_or_stop()
             self.scaler.unscale_(self.optimizer)
             norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm)).item()
         loss, bound = found.pop("loss"), found.pop("bound")
@@ -220,7 +231,7 @@ class Trainer:
         if progress.skipped_in_a_row > self.config.max_skipped:
             self._stop_for(f"{what}, in {progress.skipped_in_a_row} steps in a row")
 
-    def _stop_for(self, what: str) -> None:
+    def _stop_for(self, what: str) -> NoReturn:
         """Raise NonFiniteError with the first bad tensor of any process, which ``non_finite.json`` also names."""
         first = ""
         for index in range(self.config.accumulation):
