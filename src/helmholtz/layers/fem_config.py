@@ -80,7 +80,7 @@ class FreeEnergyMixerConfig:
     dropout: float = 0.0
     """Probability of zeroing an element of the mixer's output in training."""
     cap: float = 40.0
-    """Largest ``|beta v|`` in nats that enters the exponential."""
+    """Largest ``|beta v|`` in nats that enters the exponential; above 44 gradients can leave float32."""
     eps: float = 1e-6
     """Added to gates and features that must stay positive."""
     theta_init: float = 1.8
