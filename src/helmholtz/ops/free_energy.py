@@ -85,9 +85,9 @@ def free_energy_read(
 
     Accuracy:
         Computed in at least float32, one rounding to the dtype of ``v``. The prior is normalised, so the sum lies in
-        ``[exp(-cap), exp(cap)]``: it neither overflows nor vanishes for ``cap <= 80``. Gradients hold ``exp(2 cap)``: for
-        ``cap > 44`` they can overflow where the prior is far from the largest value. The absolute error of ``free`` is
-        below ``(8 + max|clip(beta v)|) eps / beta``: unlike the mean's, it grows as ``beta`` shrinks.
+        ``[exp(-cap), exp(cap)]``: it neither overflows nor vanishes for ``cap <= 80``. Gradients hold ``exp(2 cap)``:
+        for ``cap > 44`` they can overflow where the prior is far from the largest value. The absolute error of ``free``
+        is below ``(8 + max|clip(beta v)|) eps / beta``: unlike the mean's, it grows as ``beta`` shrinks.
 
     Source: Lu & Yang, "Free Energy Mixer", ICLR 2026: free-energy read.
     Reference: ``helmholtz.reference.free_energy_read``.
