@@ -215,7 +215,7 @@ def scaling_fits(done: Sequence[FinishedRun]) -> list[dict[str, Any]]:
             run for run in done
             if (s := run.run.settings)["model"] == model and (s["corpus"], s["tokenizer"]) == ("shakespeare", "bytes")
         ]  # fmt: skip
-        if len({run.run.settings["size"] for run in found}) < len(SIZES) or len(found) < 4:
+        if len({run.run.settings["size"] for run in found}) < len(SIZES):
             continue
         x = np.log10([run.result["parameters"] for run in found])
         y = np.array([run.result["bits_per_byte"] for run in found])
