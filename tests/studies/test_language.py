@@ -1,6 +1,8 @@
 """The language study: equal parameters, a queue that gives equal bytes, slopes with their errors."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 from functools import partial
 
@@ -127,3 +129,19 @@ def test_slopes_are_per_tenfold_and_their_errors_those_of_the_line():
     assert scaling_fits([other, *done[1:]])[0]["runs"] == 5
     with pytest.raises(ValueError, match="points"):
         fit_slope(np.array([1.0, 2.0]), np.array([1.0, 2.0]))
+
+
+def test_a_run_that_a_signal_ends_is_no_result(corpus, monkeypatch):
+    class Interrupting(language.Curve):
+        def on_step(self, record):
+            if record.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(language, "Curve", Interrupting)
+    runs = language_runs(TINY, corpora=["shakespeare"], tokenizers=["bytes"], models=["baseline"], seeds=[0])[
+        :1
+    ]
+    compute = partial(compute_language, data=corpus, folder=corpus / "out")
+    with pytest.raises(RuntimeError, match="bytes-m-baseline-0 was interrupted at step 2; the same command"):
+        work_off(runs, compute, corpus / "out")
+    assert not list((corpus / "out").rglob("*.json"))

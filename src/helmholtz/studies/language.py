@@ -148,11 +148,16 @@ class Curve(Callback):
 
 
 def compute_language(run: QueuedRun, *, data: Path, folder: Path) -> dict[str, Any]:
-    """Train and measure one model; CPU seconds at the points of its curve go beside the timing of the run."""
+    """Train and measure one model; CPU seconds at the points of its curve go beside the timing of the run.
+
+    Raises: RuntimeError if training was stopped by a signal: what it had is no result.
+    """
     s, curve = run.settings, Curve()
     prepared = prepare_corpus(s["corpus"], s["tokenizer"], data)
     with tempfile.TemporaryDirectory() as scratch:
         result = train(run_config(run, prepared, Path(scratch) / "run"), callbacks=[curve])
+        if result.status != "finished":
+            raise RuntimeError(f"{run.name} was {result.status} at step {result.step}; the same command begins it anew")
         model = load_checkpoint(result.folder / LAST)
     seconds = json.dumps({"cpu_seconds": curve.seconds}, indent=1)
     write_atomically(folder / TIMINGS / f"{run.name}.curve.json", seconds + "\n")
