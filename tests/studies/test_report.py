@@ -147,7 +147,7 @@ def mad_run(task, model, seed, score):
     return {"settings": {"task": task, "model": model, "seed": seed}, "result": {"score": score}}
 
 
-def test_mad_tables_say_which_seeds_are_missing(tmp_path, monkeypatch):
+def test_mad_tables_say_what_is_missing_of_the_grid(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     queue(
         tmp_path / "mad" / "quick",
@@ -157,9 +157,11 @@ def test_mad_tables_say_which_seeds_are_missing(tmp_path, monkeypatch):
     section = next(s for s in build_sections([tmp_path]) if s.anchor == "mad")
     (table,) = section.tables
     assert [row[0].text for row in table.rows] == ["attention", "fem softmax"]
-    assert [cell.text for cell in table.rows[0][1:]] == ["50.0% ± 35.4%", ""]
-    assert table.rows[1][1].text == "50.0%"
-    assert "fem_softmax on compression: 1 of 2 seeds" in section.missing
+    assert table.columns == ("model", "memorization", "compression"), "in the order of the profile"
+    assert [cell.text for cell in table.rows[0][1:]] == ["", "50.0% ± 35.4%"]
+    assert table.rows[1][2].text == "50.0%"
+    assert section.missing[:2] == ("memorization: 1 of 14 runs", "compression: 3 of 14 runs")
+    assert "selective-copying: 0 of 14 runs" in section.missing and len(section.missing) == 6
     assert check_page(render([section], [tmp_path]), tmp_path) >= 2
 
 
@@ -185,6 +187,8 @@ def test_forecasts_and_images_are_read_from_their_queues(tmp_path, monkeypatch):
     mse, mae = sections["forecasting"].tables
     assert [cell.text for cell in mse.rows[0]] == ["dlinear", "1.000 ± 0.707", "2.000"]
     assert mae.rows[0][2].text == "1.000"
+    assert sections["forecasting"].missing == ("weather: 3 of 72 runs", "traffic: 0 of 72 runs")
+    assert sections["vision"].missing == ("digits: 2 of 6 runs", "fashion-mnist: 0 of 6 runs")
     assert [[c.text for c in row] for row in sections["vision"].tables[0].rows] == [
         ["attention", "9", "50.00%", "0.5000"],
         ["fem", "9", "75.00%", "0.5000"],

@@ -1,9 +1,12 @@
 """Sections: language models at matched parameters, and how they scale."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from helmholtz.studies.language import LanguageStudy, language_runs
 from helmholtz.studies.language_models import LANGUAGE_MODELS
 from helmholtz.studies.queue import TIMINGS
 from helmholtz.studies.report.charts import Curve, line_chart
@@ -13,6 +16,7 @@ from helmholtz.studies.report.section import (
     Section,
     Table,
     absent,
+    incomplete,
     locate_queue,
     queue_nodes,
     queue_provenance,
@@ -37,25 +41,21 @@ def language(folders: Sequence[Path]) -> Section:
     if folder is None:
         return absent("language", LANGUAGE, LANGUAGE_ASKED, COMMAND, "language/results")
     nodes = [node for node in queue_nodes(folder) if node["settings"]["size"].value == "m"]
-    cells = grouped(
-        nodes, lambda node: (node["settings"]["corpus"].value, node["settings"]["tokenizer"].value)
-    )
-    seeds = {node["settings"]["seed"].value for node in nodes}
-    tables, figures, missing = [], [], []
-    for (corpus, tokenizer), runs in cells.items():
-        name = f"{corpus.replace('_', ' ')}, {tokenizer}"
+    tables, figures = [], []
+    for name, runs in grouped(nodes, lambda node: _text(node["settings"].value)).items():
         models = by_model(runs)
         tables.append(_quality_table(name, folder, models))
         figures += _curves(name, folder, models)
-        missing += [
-            f"{name}: {m} has {len(own)} of {len(seeds)} seeds"
-            for m, own in models.items()
-            if len(own) < len(seeds)
-        ]
+    grid = [run.settings for run in language_runs(LanguageStudy()) if run.settings["size"] == "m"]
+    missing = incomplete((_text(node["settings"].value) for node in nodes), Counter(map(_text, grid)))
     return Section(
         "language", LANGUAGE, LANGUAGE_ASKED, COMMAND, tuple(tables), tuple(figures), queue_provenance(folder, nodes),
-        tuple(missing),
+        missing,
     )  # fmt: skip
+
+
+def _text(settings: Mapping[str, Any]) -> str:
+    return f"{settings['corpus'].replace('_', ' ')}, {settings['tokenizer']}"
 
 
 def by_model(nodes: Sequence[Node]) -> dict[str, list[Node]]:

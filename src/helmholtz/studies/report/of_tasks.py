@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from helmholtz.studies.forecasting import RECIPES
+from helmholtz.studies.forecasting import HORIZONS, RECIPES
 from helmholtz.studies.mad_models import MODELS
+from helmholtz.studies.mad_runs import PROFILES
 from helmholtz.studies.report.charts import Curve, dot_chart, line_chart
 from helmholtz.studies.report.nodes import Cell, Node, grouped, label, number, ordered
 from helmholtz.studies.report.section import (
@@ -12,10 +13,12 @@ from helmholtz.studies.report.section import (
     Section,
     Table,
     absent,
+    incomplete,
     locate_queue,
     queue_nodes,
     queue_provenance,
 )
+from helmholtz.studies.vision import LEARNING_RATES
 
 MAD = "MAD: six synthetic tasks"
 MAD_ASKED = (
@@ -31,6 +34,9 @@ FORECAST_COMMAND = "helmholtz forecast run"
 VISION = "Vision"
 VISION_ASKED = "A small vision transformer whose attention is plain or free energy, both ways in time."
 VISION_COMMAND = "helmholtz vision run"
+PACKAGED_SERIES, IMAGE_SETS = ("weather", "traffic"), ("digits", "fashion-mnist")
+SEEDS = (0, 1, 2)
+"""Of forecasting and vision, as their commands take them."""
 
 
 def mad(folders: Sequence[Path]) -> Section:
@@ -39,23 +45,24 @@ def mad(folders: Sequence[Path]) -> Section:
         return absent("mad", MAD, MAD_ASKED, MAD_COMMAND, "mad/quick/results")
     nodes = queue_nodes(folder)
     models = by_model(nodes)
-    tasks = list(grouped(nodes, lambda node: node["settings"]["task"].value))
-    seeds = {node["settings"]["seed"].value for node in nodes}
-    lines, missing = [], []
-    for model, runs in models.items():
-        by_task = grouped(runs, lambda node: node["settings"]["task"].value)
-        lines.append((label(model.replace("_", " ")), *(_score(by_task.get(task, [])) for task in tasks)))
-        missing += [
-            f"{model} on {task}: {len(by_task.get(task, []))} of {len(seeds)} seeds"
-            for task in tasks
-            if len(by_task.get(task, [])) < len(seeds)
-        ]
+    by_tasks = {
+        model: grouped(runs, lambda node: node["settings"]["task"].value) for model, runs in models.items()
+    }
+    profile = PROFILES["quick"]
+    seen = {task for by_task in by_tasks.values() for task in by_task}
+    tasks = [task for task in profile.settings if task in seen]
+    lines = [
+        (label(model.replace("_", " ")), *(_score(by_task.get(task, [])) for task in tasks))
+        for model, by_task in by_tasks.items()
+    ]
+    wanted = dict.fromkeys(profile.settings, len(profile.models) * len(profile.seeds))
+    missing = incomplete((node["settings"]["task"].value for node in nodes), wanted)
     table = Table(
         "Score, mean and deviation over seeds", ("model", *(t.replace("-", " ") for t in tasks)), tuple(lines)
     )
     figures = tuple(_task_figure(task, nodes) for task in tasks if any(_scored(node, task) for node in nodes))
     provenance = queue_provenance(folder, nodes)
-    return Section("mad", MAD, MAD_ASKED, MAD_COMMAND, (table,), figures, provenance, tuple(missing))
+    return Section("mad", MAD, MAD_ASKED, MAD_COMMAND, (table,), figures, provenance, missing)
 
 
 def by_model(nodes: Sequence[Node]) -> dict[str, list[Node]]:
@@ -86,8 +93,9 @@ def forecasting(folders: Sequence[Path]) -> Section:
     if folder is None:
         return absent("forecasting", FORECAST, FORECAST_ASKED, FORECAST_COMMAND, "forecast/run/results")
     nodes = [node for node in queue_nodes(folder) if "test" in node["result"].value]
+    wanted = dict.fromkeys((*PACKAGED_SERIES, *_data_names(nodes)), len(RECIPES) * len(HORIZONS) * len(SEEDS))
     tables, figures = [], []
-    for name, runs in grouped(nodes, lambda node: node["settings"]["data"]["name"].value).items():
+    for name, runs in grouped(nodes, _data_name).items():
         horizons = sorted({run["settings"]["horizon"].value for run in runs})
         models = by_model(runs)
         tables += [_error_table(name, error, models, horizons) for error in ("mse", "mae")]
@@ -100,9 +108,18 @@ def forecasting(folders: Sequence[Path]) -> Section:
             Figure(f"{name}: error by horizon, mean of seeds.", line_chart(curves, x="horizon", y="test MSE"))
         )
     provenance = queue_provenance(folder, nodes)
+    missing = incomplete(_data_names(nodes), wanted)
     return Section(
-        "forecasting", FORECAST, FORECAST_ASKED, FORECAST_COMMAND, tuple(tables), tuple(figures), provenance
-    )
+        "forecasting", FORECAST, FORECAST_ASKED, FORECAST_COMMAND, tuple(tables), tuple(figures), provenance, missing
+    )  # fmt: skip
+
+
+def _data_name(node: Node) -> str:
+    return str(node["settings"]["data"]["name"].value)
+
+
+def _data_names(nodes: Sequence[Node]) -> list[str]:
+    return [_data_name(node) for node in nodes]
 
 
 def _error_table(name: str, error: str, models: dict[str, list[Node]], horizons: Sequence[int]) -> Table:
@@ -129,8 +146,9 @@ def vision(folders: Sequence[Path]) -> Section:
     if folder is None:
         return absent("vision", VISION, VISION_ASKED, VISION_COMMAND, "vision/run/results")
     nodes = [node for node in queue_nodes(folder) if "test" in node["result"].value]
+    wanted = dict.fromkeys((*IMAGE_SETS, *_data_names(nodes)), len(LEARNING_RATES) * len(SEEDS))
     tables, figures = [], []
-    for name, runs in grouped(nodes, lambda node: node["settings"]["data"]["name"].value).items():
+    for name, runs in grouped(nodes, _data_name).items():
         models = by_model(runs)
         lines = [
             (
@@ -147,4 +165,7 @@ def vision(folders: Sequence[Path]) -> Section:
         ]
         figures.append(Figure(f"{name}: a mark per seed.", dot_chart(rows, x="test accuracy")))
     provenance = queue_provenance(folder, nodes)
-    return Section("vision", VISION, VISION_ASKED, VISION_COMMAND, tuple(tables), tuple(figures), provenance)
+    missing = incomplete(_data_names(nodes), wanted)
+    return Section(
+        "vision", VISION, VISION_ASKED, VISION_COMMAND, tuple(tables), tuple(figures), provenance, missing
+    )

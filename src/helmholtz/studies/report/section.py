@@ -1,6 +1,7 @@
 """What a section of the report is made of, and where its files are looked for."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +70,17 @@ def locate_queue(folders: Sequence[Path], *paths: str) -> Path | None:
 def queue_nodes(folder: Path) -> list[Node]:
     """The results of a queue, in the order of their names."""
     return [read_node(file) for file in sorted((folder / RESULTS).glob("*.json"))]
+
+
+def incomplete(found: Iterable[str], wanted: Mapping[str, int]) -> tuple[str, ...]:
+    """What is missing of a grid.
+
+    Args:
+        found: the part of the grid that each run belongs to.
+        wanted: runs of each part.
+    """
+    counts = Counter(found)
+    return tuple(f"{part}: {counts[part]} of {n} runs" for part, n in wanted.items() if counts[part] < n)
 
 
 def queue_provenance(folder: Path, nodes: Sequence[Node]) -> tuple[tuple[str, Cell], ...]:
