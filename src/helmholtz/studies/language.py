@@ -157,7 +157,9 @@ def compute_language(run: QueuedRun, *, data: Path, folder: Path) -> dict[str, A
     with tempfile.TemporaryDirectory() as scratch:
         result = train(run_config(run, prepared, Path(scratch) / "run"), callbacks=[curve])
         if result.status != "finished":
-            raise RuntimeError(f"{run.name} was {result.status} at step {result.step}; the same command begins it anew")
+            raise RuntimeError(
+                f"{run.name} was {result.status} at step {result.step}; the same command begins it anew"
+            )
         model = load_checkpoint(result.folder / LAST)
     seconds = json.dumps({"cpu_seconds": curve.seconds}, indent=1)
     write_atomically(folder / TIMINGS / f"{run.name}.curve.json", seconds + "\n")
