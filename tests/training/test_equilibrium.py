@@ -424,20 +424,16 @@ class Poison(Callback):
                 next(self.trainer.model.parameters()).fill_(torch.nan)
 
 
-def test_a_start_that_is_not_finite_ends_the_run_with_the_first_bad_tensor(tmp_path):
+def train_poisoned(tmp_path, architecture, *, eval_every=100):
+    """Of a run that saves every second step the embeddings are NaN after the third; the error and its report."""
     run = distributed_run(
         prepare_text(tmp_path),
-        architecture="mamba_hopfield",
+        architecture=architecture,
         output=tmp_path / "run",
-        train={"steps": 6, "save_every": 2},
+        train={"steps": 6, "save_every": 2, "eval_every": eval_every},
     )
     poison = Poison(3)
-    with (
-        MonkeyPatch.context() as patch,
-        pytest.raises(
-            NonFiniteError, match=r"step 4: the context must be finite .* first seen in parameter embed"
-        ),
-    ):
+    with MonkeyPatch.context() as patch, pytest.raises(NonFiniteError) as caught:
         made = Trainer.__init__
         patch.setattr(
             Trainer,
@@ -445,6 +441,23 @@ def test_a_start_that_is_not_finite_ends_the_run_with_the_first_bad_tensor(tmp_p
             lambda self, *a, **k: (made(self, *a, **k), setattr(poison, "trainer", self))[0],
         )
         train(run, callbacks=[poison])
+    return str(caught.value), json.loads((tmp_path / "run" / "non_finite.json").read_text())
+
+
+def test_a_start_that_is_not_finite_ends_the_run_with_the_first_bad_tensor(tmp_path):
+    error, report = train_poisoned(tmp_path, "mamba_hopfield")
+    assert re.search(r"step 4: the context must be finite .* first seen in parameter embed", error)
     report = json.loads((tmp_path / "run" / "non_finite.json").read_text())
     assert report["step"] == 4 and report["first"].startswith("parameter embed.weight: 4,112 of 4,112 ")
+    assert (tmp_path / "run" / "last").resolve().name == "step-00000002"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "what"),
+    [("transformer", "the validation loss is nan"), ("mamba_hopfield", "the context must be finite")],
+)
+def test_a_validation_loss_that_is_not_finite_names_the_first_bad_tensor(tmp_path, architecture, what):
+    error, report = train_poisoned(tmp_path, architecture, eval_every=3)
+    assert what in error and "first seen in parameter embed.weight" in error
+    assert report["what"].startswith(what) and report["first"].startswith("parameter embed.weight")
     assert (tmp_path / "run" / "last").resolve().name == "step-00000002"

@@ -1,6 +1,8 @@
+import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from helmholtz.evals.runs import Run
 from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.models.fem_lm import FEMLMConfig
 from helmholtz.models.transformer import Transformer
+from helmholtz.training import run as run_module
 from helmholtz.training.callbacks import Callback, JSONLMetrics
 from helmholtz.training.diagnosis import first_non_finite
 from helmholtz.training.loop import NonFiniteError, Trainer
@@ -190,6 +193,22 @@ def test_a_second_run_into_a_folder_is_refused_and_nothing_is_lost(data, tmp_pat
     ):
         train(tiny_run(replace(data, validation_fraction=0.2), tmp_path, resume="auto"))
     assert files == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+
+def test_a_run_that_another_process_begins_just_before_is_refused(data, tmp_path, monkeypatch):
+    owned = run_module.owned
+    train(tiny_run(data, tmp_path / "other"))
+
+    @contextlib.contextmanager
+    def late(folder):
+        shutil.copytree(tmp_path / "other", folder)
+        with owned(folder):
+            yield
+
+    monkeypatch.setattr(run_module, "owned", late)
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(tiny_run(data, tmp_path / "run"))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "other")
 
 
 def test_going_on_with_a_finished_run_changes_nothing(data, tmp_path, monkeypatch):

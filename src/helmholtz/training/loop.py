@@ -8,7 +8,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -47,6 +47,8 @@ from helmholtz.training.state import Progress, load_training_state
 from helmholtz.training.stopping import stop_signals
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Batch = tuple[Int[Tensor, "B T1"], Int[Tensor, "B"]]
+"""Rows of tokens and their keys."""
 VALIDATION_SEED = 2**31
 """Added to the seed for what is drawn in evaluations."""
 
@@ -121,7 +123,7 @@ class Trainer:
         dtype = AUTOCAST.get(self.config.precision)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
-    def _micro_batch(self, index: int) -> tuple[Int[Tensor, "B T1"], Int[Tensor, "B"]]:
+    def _micro_batch(self, index: int) -> Batch:
         """This process's rows of the step's micro-batch ``index``, and their keys."""
         c = self.config
         first = self.progress.windows + index * c.batch_size + world().rank * self.rows
@@ -129,12 +131,15 @@ class Trainer:
         keys = row_keys(c.seed, torch.arange(first, first + self.rows))
         return self.train.read(starts, c.seq_len + 1).to(self.device), keys.to(self.device)
 
+    def _micro_batches(self) -> Iterator[Batch]:
+        """Those of the next step."""
+        return map(self._micro_batch, range(self.config.accumulation))
+
     def _backward(self) -> dict[str, float]:
         """Loss, bound and terms, means over the step's rows; the mean gradient is left in the parameters."""
         n = self.config.accumulation
         found = dict[str, float]()
-        for index in range(n):
-            tokens, keys = self._micro_batch(index)
+        for index, (tokens, keys) in enumerate(self._micro_batches()):
             with gradients_exchanged(self.spread, index == n - 1), drawn_by_row(keys):
                 with self._autocast():
                     loss, bound, terms = self.spread(tokens, self.progress.step)
@@ -153,7 +158,7 @@ class Trainer:
         except NonFiniteInputError as error:
             if world().size > 1:  # the others do not come to the search for the first bad tensor
                 raise NonFiniteError(self._failure(str(error))) from error
-            self._stop_for(str(error))
+            self._stop_for(str(error), self._micro_batches())
 
     def _kept(self) -> str:
         if not (self.folder / LAST).exists():
@@ -229,13 +234,16 @@ class Trainer:
         progress.skipped += skipped
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
         if progress.skipped_in_a_row > self.config.max_skipped:
-            self._stop_for(f"{what}, in {progress.skipped_in_a_row} steps in a row")
+            self._stop_for(f"{what}, in {progress.skipped_in_a_row} steps in a row", self._micro_batches())
 
-    def _stop_for(self, what: str) -> NoReturn:
-        """Raise NonFiniteError with the first bad tensor of any process, which ``non_finite.json`` also names."""
+    def _stop_for(self, what: str, batches: Iterable[Batch]) -> NoReturn:
+        """Raise NonFiniteError with the first bad tensor of any process, which ``non_finite.json`` also names.
+
+        Args:
+            batches: on which it was seen, to be repeated.
+        """
         first = ""
-        for index in range(self.config.accumulation):
-            tokens, keys = self._micro_batch(index)
+        for tokens, keys in batches:
 
             def losses(tokens: Tensor = tokens) -> Tensor:
                 with self._autocast():
@@ -256,7 +264,7 @@ class Trainer:
         on_main(lambda: write_atomically(self.folder / NON_FINITE, json.dumps(report, indent=2) + "\n"))
         raise NonFiniteError(self._failure(f"{what}; first seen in {where}"))
 
-    def _validation_batches(self) -> Iterator[tuple[Int[Tensor, "B T1"], Int[Tensor, "B"]]]:
+    def _validation_batches(self) -> Iterator[Batch]:
         """All batches, on every process: evaluations are small, and so their numbers do not depend on the processes."""
         c = self.config
         for rows in torch.arange(self.n_validation_windows).split(c.batch_size):
@@ -283,6 +291,18 @@ class Trainer:
                     total += len(tokens) * self.learner(tokens, step)[1].item()
         return total / self.n_validation_windows
 
+    def _finite_validation_loss(self) -> float:
+        """``validation_loss``, or NonFiniteError with the first bad tensor."""
+        try:
+            loss = self.validation_loss()
+            what = f"the validation loss is {loss}"
+        except NonFiniteInputError as error:
+            loss, what = math.nan, str(error)
+        if not math.isfinite(loss):
+            with self._evaluation(), torch.enable_grad():
+                self._stop_for(what, self._validation_batches())
+        return loss
+
     def _report(self) -> Report:
         """The report on the validation batches, without warnings while the learning rate warms up."""
         step = self.progress.step
@@ -292,9 +312,7 @@ class Trainer:
 
     def evaluate(self) -> EvalRecord:
         """Validation loss and report; a new best value is noted in the progress."""
-        loss, progress = self.validation_loss(), self.progress
-        if not math.isfinite(loss):
-            raise NonFiniteError(self._failure(f"the validation loss is {loss}"))
+        loss, progress = self._finite_validation_loss(), self.progress
         best, report = loss < progress.best, self._report()
         progress.best = min(loss, progress.best)
         return EvalRecord(

@@ -149,8 +149,7 @@ def _train(
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     folder, identity = Path(config.train.output_dir), _identity(config, train_data)
-    begun = on_main(lambda: can_resume(folder, identity, resume=config.train.resume == "auto"))
-    on_main(lambda: stack.enter_context(owned(folder)))
+    begun = on_main(lambda: _enter(folder, identity, stack, resume=config.train.resume == "auto"))
     checkpoint = on_main(lambda: newest_checkpoint(folder, _warning(console)) if begun else None)
     trainer = _trainer(config, _model(config, checkpoint), train_data, validation)
     on_main(lambda: check_free_space(folder, _bytes_needed(config.train, trainer.model, checkpoint)))
@@ -162,6 +161,13 @@ def _train(
     on_main(lambda: claim(folder, identity, config.data.folder))
     built_in = _built_in(config.train, trainer, console) if world().is_main else []
     return trainer.fit([*built_in, *loggers, *callbacks])
+
+
+def _enter(folder: Path, identity: dict[str, Any], stack: contextlib.ExitStack, *, resume: bool) -> bool:
+    """Own the folder from here on; whether a run is to be gone on with there."""
+    can_resume(folder, identity, resume=resume)  # a folder that is refused is not touched
+    stack.enter_context(owned(folder))
+    return can_resume(folder, identity, resume=resume)  # another process may have begun in between
 
 
 def _warning(console: Console | None) -> Callable[[str], None]:
