@@ -92,7 +92,7 @@ def test_bad_names_settings_and_repeated_names_are_refused(tmp_path):
         QueuedRun("../elsewhere", {})
     with pytest.raises(ValueError, match="settings"):
         QueuedRun("a", {"sizes": (1, 2)})
-    with pytest.raises(ValueError, match="runs must be names that differ"):
+    with pytest.raises(ValueError, match="runs must be names that differ, got"):
         work_off([RUNS[0], RUNS[0]], square, tmp_path)
 
 

@@ -1,7 +1,6 @@
 """``helmholtz forecast``."""
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from helmholtz._checks import check, check_choice, check_integer, check_positive
-from helmholtz._files import write_atomically
+from helmholtz._checks import check, check_positive
 from helmholtz.cli.arguments import make_parser, parse
+from helmholtz.cli.queues import (
+    add_shard,
+    add_threads,
+    announced,
+    check_options,
+    run_action,
+    spread_text,
+    write_summary,
+)
 from helmholtz.data.series import Series, airport_weather, metro_traffic, read_series
 from helmholtz.studies.forecast_report import (
     PUBLISHED,
@@ -35,11 +42,6 @@ PACKAGED = {"weather": airport_weather, "traffic": metro_traffic}
 TRAINED = [name for name, recipe in RECIPES.items() if recipe is not None]
 
 
-def usage() -> str:
-    actions = [f"  {name:<8}{text}" for name, text in ACTIONS.items()]
-    return "\n".join(["usage: helmholtz forecast <action> [options]", "", *actions])
-
-
 def options(action: str, arguments: list[str]) -> dict[str, Any]:
     """Values of the command line. Raises: ValueError naming the option that is wrong."""
     parser = make_parser(f"forecast {action}", ACTIONS[action])
@@ -57,18 +59,12 @@ def options(action: str, arguments: list[str]) -> dict[str, Any]:
     parser.add_argument("--output", type=str, default=f"results/forecast/{action}".replace("report", "run"),
                         help="folder of the results")  # fmt: skip
     if action != "report":
-        parser.add_argument(
-            "--shard", type=str, default="0/1", help="share of this machine: 0/4 is a quarter"
-        )
-        parser.add_argument(
-            "--threads", type=int, default=1, help="CPU threads; results hang on their number"
-        )
+        add_shard(parser)
+        add_threads(parser)
     values = parse(parser, arguments)
-    check_integer("threads", values.get("threads", 1))
     for lr in values.get("lrs", []):
         check_positive("lrs", lr)
-    for name in ("data", "models", "horizons", "seeds"):
-        check(len(set(values[name])) == len(values[name]), name, values[name], "without repetition")
+    check_options(values, "data", "models", "horizons", "seeds")
     return values
 
 
@@ -109,7 +105,7 @@ def error_table(rows: Sequence[dict[str, Any]], data: str) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         by_horizon = [row["mse_by_horizon"].get(str(horizon)) for horizon in horizons]
-        cells = [_number(found) for found in (row["mse"], row["mae"], *by_horizon)]
+        cells = [spread_text(found) for found in (row["mse"], row["mae"], *by_horizon)]
         table.add_row(row["model"], *cells, str(len(row["seeds"])))
     for name, mse in PUBLISHED.get(data, {}).items():
         table.add_row(f"published: {name}", f"{mse:.3f}")
@@ -126,19 +122,12 @@ def pilot_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _number(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return "-"
-    deviation = "" if found["deviation"] is None else f" ± {found['deviation']:.4f}"
-    return f"{found['mean']:.4f}{deviation}"
-
-
 def report_pilot(runs: Sequence[QueuedRun], folder: Path, console: Console) -> None:
     done, missing = split_finished(folder, runs)
     if done:
         rows = pilot_summary(done)
         console.print(pilot_table(rows))
-        _write_summary(folder, rows, runs, missing, console)
+        write_summary(folder, rows, runs, missing, console)
 
 
 def report_test(runs: Sequence[QueuedRun], series: Sequence[Series], folder: Path, console: Console) -> None:
@@ -147,7 +136,7 @@ def report_test(runs: Sequence[QueuedRun], series: Sequence[Series], folder: Pat
     rows = summary(done)
     for data in values_of(done, "data"):
         console.print(error_table(rows, data))
-    _write_summary(folder, rows, runs, missing, console)
+    write_summary(folder, rows, runs, missing, console)
     plot_horizons(rows, folder / "horizons.png")
     for one in series:
         own = of(done, data=one.name)
@@ -157,41 +146,20 @@ def report_test(runs: Sequence[QueuedRun], series: Sequence[Series], folder: Pat
     console.print(f"wrote pictures into {folder}", markup=False)
 
 
-def _write_summary(
-    folder: Path,
-    rows: Sequence[dict[str, Any]],
-    runs: Sequence[QueuedRun],
-    missing: Sequence[QueuedRun],
-    console: Console,
-) -> None:
-    content = {"rows": rows, "runs": len(runs), "missing": [run.name for run in missing]}
-    write_atomically(folder / "summary.json", json.dumps(content, indent=1) + "\n")
-    console.print(
-        f"{len(missing)} of {len(runs)} runs are missing; wrote {folder / 'summary.json'}", markup=False
-    )
-
-
-def run(arguments: list[str], console: Console) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        console.print(usage(), markup=False)
-        return 0 if arguments else 2
-    action, *rest = arguments
-    check_choice("action", action, ACTIONS)
-    values = options(action, rest)
+def act(action: str, arguments: list[str], console: Console) -> None:
+    values = options(action, arguments)
     folder = Path(values["output"])
     series = load(values["data"])
     runs = runs_of(action, values, series)
     if action != "report":
         torch.set_num_threads(values["threads"])
         compute = functools.partial(compute_forecast, series={one.name: one for one in series})
-        work_off(
-            shard(runs, values["shard"]),
-            compute,
-            folder,
-            report=lambda run, event: console.print(f"{run.name}: {event}", markup=False),
-        )
+        work_off(shard(runs, values["shard"]), compute, folder, report=announced(console))
     if action == "pilot":
         report_pilot(runs, folder, console)
     if action == "report":
         report_test(runs, series, folder, console)
-    return 0
+
+
+def run(arguments: list[str], console: Console) -> int:
+    return run_action("forecast", ACTIONS, act, arguments, console)

@@ -13,6 +13,7 @@ from rich.table import Table
 from helmholtz._checks import check_integer
 from helmholtz._files import write_atomically
 from helmholtz.cli.arguments import make_parser, parse
+from helmholtz.cli.queues import add_shard, add_threads, announced, check_options
 from helmholtz.studies.language import (
     CORPORA,
     TOKENIZERS,
@@ -71,13 +72,13 @@ def options(arguments: list[str]) -> dict[str, Any]:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights and data order")
     parser.add_argument("--steps", type=int, default=study.steps, help="optimizer steps of a run")
-    parser.add_argument("--shard", type=str, default="0/1", help="share of this machine: 0/4 is a quarter")
+    add_shard(parser)
     parser.add_argument("--data", type=str, default="data/language", help="folder of the prepared texts")
     parser.add_argument("--output", type=str, default="results/language", help="folder of the results")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; more help these models little")
+    add_threads(parser)
     values = parse(parser, arguments)
-    for name in ("steps", "threads"):
-        check_integer(name, values[name])
+    check_integer("steps", values["steps"])
+    check_options(values, "corpora", "tokenizers", "models", "seeds")
     return values
 
 
@@ -95,7 +96,7 @@ def run(arguments: list[str], console: Console) -> int:
         mine,
         partial(compute_language, data=data, folder=folder),
         folder,
-        report=lambda run, event: console.print(f"{run.name}: {event}", markup=False),
+        report=announced(console),
     )
     done, missing = split_finished(folder, runs)
     console.print(result_table(done))

@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from helmholtz._checks import check, check_choice, check_integer
+from helmholtz._checks import check, check_choice
 from helmholtz._files import write_atomically
 from helmholtz.cli.arguments import make_parser, parse
+from helmholtz.cli.queues import add_shard, add_threads, check_options, run_action
 from helmholtz.studies.mad_plots import plot_accuracy, plot_curves
 from helmholtz.studies.mad_report import markdown, report_content, rows_of, table_lines
 from helmholtz.studies.mad_runs import PROFILES, MadRun, chosen_rates
@@ -26,13 +27,6 @@ ACTIONS = {
 RATES = "learning_rates.json"
 
 
-def usage() -> str:
-    return "\n".join(
-        ["usage: helmholtz mad <action> [options]", ""]
-        + [f"  {name:<8}{text}" for name, text in ACTIONS.items()]
-    )
-
-
 def options(action: str, arguments: list[str]) -> dict[str, Any]:
     """Values of the command line. Raises: ValueError naming the option that is wrong."""
     parser = make_parser(f"mad {action}", ACTIONS[action])
@@ -43,19 +37,15 @@ def options(action: str, arguments: list[str]) -> dict[str, Any]:
         parser.add_argument("--seeds", type=int, nargs="+", default=[], help="default: those of the profile")
     if action != "report":
         parser.add_argument("--tasks", type=str, nargs="+", default=[], help="default: all six")
-        parser.add_argument(
-            "--shard", type=str, default="0/1", help="share of this machine: 0/4 is a quarter"
-        )
-        parser.add_argument(
-            "--threads", type=int, default=1, help="CPU threads; more help these models little"
-        )
+        add_shard(parser)
+        add_threads(parser)
     parser.add_argument(
         "--output", type=str, default="results/mad", help="folder; each profile has one in it"
     )
     defaults = {"profile": "pilot", "models": [], "seeds": [], "tasks": [], "threads": 1}
     values = defaults | parse(parser, arguments)
     check_choice("profile", values["profile"], PROFILES)
-    check_integer("threads", values["threads"])
+    check_options(values, "models", "seeds", "tasks")
     return values
 
 
@@ -140,23 +130,21 @@ def _table(lines: Sequence[Sequence[str]]) -> Table:
     return table
 
 
-def run(arguments: list[str], console: Console) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        console.print(usage(), markup=False)
-        return 0 if arguments else 2
-    action, *rest = arguments
-    check_choice("action", action, ACTIONS)
-    values = options(action, rest)
+def act(action: str, arguments: list[str], console: Console) -> None:
+    values = options(action, arguments)
     torch.set_num_threads(values["threads"])
     output = Path(values["output"])
     folder = output / values["profile"]
     if action == "report":
         write_report(values, folder, console)
-        return 0
+        return
     runs = runs_of(values)
     computed = work(runs, values["shard"], folder, console)
     console.print(f"{computed} of {len(runs)} runs computed; results in {folder}", markup=False)
     if action == "pilot":
         every = runs_of(values | {"tasks": []})
         write_rates(every, folder, output / RATES, console)
-    return 0
+
+
+def run(arguments: list[str], console: Console) -> int:
+    return run_action("mad", ACTIONS, act, arguments, console)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from helmholtz._checks import check_integer
 from helmholtz.cli.arguments import make_parser, parse
+from helmholtz.cli.queues import add_threads, announced, check_options
 from helmholtz.studies.queue import FinishedRun, Spread, split_finished, spread, work_off
 from helmholtz.studies.selection import SelectionStudy, compute, queue
 from helmholtz.studies.selection_plots import by_reader, of_part, plot_gaps, plot_reads
@@ -94,10 +95,10 @@ def options(arguments: list[str]) -> dict[str, Any]:
         "--steps", type=int, default=SelectionStudy().steps, help="optimizer steps of a layer"
     )
     parser.add_argument("--output", type=str, default="results/selection", help="folder of the results")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; more help these layers little")
+    add_threads(parser)
     values = parse(parser, arguments)
-    for name in ("steps", "threads"):
-        check_integer(name, values[name])
+    check_integer("steps", values["steps"])
+    check_options(values, "seeds")
     for seed in values["seeds"]:
         check_integer("seeds", seed, minimum=0)
     return values
@@ -107,12 +108,7 @@ def run(arguments: list[str], console: Console) -> int:
     values = options(arguments)
     torch.set_num_threads(values["threads"])
     runs, folder = queue(SelectionStudy(steps=values["steps"]), values["seeds"]), Path(values["output"])
-    work_off(
-        runs,
-        compute,
-        folder,
-        report=lambda run, event: console.print(f"{run.name}: {event}", markup=False),
-    )
+    work_off(runs, compute, folder, report=announced(console))
     done, missing = split_finished(folder, runs)
     if missing:
         console.print(f"{len(missing)} runs are in work elsewhere; call again for tables and pictures")

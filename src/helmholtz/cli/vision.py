@@ -1,7 +1,6 @@
 """``helmholtz vision``."""
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from helmholtz._checks import check, check_choice, check_integer, check_positive
-from helmholtz._files import write_atomically
+from helmholtz._checks import check, check_positive
 from helmholtz.cli.arguments import make_parser, parse
+from helmholtz.cli.queues import (
+    add_shard,
+    add_threads,
+    announced,
+    check_options,
+    run_action,
+    spread_text,
+    write_summary,
+)
 from helmholtz.data.images import ImageSplits, digits, fashion_mnist, idx_images
 from helmholtz.studies.queue import QueuedRun, shard, split_finished, work_off
 from helmholtz.studies.vision import LEARNING_RATES, compute_vision, vision_runs
@@ -24,11 +31,6 @@ ACTIONS = {
     "report": "Table and pictures of the runs that are finished.",
 }
 NAMED = {"digits": digits, "fashion-mnist": fashion_mnist}
-
-
-def usage() -> str:
-    actions = [f"  {name:<8}{text}" for name, text in ACTIONS.items()]
-    return "\n".join(["usage: helmholtz vision <action> [options]", "", *actions])
 
 
 def options(action: str, arguments: list[str]) -> dict[str, Any]:
@@ -46,18 +48,12 @@ def options(action: str, arguments: list[str]) -> dict[str, Any]:
     parser.add_argument("--output", type=str, default=f"results/vision/{action}".replace("report", "run"),
                         help="folder of the results")  # fmt: skip
     if action != "report":
-        parser.add_argument(
-            "--shard", type=str, default="0/1", help="share of this machine: 0/4 is a quarter"
-        )
-        parser.add_argument(
-            "--threads", type=int, default=1, help="CPU threads; results hang on their number"
-        )
+        add_shard(parser)
+        add_threads(parser)
     values = parse(parser, arguments)
-    check_integer("threads", values.get("threads", 1))
     for lr in values.get("lrs", []):
         check_positive("lrs", lr)
-    for name in ("data", "models", "seeds"):
-        check(len(set(values[name])) == len(values[name]), name, values[name], "without repetition")
+    check_options(values, "data", "models", "seeds")
     return values
 
 
@@ -78,7 +74,7 @@ def result_table(rows: Sequence[dict[str, Any]]) -> Table:
     for column in ("parameters", "test accuracy", "test loss", "seeds"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        spreads = [_number(row[name]) for name in ("test_accuracy", "test_loss")]
+        spreads = [spread_text(row[name]) for name in ("test_accuracy", "test_loss")]
         table.add_row(row["data"], row["model"], f"{row['parameters']:,}", *spreads, str(len(row["seeds"])))
     return table
 
@@ -94,35 +90,21 @@ def pilot_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _number(found: dict[str, Any]) -> str:
-    deviation = "" if found["deviation"] is None else f" ± {found['deviation']:.4f}"
-    return f"{found['mean']:.4f}{deviation}"
-
-
 def report(action: str, runs: Sequence[QueuedRun], folder: Path, console: Console) -> None:
     """Table, ``summary.json`` and, of measurements on test images, pictures."""
     done, missing = split_finished(folder, runs)
     check(bool(done), "output", str(folder), "a folder of results; helmholtz vision run makes them")
     rows = pilot_summary(done) if action == "pilot" else summary(done)
     console.print(pilot_table(rows) if action == "pilot" else result_table(rows))
-    content = {"rows": rows, "runs": len(runs), "missing": [run.name for run in missing]}
-    write_atomically(folder / "summary.json", json.dumps(content, indent=1) + "\n")
+    write_summary(folder, rows, runs, missing, console)
     if action == "report":
         for data in data_names(done):
             plot_learning(done, data, folder / f"{data}-learning.png")
             plot_confusion(done, data, folder / f"{data}-confusion.png")
-    console.print(
-        f"{len(missing)} of {len(runs)} runs are missing; wrote {folder / 'summary.json'}", markup=False
-    )
 
 
-def run(arguments: list[str], console: Console) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        console.print(usage(), markup=False)
-        return 0 if arguments else 2
-    action, *rest = arguments
-    check_choice("action", action, ACTIONS)
-    values = options(action, rest)
+def act(action: str, arguments: list[str], console: Console) -> None:
+    values = options(action, arguments)
     folder, data = Path(values["output"]), load(values["data"])
     runs = vision_runs(
         data,
@@ -133,12 +115,11 @@ def run(arguments: list[str], console: Console) -> int:
     )
     if action != "report":
         torch.set_num_threads(values["threads"])
-        work_off(
-            shard(runs, values["shard"]),
-            functools.partial(compute_vision, data={one.name: one for one in data}),
-            folder,
-            report=lambda queued, event: console.print(f"{queued.name}: {event}", markup=False),
-        )
+        compute = functools.partial(compute_vision, data={one.name: one for one in data})
+        work_off(shard(runs, values["shard"]), compute, folder, report=announced(console))
     if action != "run":
         report(action, runs, folder, console)
-    return 0
+
+
+def run(arguments: list[str], console: Console) -> int:
+    return run_action("vision", ACTIONS, act, arguments, console)

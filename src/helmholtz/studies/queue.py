@@ -106,7 +106,8 @@ def work_off(
     Raises: ValueError for two runs of one name, a result that is not finite JSON, or a file of other settings.
     """
     names = [run.name for run in runs]
-    check(len(set(names)) == len(names), "runs", names, "names that differ")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    check(not twice, "runs", twice, "names that differ")
     computed = 0
     for run in runs:
         with _claimed(folder, run) as free:

@@ -1,0 +1,74 @@
+"""What the commands of the studies share: actions, options of a queue, and what they say of one."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from helmholtz._checks import check, check_choice, check_integer
+from helmholtz._files import write_atomically
+from helmholtz.cli.arguments import Parser
+from helmholtz.studies.queue import QueuedRun
+
+
+def run_action(
+    command: str,
+    actions: Mapping[str, str],
+    run: Callable[[str, list[str], Console], None],
+    arguments: list[str],
+    console: Console,
+) -> int:
+    """Run the action that comes first, or list them. Returns: the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        lines = [f"  {name:<8}{text}" for name, text in actions.items()]
+        console.print("\n".join([f"usage: helmholtz {command} <action> [options]", "", *lines]), markup=False)
+        return 0 if arguments else 2
+    action, *rest = arguments
+    check_choice("action", action, actions)
+    run(action, rest, console)
+    return 0
+
+
+def add_shard(parser: Parser) -> None:
+    parser.add_argument("--shard", type=str, default="0/1", help="share of this machine: 0/4 is a quarter")
+
+
+def add_threads(parser: Parser) -> None:
+    help = "CPU threads; more help these small models little, and results depend on their number"
+    parser.add_argument("--threads", type=int, default=1, help=help)
+
+
+def check_options(values: Mapping[str, Any], *lists: str) -> None:
+    """Raises: ValueError if ``threads`` is no count or one of ``lists`` names a thing twice."""
+    check_integer("threads", values.get("threads", 1))
+    for name in lists:
+        check(len(set(values[name])) == len(values[name]), name, values[name], "without repetition")
+
+
+def announced(console: Console) -> Callable[[QueuedRun, str], None]:
+    """Tells what becomes of each run."""
+    return lambda run, event: console.print(f"{run.name}: {event}", markup=False)
+
+
+def spread_text(found: Mapping[str, Any] | None) -> str:
+    """Mean and deviation over seeds, as summaries hold them."""
+    if found is None:
+        return "-"
+    deviation = "" if found["deviation"] is None else f" ± {found['deviation']:.4f}"
+    return f"{found['mean']:.4f}{deviation}"
+
+
+def write_summary(
+    folder: Path,
+    rows: Sequence[Mapping[str, Any]],
+    runs: Sequence[QueuedRun],
+    missing: Sequence[QueuedRun],
+    console: Console,
+) -> None:
+    """``summary.json``: the rows of the table, and which of the runs are missing."""
+    file = folder / "summary.json"
+    content = {"rows": rows, "runs": len(runs), "missing": [run.name for run in missing]}
+    write_atomically(file, json.dumps(content, indent=1) + "\n")
+    console.print(f"{len(missing)} of {len(runs)} runs are missing; wrote {file}", markup=False)
