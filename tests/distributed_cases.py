@@ -133,12 +133,23 @@ def assert_equal_runs(one, two):
         assert torch.equal(tensor, second[name]), name
 
 
+def python_path():
+    """These helpers, before what the tests themselves were given: mutants of the package come that way."""
+    return os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def torchrun_command(arguments, *, size, options, **environment):
+    """The command that starts ``size`` processes on this machine, and its environment."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}"]
+    command += ["--rdzv-backend=c10d", *options, *map(str, arguments)]
+    return command, os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"} | environment
+
+
 def torchrun(arguments, *, size=2, timeout=800, options=(), **environment):
     """Start ``size`` processes on this machine; the completed launcher with what it printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *options, *map(str, arguments)]
-    settings = {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(command, env=os.environ | settings, timeout=timeout, capture_output=True, text=True)
+    options = ["--rdzv-endpoint=localhost:0", *options]
+    command, environment = torchrun_command(arguments, size=size, options=options, **environment)
+    return subprocess.run(command, env=environment, timeout=timeout, capture_output=True, text=True)
 
 
 def run_cases(folder, data, cases, *, size=2):

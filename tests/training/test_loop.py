@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from distributed_cases import python_path
 from helmholtz.data.tokens import TokenDataset
 from helmholtz.evals.runs import Run
 from helmholtz.models.checkpoint import load_checkpoint
@@ -131,7 +132,7 @@ PROGRAM = """
 
 
 def run_and_kill(data, output, step, number):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable,
         "-c",
