@@ -58,7 +58,7 @@ test: $(STAMP)  ## import contracts, then all tests: with shape checks, then the
 	$(ONE_THREAD) $(BIN)/pytest -n 2 -m "not compile and not fuzz and not gpu and not learn" --durations=15
 	$(ONE_THREAD) SHAPE_CHECKS=0 $(BIN)/pytest -n 2 -m "compile or fuzz" --durations=5
 
-learn: $(STAMP)  ## train 18 small models on the synthetic law, check what their plans hold, print the table (15 minutes)
+learn: $(STAMP)  ## train what the tests only touch: the learning tables, long runs of two processes (about an hour)
 	$(ONE_THREAD) $(BIN)/pytest -n 2 -m learn
 
 quality: $(STAMP) docs  ## lint, format, types, import contracts, spelling, documentation
