@@ -6,7 +6,7 @@ rounding is as good as another seed. So a single seed is asked for the direction
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from helmholtz.data.plan_letters import LetterLaw, vanilla_floor
 from helmholtz.evals.plan_letters import LetterResult, kappa_label, measure_letters
@@ -79,21 +79,27 @@ def check_cell(kappa: float | None, result: LetterResult) -> None:
         assert shared.spread < 0.5 * UNIFORM_SPREAD  # 0.34 to 0.41
         assert shared.noise_repetition < 0.2  # 0.09 to 0.12
         assert independent.valid > 0.5  # 0.90 to 0.92
-    elif kappa == 1:
-        assert gain > 0.05  # 0.15 to 0.20
-        assert shared.spread < 0.4 * UNIFORM_SPREAD  # 0.16 to 0.22
     else:
-        assert kappa == 4
-        assert gain > 0.1  # 0.279 to 0.285; more than the place is worth
-        assert b.prior_cross_entropy - b.posterior_cross_entropy > 1  # 3.3 to 3.8; at one bit 0.56 to 0.76
-        assert shared.noise_repetition > 0.1  # 0.69 to 0.79
-        assert independent.valid < 0.8  # 0.13 to 0.60
+        assert kappa in (1, 4)
+        assert gain > 0.05  # 0.15 to 0.20 and 0.279 to 0.285
+        if kappa == 1:
+            assert shared.spread < 0.4 * UNIFORM_SPREAD  # 0.16 to 0.22
 
 
 def check_most(kappa: float | None, results: Sequence[LetterResult]) -> None:
-    """Of three seeds the median: with one bit per token, or four, a plan holds the noise too."""
+    """Of three seeds the median: with one bit per token, or four, a plan holds the noise too.
+
+    With four it is the text, and plans of the prior, which the decoder has hardly met, give worse text.
+    """
     assert len(results) == 3
-    if kappa is not None and kappa >= 1:
-        gains = [result.bounds.law - result.bounds.posterior_cross_entropy for result in results]
-        assert statistics.median(gains) > 0.126  # a cross-entropy of 0.2; 0.18 and 0.28
-        assert statistics.median(result.shared.noise_repetition for result in results) > 0.2  # 0.42 and 0.71
+    if kappa is None or kappa < 1:
+        return
+
+    def median(value: Callable[[LetterResult], float]) -> float:
+        return statistics.median(map(value, results))
+
+    assert median(lambda r: r.bounds.law - r.bounds.posterior_cross_entropy) > 0.126  # 0.18 and 0.28
+    assert median(lambda r: r.shared.noise_repetition) > 0.2  # 0.42 and 0.71
+    if kappa == 4:
+        assert median(lambda r: r.bounds.prior_cross_entropy - r.bounds.posterior_cross_entropy) > 1  # 3.5
+        assert median(lambda r: r.independent.valid) < 0.8  # 0.17
