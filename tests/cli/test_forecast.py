@@ -44,7 +44,7 @@ def test_runs_and_report_from_the_shell(capsys, tmp_path, file):
     assert (summary["runs"], summary["missing"]) == (8, [])
     rows = {row["model"]: row for row in summary["rows"]}
     assert rows["naive"]["mse"]["n"] == 2 and rows["naive"]["mse"]["deviation"] == 0
-    assert f"{rows['dlinear']['mse']['mean']:.4f}" in out
+    assert f"{rows['dlinear']['mse']['mean']:.3f} ± " in out
     for name in ("horizons.png", "mine.png"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000
     for result in (tmp_path / "out").rglob("*.json"):

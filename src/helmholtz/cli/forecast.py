@@ -95,18 +95,16 @@ def error_table(rows: Sequence[dict[str, Any]], data: str) -> Table:
     """Test errors of the models on one series, and what was published of it."""
     rows = [row for row in rows if row["data"] == data]
     horizons = rows[0]["horizons"]
-    table = Table(
-        title=f"{data}: test errors, mean over horizons (mean over seeds ± deviation)",
-        box=None,
-        padding=(0, 1, 0, 0),
-    )
+    title = f"{data}: test errors, mean over horizons (± deviation over seeds); MSE by horizon"
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True)
-    for column in ("MSE", "MAE", *(f"MSE {h}" for h in horizons), "seeds"):
+    for column in ("MSE", "MAE", *map(str, horizons), "seeds"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         by_horizon = [row["mse_by_horizon"].get(str(horizon)) for horizon in horizons]
-        cells = [spread_text(found) for found in (row["mse"], row["mae"], *by_horizon)]
-        table.add_row(row["model"], *cells, str(len(row["seeds"])))
+        cells = [spread_text(found, digits=3) for found in (row["mse"], row["mae"])]
+        means = ["-" if found is None else f"{found['mean']:.3f}" for found in by_horizon]
+        table.add_row(row["model"], *cells, *means, str(len(row["seeds"])))
     for name, mse in PUBLISHED.get(data, {}).items():
         table.add_row(f"published: {name}", f"{mse:.3f}")
     return table

@@ -52,12 +52,12 @@ def announced(console: Console) -> Callable[[QueuedRun, str], None]:
     return lambda run, event: console.print(f"{run.name}: {event}", markup=False)
 
 
-def spread_text(found: Mapping[str, Any] | None) -> str:
+def spread_text(found: Mapping[str, Any] | None, digits: int = 4) -> str:
     """Mean and deviation over seeds, as summaries hold them."""
     if found is None:
         return "-"
-    deviation = "" if found["deviation"] is None else f" ± {found['deviation']:.4f}"
-    return f"{found['mean']:.4f}{deviation}"
+    deviation = "" if found["deviation"] is None else f" ± {found['deviation']:.{digits}f}"
+    return f"{found['mean']:.{digits}f}{deviation}"
 
 
 def write_summary(
