@@ -165,6 +165,28 @@ def test_mad_tables_say_what_is_missing_of_the_grid(tmp_path, monkeypatch):
     assert check_page(render([section], [tmp_path]), tmp_path) >= 2
 
 
+def test_mad_stands_beside_what_the_papers_report(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "mad" / "quick"
+    queue(folder, a=mad_run("compression", "attention", 0, 0.5))
+    pair = {
+        "task": "compression",
+        "first": "attention",
+        "second": "fem_gla",
+        "published": 8.75,
+        "ours": -1.25,
+    }
+    published = [{"source": "A 2026", "label": "FEM", "tasks": [1.5, 2.5, 3.5, 4.5, 5.5, 6.5]}]
+    content = {"published": published, "comparisons": [pair | {"verdict": "differs"}]}
+    (folder / "report.json").write_text(json.dumps(content))
+    section = next(s for s in build_sections([tmp_path]) if s.anchor == "mad")
+    _, theirs, differences = section.tables
+    assert [cell.text for cell in theirs.rows[0]] == ["FEM, A 2026", "1.5", "2.5", "3.5", "4.5", "5.5", "6.5"]
+    shown = ["attention to fem gla, compression", "+8.8", "-1.2", "differs"]
+    assert [cell.text for cell in differences.rows[0]] == shown
+    assert check_page(render([section], [tmp_path]), tmp_path) >= 8
+
+
 def test_forecasts_and_images_are_read_from_their_queues(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 

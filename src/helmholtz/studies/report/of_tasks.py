@@ -7,7 +7,7 @@ from helmholtz.studies.forecasting import HORIZONS, RECIPES
 from helmholtz.studies.mad_models import MODELS
 from helmholtz.studies.mad_runs import PROFILES
 from helmholtz.studies.report.charts import Curve, dot_chart, line_chart
-from helmholtz.studies.report.nodes import Cell, Node, grouped, label, number, ordered
+from helmholtz.studies.report.nodes import Cell, Node, grouped, label, number, ordered, read_node
 from helmholtz.studies.report.section import (
     Figure,
     Section,
@@ -62,7 +62,41 @@ def mad(folders: Sequence[Path]) -> Section:
     )
     figures = tuple(_task_figure(task, nodes) for task in tasks if any(_scored(node, task) for node in nodes))
     provenance = queue_provenance(folder, nodes)
-    return Section("mad", MAD, MAD_ASKED, MAD_COMMAND, (table,), figures, provenance, missing)
+    tables = (table, *_beside_published(folder / "report.json", list(profile.settings)))
+    return Section("mad", MAD, MAD_ASKED, MAD_COMMAND, tables, figures, provenance, missing)
+
+
+def _beside_published(file: Path, tasks: Sequence[str]) -> tuple[Table, ...]:
+    """What ``helmholtz mad report`` has written of the papers, if it has been called."""
+    if not file.exists():
+        return ()
+    report = read_node(file)
+    published = [
+        (
+            label(f"{row['label'].value}, {row['source'].value}"),
+            *(number(score, ".1f") for score in row["tasks"]),
+        )
+        for row in report["published"]
+    ]
+    differences = [
+        (
+            label(f"{_spoken(pair['first'])} to {_spoken(pair['second'])}, {_spoken(pair['task'])}"),
+            number(pair["published"], "+.1f"),
+            number(pair["ours"], "+.1f"),
+            label(pair["verdict"].value),
+        )
+        for pair in report["comparisons"]
+    ]
+    columns = ("model", *(task.replace("-", " ") for task in tasks))
+    titles = ("from, to, task", "published", "ours", "verdict")
+    return (
+        Table("Published, per cent; theirs are of harder settings too", columns, tuple(published)),
+        Table("Differences that a paper reports too, points", titles, tuple(differences)),
+    )
+
+
+def _spoken(node: Node) -> str:
+    return str(node.value).replace("_", " ").replace("-", " ")
 
 
 def by_model(nodes: Sequence[Node]) -> dict[str, list[Node]]:
