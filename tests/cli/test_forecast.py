@@ -63,9 +63,9 @@ def test_published_numbers_stand_beside_those_of_ett(capsys, tmp_path, file):
     assert call(capsys, "run", *common)[0] == 0
     _, out, _ = call(capsys, "report", *common)
     for line in (
-        "published: FEM, softmax  0.419",
-        "published: PatchTST  0.413",
-        "published: iTransformer  0.454",
+        "paper: FEM, softmax  0.419",
+        "paper: PatchTST  0.413",
+        "paper: iTransformer  0.454",
     ):
         assert " ".join(line.split()) in " ".join(out.split())
 

@@ -106,7 +106,7 @@ def error_table(rows: Sequence[dict[str, Any]], data: str) -> Table:
         means = ["-" if found is None else f"{found['mean']:.3f}" for found in by_horizon]
         table.add_row(row["model"], *cells, *means, str(len(row["seeds"])))
     for name, mse in PUBLISHED.get(data, {}).items():
-        table.add_row(f"published: {name}", f"{mse:.3f}")
+        table.add_row(f"paper: {name}", f"{mse:.3f}")
     return table
 
 
