@@ -8,7 +8,7 @@ rounding is as good as another seed. So a single seed is asked for the direction
 import statistics
 from collections.abc import Callable, Sequence
 
-from helmholtz.data.plan_letters import LetterLaw, vanilla_floor
+from helmholtz.data.plan_letters import LetterLaw, noise_floor, vanilla_floor
 from helmholtz.evals.plan_letters import LetterResult, kappa_label, measure_letters
 from helmholtz.training.plan_letters import PROFILES, train_on_letters
 
@@ -17,6 +17,8 @@ PROFILE = "ci"
 LAW = PROFILES[PROFILE].law
 UNIFORM_SPREAD = LAW.n_starts / 4
 """Median absolute deviation of a uniform start."""
+PLACE = vanilla_floor(LAW) - noise_floor(LAW)
+"""What knowing the run's start is worth, 0.0997 nats per token: a plan that gains more holds noise too."""
 
 
 def run_cell(kappa: float | None, seed: int) -> LetterResult:
@@ -74,14 +76,14 @@ def check_cell(kappa: float | None, result: LetterResult) -> None:
         assert shared.noise_repetition < 0.05  # 0.00 to 0.01
         assert independent.valid > 0.85  # 0.92 to 0.95
     elif kappa == 1 / 4:
-        assert gain > 0.02  # 0.064 to 0.067; the place is worth 0.0997
+        assert gain > 0.02  # 0.064 to 0.067
         assert b.kl_bits > 0.18  # 0.248 to 0.249
         assert shared.spread < 0.5 * UNIFORM_SPREAD  # 0.34 to 0.41
         assert shared.noise_repetition < 0.2  # 0.09 to 0.12
         assert independent.valid > 0.5  # 0.90 to 0.92
     else:
         assert kappa in (1, 4)
-        assert gain > 0.05  # 0.15 to 0.20 and 0.279 to 0.285
+        assert gain > PLACE / 2  # 0.15 to 0.20 and 0.279 to 0.285
         if kappa == 1:
             assert shared.spread < 0.4 * UNIFORM_SPREAD  # 0.16 to 0.22
 
@@ -98,8 +100,8 @@ def check_most(kappa: float | None, results: Sequence[LetterResult]) -> None:
     def median(value: Callable[[LetterResult], float]) -> float:
         return statistics.median(map(value, results))
 
-    assert median(lambda r: r.bounds.law - r.bounds.posterior_cross_entropy) > 0.126  # 0.18 and 0.28
-    assert median(lambda r: r.shared.noise_repetition) > 0.2  # 0.42 and 0.71
+    assert median(lambda r: r.bounds.law - r.bounds.posterior_cross_entropy) > PLACE  # 0.18 and 0.28
+    assert median(lambda r: r.shared.noise_repetition) > 0.1  # 0.42 and 0.71
     if kappa == 4:
         assert median(lambda r: r.bounds.prior_cross_entropy - r.bounds.posterior_cross_entropy) > 1  # 3.5
         assert median(lambda r: r.independent.valid) < 0.8  # 0.17
