@@ -218,7 +218,7 @@ def _processor(done: FinishedRun) -> str:
 
 def table_lines(rows: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
     """Head, our rows and the published ones, in per cent: model, parameters, tasks, average."""
-    lines = [["model", "parameters", *(SHORT[task] for task in columns), "average"]]
+    lines = [["model", "parameters", *(SHORT[task] for task in columns), "mean"]]
     for row in rows:
         cells = [cell_text(row.tasks[task]) for task in columns]
         parameters = "-" if row.parameters is None else f"{row.parameters / 1000:.0f} k"
