@@ -19,7 +19,7 @@ from helmholtz.training.diagnosis import NonFiniteError
 from helmholtz.training.distributed import gather_text, process_group, world
 from helmholtz.training.run import train
 
-PLACES = ("parameter", "output", "gradient")
+PLACES = ("parameter", "output", "gradient", "evaluation")
 
 
 class Poison(Callback):
@@ -39,8 +39,10 @@ class Poison(Callback):
                 model.blocks[0].mlp.down_proj.weight.to_local()[0, 0] = math.nan
         elif self.place == "output":
             model.blocks[1].register_forward_hook(lambda module, inputs, output: output * math.nan)
-        else:
+        elif self.place == "gradient":
             model.blocks[1].register_forward_hook(spoil_gradient)
+        else:
+            model.blocks[1].register_forward_hook(spoil_evaluation)
 
 
 def spoil_gradient(module, inputs, output):
@@ -49,10 +51,14 @@ def spoil_gradient(module, inputs, output):
     return output
 
 
+def spoil_evaluation(module, inputs, output):
+    return output if module.training else output * math.nan
+
+
 def main(data_folder: str, output: str) -> None:
     data = DataConfig(folder=data_folder, tokenizer="bytes", validation_fraction=0.1)
     sharded = {"strategy": "fsdp", "timeout_seconds": 30}
-    settings = {"steps": 6, "max_skipped": 1, "eval_every": 6, "save_every": 2}
+    settings = {"steps": 6, "max_skipped": 1, "eval_every": 3, "save_every": 2}
     with process_group("cpu", 30):
         for place in PLACES:
             folder = Path(output) / place

@@ -292,15 +292,15 @@ class Trainer:
         return total / self.n_validation_windows
 
     def _finite_validation_loss(self) -> float:
-        """``validation_loss``, or NonFiniteError with the first bad tensor."""
+        """``validation_loss``; NonFiniteError with the first bad tensor if that of any process is not finite."""
         try:
             loss = self.validation_loss()
-            what = f"the validation loss is {loss}"
+            what = "" if math.isfinite(loss) else f"the validation loss is {loss}"
         except NonFiniteInputError as error:
             loss, what = math.nan, str(error)
-        if not math.isfinite(loss):
+        if seen := next(filter(None, gather_text(what)), ""):
             with self._evaluation(), torch.enable_grad():
-                self._stop_for(what, self._validation_batches())
+                self._stop_for(seen, self._validation_batches())
         return loss
 
     def _report(self) -> Report:
@@ -350,7 +350,8 @@ class Trainer:
             return
         final = record.step == c.steps
         if final or record.step % c.eval_every == 0:
-            evaluation = self.evaluate()
+            with lost_rank_named("in an evaluation"):
+                evaluation = self.evaluate()
             for callback in callbacks:
                 callback.on_eval(evaluation)
             if evaluation.best:
