@@ -1,7 +1,4 @@
-"""Two cells of the learning table in every run of the tests: no plan, and one that holds the text.
-
-They are the ones that come out alike on every processor; between them 800 steps can be too few, depending on rounding.
-"""
+"""Two cells of the learning table in every run of the tests: no plan, and as many free bits as the code has.
 
 import pytest
 
