@@ -1,4 +1,4 @@
-"""Two cells of the learning table in every run of the tests: no plan, and as many free bits as the code has.
+"""Two cells of the learning table in every run of the tests: no plan, and as many free bits as the code has."""
 
 import pytest
 
