@@ -254,7 +254,7 @@ def test_the_prior_s_cross_entropy_is_of_plans_that_are_the_same_at_every_evalua
     loop.progress.step = 7
     assert loop.evaluate().statistics["prior_cross_entropy"] == first
     total, generator = 0.0, torch.Generator().manual_seed(0)
-    for tokens, _ in loop._validation_batches():
+    for tokens, _ in loop.batches.of_validation():
         z = loop.model.sample_prior(len(tokens), 16, generator=generator)
         with torch.no_grad():
             logits = loop.model.eval()(tokens[:, :-1], z=z).logits
@@ -380,7 +380,7 @@ def test_narrow_precision_learns_with_its_kl_in_float32(data, tmp_path, precisio
     assert not any(record.skipped for record in records[5:])
     assert loop.evaluate().validation_loss < start - 0.5
     with loop._autocast():
-        objective = loop.learner._objective(loop.model, loop._micro_batch(0)[0], 0)
+        objective = loop.learner._objective(loop.model, loop.batches.micro_batch(0, 0)[0], 0)
     assert {x.dtype for x in (objective.loss, objective.bound, *objective.terms.values())} == {torch.float32}
 
 

@@ -271,7 +271,7 @@ def test_the_best_checkpoint_has_the_lowest_validation_loss(data, tmp_path):
     splits = TokenDataset(data.folder, "train"), TokenDataset(data.folder, "validation")
     for folder, loss in [("best", min(losses)), ("last", losses[-1])]:
         loop = Trainer(load_checkpoint(tmp_path / folder), *splits, tiny_run(data, tmp_path).train)
-        assert loop.validation_loss() == pytest.approx(loss, rel=1e-6)
+        assert loop.evaluate().validation_loss == pytest.approx(loss, rel=1e-6)
 
 
 def poisoned(at):
@@ -393,8 +393,8 @@ def test_bits_per_byte_and_the_validation_loss_are_those_of_the_bound(data, tmp_
     nats = record.bits_per_byte * math.log(2)  # bytes are the tokens, but for the end of a text
     assert record.loss / 3 < nats < record.loss / 3 + 1
     loop = trainer(data, tmp_path, objective=other)
-    plain = trainer(data, tmp_path).validation_loss()
-    assert plain < loop.validation_loss() < plain + 1
+    plain = trainer(data, tmp_path).evaluate().validation_loss
+    assert plain < loop.evaluate().validation_loss < plain + 1
 
 
 def test_an_evaluation_draws_the_same_each_time_and_nothing_from_the_training(data, tmp_path):
@@ -404,7 +404,9 @@ def test_an_evaluation_draws_the_same_each_time_and_nothing_from_the_training(da
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(77)
     assert loop.evaluate().validation_loss == first.validation_loss
-    assert trainer(data, tmp_path, objective=other, seed=1).validation_loss() != first.validation_loss
+    assert (
+        trainer(data, tmp_path, objective=other, seed=1).evaluate().validation_loss != first.validation_loss
+    )
     assert torch_seed == 0
 
 

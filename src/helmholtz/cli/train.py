@@ -12,7 +12,7 @@ from helmholtz.data.tokenizer import load_tokenizer
 from helmholtz.training.budget import matmul_peak
 from helmholtz.training.callbacks import Callback
 from helmholtz.training.distributed import is_launched, is_main_process
-from helmholtz.training.loop import AUTOCAST
+from helmholtz.training.evaluation import AUTOCAST
 from helmholtz.training.run import RunConfig, prepare, train
 from helmholtz.training.tracking import Profile
 
@@ -88,8 +88,8 @@ def dry_run(config: RunConfig, console: Console) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
-    tokens = trainer.first_row()[:SHOWN_TOKENS]
-    text = load_tokenizer(trainer.train.tokenizer_folder).decode(tokens)
+    tokens, _ = trainer.batches.micro_batch(trainer.progress.windows, 0)
+    text = load_tokenizer(trainer.batches.train.tokenizer_folder).decode(tokens[0, :SHOWN_TOKENS].tolist())
     console.print(f"the first of its rows begins with\n{text}", markup=False, highlight=False)
 
 

@@ -1,12 +1,16 @@
 """Where a number that is not finite came from."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from helmholtz.layers.row_draws import drawn_by_row
+from helmholtz.training.distributed import gather_text
 
 STAGES = ("parameter", "buffer", "output", "the loss", "gradient")
 """What the words of ``first_non_finite`` begin with, in the order of its search."""
@@ -39,6 +43,23 @@ def first_non_finite(model: nn.Module, losses: Callable[[], Tensor]) -> str:
     return found[0] if found else ""
 
 
+def first_of_processes(
+    model: nn.Module, loss: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]
+) -> str:
+    """``first_non_finite`` over several batches, rows and their keys, on every process; all are told the first of any.
+
+    Args:
+        loss: of the rows of a batch.
+    """
+    first = ""
+    for rows, keys in batches:
+        with drawn_by_row(keys):
+            found = first_non_finite(model, functools.partial(loss, rows))
+        first = first or found
+    texts = [f"{text} (rank {rank})" for rank, text in enumerate(gather_text(first)) if text]
+    return _earliest(texts) if texts else ""
+
+
 def _search_passes(model: nn.Module, losses: Callable[[], Tensor], found: list[str]) -> None:
     with _watched_outputs(model, found):
         loss = losses()
@@ -48,7 +69,7 @@ def _search_passes(model: nn.Module, losses: Callable[[], Tensor], found: list[s
         loss.backward()
 
 
-def earliest(texts: Sequence[str]) -> str:
+def _earliest(texts: Sequence[str]) -> str:
     """Of what several processes have found, what comes first in the search."""
     return min(texts, key=lambda text: next(i for i, stage in enumerate(STAGES) if text.startswith(stage)))
 

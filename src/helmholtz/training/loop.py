@@ -8,14 +8,13 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from helmholtz._files import write_atomically
@@ -23,34 +22,27 @@ from helmholtz._hardware import peak_memory_bytes
 from helmholtz._run_folder import BEST, LAST, NON_FINITE
 from helmholtz.data.tokens import TokenDataset
 from helmholtz.layers.row_draws import drawn_by_row
-from helmholtz.models.base import AbstractDecoder, evaluation_mode
-from helmholtz.ops.row_random import row_keys
+from helmholtz.models.base import AbstractDecoder
 from helmholtz.solvers import NonFiniteInputError
+from helmholtz.training.batches import Batch, Batches
 from helmholtz.training.budget import Budget, matmul_peak, measure_budget
 from helmholtz.training.callbacks import Callback, EvalRecord, RunResult, StepRecord
 from helmholtz.training.checkpoint import save_last, save_run
 from helmholtz.training.config import TrainConfig
-from helmholtz.training.diagnosis import NonFiniteError, earliest, first_non_finite
+from helmholtz.training.diagnosis import NonFiniteError, first_of_processes
 from helmholtz.training.distributed import (
     gather_text,
-    local_share,
     lost_rank_named,
     mean_over_ranks,
     on_main,
     world,
 )
-from helmholtz.training.objectives import ObjectiveFunction, Report, ReportFunction, learned, next_token
+from helmholtz.training.evaluation import AUTOCAST, Evaluator, autocast
+from helmholtz.training.objectives import ObjectiveFunction, ReportFunction, learned, next_token
 from helmholtz.training.optim import NO_FACTORS, learning_rate, make_optimizer
-from helmholtz.training.order import window_starts
 from helmholtz.training.parallel import Learner, ParallelConfig, gradients_exchanged, spread, whole
 from helmholtz.training.state import Progress, load_training_state
 from helmholtz.training.stopping import stop_signals
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-Batch = tuple[Int[Tensor, "B T1"], Int[Tensor, "B"]]
-"""Rows of tokens and their keys."""
-VALIDATION_SEED = 2**31
-"""Added to the seed for what is drawn in evaluations."""
 
 
 def seed_everything(seed: int) -> None:
@@ -88,23 +80,14 @@ class Trainer:
         parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (frozen)
     ) -> None:
         self.config = config
-        self.rows = local_share(config.batch_size, "train.batch_size")
-        self.train, self.validation = train, validation
-        self.n_validation_windows = min(config.eval_tokens, len(validation) - 1) // config.seq_len
-        if self.n_validation_windows < 1:
-            raise ValueError(
-                f"the first {config.eval_tokens} (train.eval_tokens) of the {len(validation)} validation tokens do "
-                f"not hold a window of train.seq_len = {config.seq_len}"
-            )
-        window_starts(
-            0, 1, n_tokens=len(train), seq_len=config.seq_len, seed=config.seed
-        )  # is there a window?
         cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
         self.device = torch.device("cuda" if cuda else "cpu")
+        self.batches = Batches(train, validation, config, self.device)
         if config.precision == "fp16" and parallel.strategy == "fsdp":
             raise ValueError("train.precision must be fp32 or bf16 with parallel.strategy=fsdp, got 'fp16'")
         self.model = model.to(self.device)
         self.learner = Learner(self.model, objective, report)
+        self.evaluator = Evaluator(self.learner, self.batches)
         self.spread = spread(self.learner, parallel, self.device)
         self.folder = Path(config.output_dir)
         self.optimizer = make_optimizer(self.model, config, lr_factors)
@@ -120,26 +103,19 @@ class Trainer:
         self.progress = load_training_state(folder, self.model, self.optimizer, self.scaler)
 
     def _autocast(self) -> torch.autocast:
-        dtype = AUTOCAST.get(self.config.precision)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+        return autocast(self.config.precision, self.device)
 
-    def _micro_batch(self, index: int) -> Batch:
-        """This process's rows of the step's micro-batch ``index``, and their keys."""
-        c = self.config
-        first = self.progress.windows + index * c.batch_size + world().rank * self.rows
-        starts = window_starts(first, self.rows, n_tokens=len(self.train), seq_len=c.seq_len, seed=c.seed)
-        keys = row_keys(c.seed, torch.arange(first, first + self.rows))
-        return self.train.read(starts, c.seq_len + 1).to(self.device), keys.to(self.device)
-
-    def _micro_batches(self) -> Iterator[Batch]:
-        """Those of the next step."""
-        return map(self._micro_batch, range(self.config.accumulation))
+    def _loss(self, tokens: Int[Tensor, "B T1"]) -> Float[Tensor, ""]:
+        """Of these rows, past DDP: no gradients are exchanged."""
+        with self._autocast():
+            loss: Tensor = self.learner(tokens, self.progress.step)[0]
+        return loss
 
     def _backward(self) -> dict[str, float]:
         """Loss, bound and terms, means over the step's rows; the mean gradient is left in the parameters."""
         n = self.config.accumulation
         found = dict[str, float]()
-        for index, (tokens, keys) in enumerate(self._micro_batches()):
+        for index, (tokens, keys) in enumerate(self.batches.of_step(self.progress.windows)):
             with gradients_exchanged(self.spread, index == n - 1), drawn_by_row(keys):
                 with self._autocast():
                     loss, bound, terms = self.spread(tokens, self.progress.step)
@@ -158,7 +134,7 @@ class Trainer:
         except NonFiniteInputError as error:
             if world().size > 1:  # the others do not come to the search for the first bad tensor
                 raise NonFiniteError(self._failure(str(error))) from error
-            self._stop_for(str(error), self._micro_batches())
+            self._stop_for(str(error), self.batches.of_step(self.progress.windows))
 
     def _kept(self) -> str:
         if not (self.folder / LAST).exists():
@@ -194,7 +170,7 @@ class Trainer:
             step=progress.step,
             tokens=progress.windows * c.seq_len,
             loss=loss,
-            bits_per_byte=self.train.bits_per_byte(bound),
+            bits_per_byte=self.batches.train.bits_per_byte(bound),
             grad_norm=norm,
             lr=lr,
             tokens_per_second=c.tokens_per_step / seconds,
@@ -203,23 +179,14 @@ class Trainer:
             utilization=None if self._step_share is None else self._step_share / seconds,
         )
 
-    def first_row(self) -> list[int]:
-        """Token ids of the next row that this process reads."""
-        tokens: list[int] = self._micro_batch(0)[0][0].tolist()
-        return tokens
-
     def budget(self) -> Budget:
         """What a step of this process costs, counted on its next micro-batch; nothing is trained or written."""
-        tokens, keys = self._micro_batch(0)
+        tokens, keys = self.batches.micro_batch(self.progress.windows, 0)
         before = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-
-        def loss() -> Tensor:
-            with self._autocast():
-                found: Tensor = self.learner(tokens, self.progress.step)[0]
-            return found
-
         with drawn_by_row(keys):
-            found = measure_budget(self.model, loss, micro_batches=self.config.accumulation)
+            found = measure_budget(
+                self.model, lambda: self._loss(tokens), micro_batches=self.config.accumulation
+            )
         for buffer, value in before:  # a memory has read the rows
             buffer.copy_(value)
         return found
@@ -234,7 +201,8 @@ class Trainer:
         progress.skipped += skipped
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
         if progress.skipped_in_a_row > self.config.max_skipped:
-            self._stop_for(f"{what}, in {progress.skipped_in_a_row} steps in a row", self._micro_batches())
+            what = f"{what}, in {progress.skipped_in_a_row} steps in a row"
+            self._stop_for(what, self.batches.of_step(progress.windows))
 
     def _stop_for(self, what: str, batches: Iterable[Batch]) -> NoReturn:
         """Raise NonFiniteError with the first bad tensor of any process, which ``non_finite.json`` also names.
@@ -242,19 +210,7 @@ class Trainer:
         Args:
             batches: on which it was seen, to be repeated.
         """
-        first = ""
-        for tokens, keys in batches:
-
-            def losses(tokens: Tensor = tokens) -> Tensor:
-                with self._autocast():
-                    loss: Tensor = self.learner(tokens, self.progress.step)[0]
-                return loss
-
-            with drawn_by_row(keys):
-                found = first_non_finite(self.model, losses)
-            first = first or found
-        texts = [f"{text} (rank {rank})" for rank, text in enumerate(gather_text(first)) if text]
-        where = earliest(texts) if texts else "nothing when the step is repeated"
+        where = first_of_processes(self.model, self._loss, batches) or "nothing when the step is repeated"
         report = {
             "step": self.progress.step + 1,
             "windows": self.progress.windows,
@@ -264,62 +220,28 @@ class Trainer:
         on_main(lambda: write_atomically(self.folder / NON_FINITE, json.dumps(report, indent=2) + "\n"))
         raise NonFiniteError(self._failure(f"{what}; first seen in {where}"))
 
-    def _validation_batches(self) -> Iterator[Batch]:
-        """All batches, on every process: evaluations are small, and so their numbers do not depend on the processes."""
-        c = self.config
-        for rows in torch.arange(self.n_validation_windows).split(c.batch_size):
-            keys = row_keys(c.seed + VALIDATION_SEED, rows).to(self.device)
-            yield self.validation.read(rows * c.seq_len, c.seq_len + 1).to(self.device), keys
-
-    @contextlib.contextmanager
-    def _evaluation(self) -> Iterator[None]:
-        """Each time the same draws; none is taken from the generators of the training."""
-        cuda = range(torch.cuda.device_count())
-        with torch.random.fork_rng(cuda), evaluation_mode(self.model), self._autocast():
-            torch.manual_seed(self.config.seed)
-            yield
-
-    def validation_loss(self) -> float:
-        """The objective's bound, nats per token, over the first ``eval_tokens`` of the validation split.
-
-        The windows of ``seq_len`` tokens and any random draws are the same each time.
-        """
-        total, step = 0.0, self.progress.step
-        with self._evaluation():
-            for tokens, keys in self._validation_batches():
-                with drawn_by_row(keys):
-                    total += len(tokens) * self.learner(tokens, step)[1].item()
-        return total / self.n_validation_windows
-
     def _finite_validation_loss(self) -> float:
-        """``validation_loss``; NonFiniteError with the first bad tensor if that of any process is not finite."""
+        """That of the evaluator; NonFiniteError with the first bad tensor if that of any process is not finite."""
         try:
-            loss = self.validation_loss()
+            loss = self.evaluator.loss(self.progress.step)
             what = "" if math.isfinite(loss) else f"the validation loss is {loss}"
         except NonFiniteInputError as error:
             loss, what = math.nan, str(error)
         if seen := next(filter(None, gather_text(what)), ""):
-            with self._evaluation(), torch.enable_grad():
-                self._stop_for(seen, self._validation_batches())
+            with self.evaluator.same_draws(), torch.enable_grad():
+                self._stop_for(seen, self.batches.of_validation())
         return loss
-
-    def _report(self) -> Report:
-        """The report on the validation batches, without warnings while the learning rate warms up."""
-        step = self.progress.step
-        with self._evaluation():
-            report = self.learner.report([tokens for tokens, _ in self._validation_batches()], step)
-        return report if step >= self.config.warmup_steps else replace(report, warnings={})
 
     def evaluate(self) -> EvalRecord:
         """Validation loss and report; a new best value is noted in the progress."""
         loss, progress = self._finite_validation_loss(), self.progress
-        best, report = loss < progress.best, self._report()
+        best, report = loss < progress.best, self.evaluator.report(progress.step)
         progress.best = min(loss, progress.best)
         return EvalRecord(
             step=progress.step,
             tokens=progress.windows * self.config.seq_len,
             validation_loss=loss,
-            validation_bits_per_byte=self.validation.bits_per_byte(loss),
+            validation_bits_per_byte=self.batches.validation.bits_per_byte(loss),
             best=best,
             statistics=report.statistics,
             warnings=report.warnings,
@@ -327,7 +249,7 @@ class Trainer:
 
     def _save(self, name: str, callbacks: Sequence[Callback]) -> None:
         self._note_memory()
-        tokenizer, folder = self.train.tokenizer_folder, self.folder / name
+        tokenizer, folder = self.batches.train.tokenizer_folder, self.folder / name
         try:
             with lost_rank_named("while saving"):
                 if name == BEST:
