@@ -20,7 +20,7 @@ from helmholtz.cli.queues import (
     spread_text,
     write_summary,
 )
-from helmholtz.data.series import Series, airport_weather, metro_traffic, read_series
+from helmholtz.data.series import PACKAGED, Series, read_series
 from helmholtz.studies.forecast_report import (
     PUBLISHED,
     of,
@@ -31,21 +31,20 @@ from helmholtz.studies.forecast_report import (
     values_of,
 )
 from helmholtz.studies.forecasting import HORIZONS, RECIPES, compute_forecast, forecast_runs
-from helmholtz.studies.queue import QueuedRun, shard, split_finished, work_off
+from helmholtz.studies.queue import SEEDS, QueuedRun, shard, split_finished, work_off
 
 ACTIONS = {
     "run": "Train and measure forecasters. Finished runs are kept, an interrupted queue goes on where it was.",
     "pilot": "Compare learning rates on validation windows alone; the test windows are not looked at.",
     "report": "Tables and pictures of the runs that are finished.",
 }
-PACKAGED = {"weather": airport_weather, "traffic": metro_traffic}
 TRAINED = [name for name, recipe in RECIPES.items() if recipe is not None]
 
 
 def options(action: str, arguments: list[str]) -> dict[str, Any]:
     """Values of the command line. Raises: ValueError naming the option that is wrong."""
     parser = make_parser(f"forecast {action}", ACTIONS[action])
-    models, horizons, seeds = (list(RECIPES), list(HORIZONS), [0, 1, 2])
+    models, horizons, seeds = (list(RECIPES), list(HORIZONS), list(SEEDS))
     if action == "pilot":
         models, horizons, seeds = TRAINED, [192], [1000]
         parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates")

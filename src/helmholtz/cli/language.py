@@ -24,7 +24,7 @@ from helmholtz.studies.language import (
     scaling_fits,
 )
 from helmholtz.studies.language_models import LANGUAGE_MODELS
-from helmholtz.studies.queue import FinishedRun, shard, split_finished, spread, work_off
+from helmholtz.studies.queue import SEEDS, FinishedRun, shard, split_finished, spread, work_off
 
 DESCRIPTION = (
     "Language models of equal parameters on two texts, by bytes and by BPE, and three sizes of some on one of them. "
@@ -70,7 +70,7 @@ def options(arguments: list[str]) -> dict[str, Any]:
         default=list(LANGUAGE_MODELS),
         help=f"of {', '.join(LANGUAGE_MODELS)}",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights and data order")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of weights and data order")
     parser.add_argument("--steps", type=int, default=study.steps, help="optimizer steps of a run")
     add_shard(parser)
     parser.add_argument("--data", type=str, default="data/language", help="folder of the prepared texts")

@@ -11,7 +11,7 @@ from rich.table import Table
 from helmholtz._checks import check_integer
 from helmholtz.cli.arguments import make_parser, parse
 from helmholtz.cli.queues import add_threads, announced, check_options
-from helmholtz.studies.queue import FinishedRun, Spread, split_finished, spread, work_off
+from helmholtz.studies.queue import SEEDS, FinishedRun, Spread, split_finished, spread, work_off
 from helmholtz.studies.selection import SelectionStudy, compute, queue
 from helmholtz.studies.selection_plots import by_reader, of_part, plot_gaps, plot_reads
 
@@ -90,7 +90,7 @@ def _number(found: Spread) -> str:
 def options(arguments: list[str]) -> dict[str, Any]:
     """Values of the command line. Raises: ValueError naming the option that is wrong."""
     parser = make_parser("selection", DESCRIPTION)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of caches and weights")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of caches and weights")
     parser.add_argument(
         "--steps", type=int, default=SelectionStudy().steps, help="optimizer steps of a layer"
     )

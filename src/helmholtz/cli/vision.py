@@ -20,8 +20,8 @@ from helmholtz.cli.queues import (
     spread_text,
     write_summary,
 )
-from helmholtz.data.images import ImageSplits, digits, fashion_mnist, idx_images
-from helmholtz.studies.queue import QueuedRun, shard, split_finished, work_off
+from helmholtz.data.images import PACKAGED, ImageSplits, idx_images
+from helmholtz.studies.queue import SEEDS, QueuedRun, shard, split_finished, work_off
 from helmholtz.studies.vision import LEARNING_RATES, compute_vision, vision_runs
 from helmholtz.studies.vision_report import data_names, pilot_summary, plot_confusion, plot_learning, summary
 
@@ -30,7 +30,6 @@ ACTIONS = {
     "pilot": "Compare learning rates on validation images alone; the test images are not looked at.",
     "report": "Table and pictures of the runs that are finished.",
 }
-NAMED = {"digits": digits, "fashion-mnist": fashion_mnist}
 
 
 def options(action: str, arguments: list[str]) -> dict[str, Any]:
@@ -40,10 +39,10 @@ def options(action: str, arguments: list[str]) -> dict[str, Any]:
         parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates")
     parser.add_argument(
         "--data", type=str, nargs="+", default=["digits"],
-        help=f"{', '.join(NAMED)}, or folders of IDX files named as MNIST's",
+        help=f"{', '.join(PACKAGED)}, or folders of IDX files named as MNIST's",
     )  # fmt: skip
     parser.add_argument("--models", type=str, nargs="+", default=list(LEARNING_RATES), help="mixers")
-    seeds = [1000] if action == "pilot" else [0, 1, 2]
+    seeds = [1000] if action == "pilot" else list(SEEDS)
     parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help="of weights and order")
     parser.add_argument("--output", type=str, default=f"results/vision/{action}".replace("report", "run"),
                         help="folder of the results")  # fmt: skip
@@ -59,11 +58,11 @@ def options(action: str, arguments: list[str]) -> dict[str, Any]:
 
 def load(names: Sequence[str]) -> list[ImageSplits]:
     """The images by name or folder; of a folder a tenth of the training images validates."""
-    return [NAMED[name]() if name in NAMED else _folder(Path(name)) for name in names]
+    return [PACKAGED[name]() if name in PACKAGED else _folder(Path(name)) for name in names]
 
 
 def _folder(folder: Path) -> ImageSplits:
-    check(folder.is_dir(), "data", str(folder), f"a folder of IDX files or one of {', '.join(NAMED)}")
+    check(folder.is_dir(), "data", str(folder), f"a folder of IDX files or one of {', '.join(PACKAGED)}")
     return idx_images(folder, name=folder.resolve().name)
 
 

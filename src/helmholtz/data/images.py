@@ -120,6 +120,10 @@ def fashion_mnist(folder: Path = FASHION_FOLDER) -> ImageSplits:
     return idx_images(folder, name="fashion-mnist", n_validation=5000, classes=FASHION_CLASSES)
 
 
+PACKAGED = {"digits": digits, "fashion-mnist": fashion_mnist}
+"""Sets that install from packages, by name."""
+
+
 def read_idx(file: Path) -> UInt8[np.ndarray, "..."]:
     """The array of unsigned bytes in an IDX file, gzipped if its name ends with ``.gz``.
 

@@ -155,6 +155,10 @@ def metro_traffic() -> Series:
     return Series("traffic", min(cells), HOUR, TRAFFIC_COLUMNS, "traffic_volume", values, n_filled)
 
 
+PACKAGED = {"weather": airport_weather, "traffic": metro_traffic}
+"""Sets that install from packages, by name."""
+
+
 def _read_csv(content: bytes, where: str, date: str = DATE) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Header, and the rows with their line numbers; blank lines are passed over."""
     try:

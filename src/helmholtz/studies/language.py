@@ -29,7 +29,7 @@ from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.models.free_transformer import FreeTransformer
 from helmholtz.studies.language_models import LANGUAGE_MODELS, SIZES, model_config
-from helmholtz.studies.queue import TIMINGS, FinishedRun, QueuedRun
+from helmholtz.studies.queue import SEEDS, TIMINGS, FinishedRun, QueuedRun
 from helmholtz.training.callbacks import Callback, EvalRecord, StepRecord
 from helmholtz.training.config import TrainConfig
 from helmholtz.training.run import RunConfig, train
@@ -68,7 +68,7 @@ def language_runs(
     corpora: Sequence[str] = CORPORA,
     tokenizers: Sequence[str] = TOKENIZERS,
     models: Sequence[str] = tuple(LANGUAGE_MODELS),
-    seeds: Sequence[int] = (0, 1, 2),
+    seeds: Sequence[int] = SEEDS,
 ) -> list[QueuedRun]:
     """Each seed whole before the next, and of a seed the scaling strip last.
 

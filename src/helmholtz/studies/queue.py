@@ -24,6 +24,8 @@ from helmholtz._hardware import describe_hardware, git_commit
 from helmholtz.training.checkpoint import first_difference
 
 RESULTS, TIMINGS, LOCKS = "results", "timings", ".locks"
+SEEDS = (0, 1, 2)
+"""Of studies that are asked for no others."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 
 

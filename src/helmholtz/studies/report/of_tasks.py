@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from helmholtz.data import images, series
 from helmholtz.studies.forecasting import HORIZONS, RECIPES
 from helmholtz.studies.mad_models import MODELS
 from helmholtz.studies.mad_runs import PROFILES
+from helmholtz.studies.queue import SEEDS
 from helmholtz.studies.report.charts import Curve, dot_chart, line_chart
 from helmholtz.studies.report.nodes import Cell, Node, grouped, label, number, ordered, read_node
 from helmholtz.studies.report.section import (
@@ -34,9 +36,6 @@ FORECAST_COMMAND = "helmholtz forecast run"
 VISION = "Vision"
 VISION_ASKED = "A small vision transformer whose attention is plain or free energy, both ways in time."
 VISION_COMMAND = "helmholtz vision run"
-PACKAGED_SERIES, IMAGE_SETS = ("weather", "traffic"), ("digits", "fashion-mnist")
-SEEDS = (0, 1, 2)
-"""Of forecasting and vision, as their commands take them."""
 
 
 def mad(folders: Sequence[Path]) -> Section:
@@ -127,7 +126,7 @@ def forecasting(folders: Sequence[Path]) -> Section:
     if folder is None:
         return absent("forecasting", FORECAST, FORECAST_ASKED, FORECAST_COMMAND, "forecast/run/results")
     nodes = [node for node in queue_nodes(folder) if "test" in node["result"].value]
-    wanted = dict.fromkeys((*PACKAGED_SERIES, *_data_names(nodes)), len(RECIPES) * len(HORIZONS) * len(SEEDS))
+    wanted = dict.fromkeys((*series.PACKAGED, *_data_names(nodes)), len(RECIPES) * len(HORIZONS) * len(SEEDS))
     tables, figures = [], []
     for name, runs in grouped(nodes, _data_name).items():
         horizons = sorted({run["settings"]["horizon"].value for run in runs})
@@ -180,7 +179,7 @@ def vision(folders: Sequence[Path]) -> Section:
     if folder is None:
         return absent("vision", VISION, VISION_ASKED, VISION_COMMAND, "vision/run/results")
     nodes = [node for node in queue_nodes(folder) if "test" in node["result"].value]
-    wanted = dict.fromkeys((*IMAGE_SETS, *_data_names(nodes)), len(LEARNING_RATES) * len(SEEDS))
+    wanted = dict.fromkeys((*images.PACKAGED, *_data_names(nodes)), len(LEARNING_RATES) * len(SEEDS))
     tables, figures = [], []
     for name, runs in grouped(nodes, _data_name).items():
         models = by_model(runs)
