@@ -1,5 +1,6 @@
 """The Free Transformer against its equations in float64, its configuration, its parameters, and what it refuses."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from decoder_cases import N_BITS, SIZES, codes_of, make_free, tokens_of
 from free_transformer_oracle import doubled, free_transformer
 from helmholtz import ops
 from helmholtz.layers.latent import Plan
+from helmholtz.layers.row_draws import drawn_by_row
 from helmholtz.models.checkpoint import load_checkpoint, save_checkpoint
 from helmholtz.models.free_transformer import (
     FreeTransformer,
@@ -19,6 +21,7 @@ from helmholtz.models.free_transformer import (
     small,
 )
 from helmholtz.models.transformer import Transformer
+from helmholtz.ops.row_random import row_keys
 from helpers import assert_matches
 
 VARIANTS = [
@@ -78,16 +81,24 @@ def test_a_call_without_a_plan_draws_it_from_the_prior() -> None:
     torch.testing.assert_close(streamed.logits, logits)
 
 
-def test_the_prior_is_uniform_and_has_a_generator() -> None:
+@pytest.mark.parametrize("way", ["generator", "global", "by row"])
+def test_the_prior_is_uniform(way) -> None:
     model = make_free(n_latent_bits=4)
-    draw = [model.sample_prior(20, 400, generator=torch.Generator().manual_seed(1)).code for _ in range(2)]
-    assert torch.equal(*draw)
-    counts = draw[0].flatten().bincount(minlength=16)
+    torch.manual_seed(1)
+    given = {"generator": torch.Generator().manual_seed(1)} if way == "generator" else {}
+    keys = row_keys(1, torch.arange(20))
+    with drawn_by_row(keys) if way == "by row" else nullcontext():
+        counts = model.sample_prior(20, 400, **given).code.flatten().bincount(minlength=16)
     assert len(counts) == 16
     assert ((counts - 500.0) ** 2 / 500).sum() < 37.7  # chi-squared, 15 degrees of freedom, 0.999
-    assert not torch.equal(
-        draw[0], model.sample_prior(20, 400, generator=torch.Generator().manual_seed(2)).code
+
+
+def test_the_prior_draws_from_a_generator_and_is_as_wide_as_its_bits() -> None:
+    model = make_free(n_latent_bits=4)
+    first, again, other = (
+        model.sample_prior(20, 400, generator=torch.Generator().manual_seed(seed)).code for seed in (1, 1, 2)
     )
+    assert torch.equal(first, again) and not torch.equal(first, other)
     wide = make_free(n_latent_bits=16).sample_prior(10, 1000).code
     assert wide.max() > 60000 and wide.min() < 5000
 
