@@ -300,13 +300,16 @@ def test_comparisons_with_the_published_differences():
         spreads = {task: spread(values) for task, values in tasks.items()}
         return Row(model, 1, spreads, spread([0.5, 0.6]))
 
-    fuzzy = "fuzzy-in-context-recall"
+    fuzzy, noisy = "fuzzy-in-context-recall", "noisy-in-context-recall"
     rows = [
-        row("attention", **{"compression": [0.40, 0.42], fuzzy: [0.2, 0.3], "memorization": [0.5, 0.5]}),
+        row(
+            "attention",
+            **{"compression": [0.40, 0.42], fuzzy: [0.2, 0.3], "memorization": [0.5, 0.5], noisy: [1.0, 1.0]},
+        ),
         row("fem_softmax", **{"compression": [0.50, 0.52], fuzzy: [0.2, 0.3], "memorization": [0.4, 0.4]}),
-        row("fem_gla", **{"compression": [0.1], fuzzy: [0.1, 0.1]}),
+        row("fem_gla", **{"compression": [0.1], fuzzy: [0.1, 0.1], noisy: [0.999, 0.999]}),
     ]
-    found = {(c["task"], c["first"], c["second"]): c for c in comparisons(rows)}
+    found = {(c["task"], c["first"], c["second"]): c for c in comparisons(rows, stop_at=0.999)}
     pair = ("attention", "fem_softmax")
     assert found["compression", *pair] | {"deviations": 0} == {
         "task": "compression",
@@ -322,6 +325,9 @@ def test_comparisons_with_the_published_differences():
     assert found["memorization", *pair]["verdict"] == "differs"
     assert found["compression", "attention", "fem_gla"]["verdict"] == "one run"
     assert found[fuzzy, "attention", "fem_gla"]["verdict"] == "agrees"
+    assert found[noisy, "attention", "fem_gla"]["verdict"] == "both solve it"
+    never = comparisons(rows, stop_at=None)
+    assert [c["verdict"] for c in never if c["task"] == noisy] == ["agrees"]
     assert ("memorization", "attention", "fem_gla") not in found
     assert not any(c["task"] == "average" for c in found.values()), (
         "no two neighbours of the ablation are there"

@@ -134,12 +134,15 @@ def _spread(values: Sequence[float | None]) -> Spread | None:
     return spread(known) if known else None
 
 
-def comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def comparisons(rows: Sequence[Row], *, stop_at: float | None) -> list[dict[str, Any]]:
     """Every pair of rows that one paper has too, per task: the difference there, here, and whether they agree.
 
     Differences are in per cent points, of the second model over the first. They agree if they have one sign. "unclear"
     is one of ours that is no larger than the two sample deviations together, or a published one of 0; "one run" is one
-    of a single seed.
+    of a single seed; "both solve it" says that training ended early for both, so that nothing tells them apart.
+
+    Args:
+        stop_at: the accuracy at which training ended; None if it never did.
     """
     ours = {row.model: row for row in rows}
     found = []
@@ -149,17 +152,21 @@ def comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
         assert a.model is not None and b.model is not None
         for task, x, y in zip(TASKS, a.tasks, b.tasks, strict=True):
             here = (ours[a.model].tasks.get(task), ours[b.model].tasks.get(task))
-            found += _compared(task, (a.model, b.model), y - x, here)
+            found += _compared(task, (a.model, b.model), y - x, here, stop_at)
     pairs = list(ABLATION_AVERAGES.items())
     for (a_model, x), (b_model, y) in zip(pairs, pairs[1:], strict=False):
         if a_model in ours and b_model in ours:
             here = (ours[a_model].average, ours[b_model].average)
-            found += _compared("average", (a_model, b_model), y - x, here)
+            found += _compared("average", (a_model, b_model), y - x, here, stop_at)
     return found
 
 
 def _compared(
-    task: str, models: tuple[str, str], published: float, here: tuple[Spread | None, Spread | None]
+    task: str,
+    models: tuple[str, str],
+    published: float,
+    here: tuple[Spread | None, Spread | None],
+    stop_at: float | None,
 ) -> list[dict[str, Any]]:
     first, second = here
     if first is None or second is None:
@@ -167,7 +174,9 @@ def _compared(
     difference = 100 * (second.mean - first.mean)
     noise = 100 * ((first.deviation or 0.0) + (second.deviation or 0.0))
     verdict = "agrees" if difference * published > 0 else "differs"
-    if first.n < 2 or second.n < 2:
+    if stop_at is not None and min(first.mean, second.mean) >= stop_at:
+        verdict = "both solve it"
+    elif first.n < 2 or second.n < 2:
         verdict = "one run"
     elif abs(difference) <= noise or published == 0:
         verdict = "unclear"
@@ -201,7 +210,7 @@ def report_content(
         "rows": [asdict(row) | {"label": row.label} for row in rows],
         "published": [asdict(row) for row in PUBLISHED],
         "published_ablation_averages": ABLATION_AVERAGES,
-        "comparisons": comparisons(rows),
+        "comparisons": comparisons(rows, stop_at=profile.protocol.stop_at),
         "finished": len(finished),
         "missing": [run.name for run in missing],
         "diverged": [done.run.name for done in finished if done.result["stopped"] == "diverged"],
