@@ -44,10 +44,10 @@ def _first_task(row: Row) -> str | None:
 def plot_curves(finished: Sequence[FinishedRun], accuracy: str, file: Path) -> None:
     """Test accuracy against steps on the baseline setting of each task: mean over runs, which lie behind it.
 
-    A run that stopped at its accuracy keeps it.
+    A run that stopped at its accuracy keeps it. Marks are rings of different sizes, so that equal points are all seen.
     """
     plt = pyplot()
-    figure, panels = plt.subplots(2, 3, figsize=(12, 6.4), layout="constrained", sharey=True)
+    figure, panels = plt.subplots(2, 3, figsize=(12, 6.4), layout="constrained", sharex=True, sharey=True)
     plain = [done for done in finished if done.run.settings["setting"] == BASELINE and done.result["curve"]]
     models = [model for model in MODELS if any(done.run.settings["model"] == model for done in plain)]
     for axes, task in zip(panels.flat, TASKS, strict=True):
@@ -55,10 +55,11 @@ def plot_curves(finished: Sequence[FinishedRun], accuracy: str, file: Path) -> N
             settings = {"task": task, "model": model}
             curves = [done.result["curve"] for done in plain if settings.items() <= done.run.settings.items()]
             if curves:
-                _curve(axes, curves, accuracy, f"C{index}")
+                _curve(axes, curves, accuracy, f"C{index}", 3 + 1.2 * (len(models) - index))
         axes.set_title(task, fontsize=10)
         axes.grid(alpha=0.3)
         axes.set_ylim(0, 104)
+    panels[0, 0].set_xlim(left=0)
     for axes in panels[1]:
         axes.set_xlabel("step")
     for axes in panels[:, 0]:
@@ -68,7 +69,9 @@ def plot_curves(finished: Sequence[FinishedRun], accuracy: str, file: Path) -> N
     save_figure(figure, file, plt)
 
 
-def _curve(axes: Any, curves: Sequence[Sequence[dict[str, float]]], accuracy: str, colour: str) -> None:
+def _curve(
+    axes: Any, curves: Sequence[Sequence[dict[str, float]]], accuracy: str, colour: str, size: float
+) -> None:
     steps = sorted({point["step"] for curve in curves for point in curve})
     lines = []
     for curve in curves:
@@ -77,4 +80,4 @@ def _curve(axes: Any, curves: Sequence[Sequence[dict[str, float]]], accuracy: st
         lines.append([values.get(min(last, step)) for step in steps])
         axes.plot(steps, lines[-1], color=colour, alpha=0.25, linewidth=0.8)
     means = [statistics.fmean(v for v in column if v is not None) for column in zip(*lines, strict=True)]
-    axes.plot(steps, means, color=colour, marker=".", linewidth=1.6)
+    axes.plot(steps, means, color=colour, marker="o", fillstyle="none", markersize=size, linewidth=1.4)
