@@ -139,7 +139,7 @@ def comparisons(rows: Sequence[Row], *, stop_at: float | None) -> list[dict[str,
 
     Differences are in per cent points, of the second model over the first. They agree if they have one sign. "unclear"
     is one of ours that is no larger than the two sample deviations together, or a published one of 0; "one run" is one
-    of a single seed; "both solve it" says that training ended early for both, so that nothing tells them apart.
+    of a single seed; "both solve it" says that both means are at ``stop_at``, so that nothing tells them apart.
 
     Args:
         stop_at: the accuracy at which training ended; None if it never did.

@@ -25,15 +25,15 @@ class Evaluator:
     """Measures a learner on the validation batches of a run."""
 
     def __init__(self, learner: Learner, batches: Batches) -> None:
-        self.learner, self.batches, self.config = learner, batches, batches.config
+        self.learner, self.batches = learner, batches
 
     @contextlib.contextmanager
     def same_draws(self) -> Iterator[None]:
         """Evaluation mode with the same draws each time; none is taken from the generators of the training."""
         cuda = range(torch.cuda.device_count())
-        computing = autocast(self.config.precision, self.batches.device)
+        computing = autocast(self.batches.config.precision, self.batches.device)
         with torch.random.fork_rng(cuda), evaluation_mode(self.learner.model), computing:
-            torch.manual_seed(self.config.seed)
+            torch.manual_seed(self.batches.config.seed)
             yield
 
     def loss(self, step: int) -> float:
@@ -49,4 +49,4 @@ class Evaluator:
         """The report on the validation batches, without warnings while the learning rate warms up."""
         with self.same_draws():
             report = self.learner.report([tokens for tokens, _ in self.batches.of_validation()], step)
-        return report if step >= self.config.warmup_steps else replace(report, warnings={})
+        return report if step >= self.batches.config.warmup_steps else replace(report, warnings={})
