@@ -1,11 +1,14 @@
 """The numbers of lm-evaluation-harness are ours: both model types, on a task in a file, without a network."""
 
+import contextlib
 import json
 import math
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from decoder_cases import SIZES, liven
 from helmholtz.data.tokenizer import ByteTokenizer
@@ -141,12 +144,138 @@ def test_continuations_are_scored_exactly_and_text_is_generated(run_folder):
             log_p[-n:].gather(1, torch.tensor(ids[-n:])[:, None]).sum().item(), rel=1e-5
         )
         assert greedy == (log_p[-n:].argmax(-1).tolist() == ids[-n:])
-    requests = [Request("the king", {"until": ["\n", "e"], "max_gen_toks": 12}), Request("a", {"until": []})]
+    short = {"max_gen_toks": 12}
+    requests = [Request("the king", short | {"until": ["\n", "e"]}), Request("a", short | {"until": []})]
     texts = lm.generate_until(requests)
     assert len(texts) == 2 and "e" not in texts[0]
     assert lm.generate_until(requests) == texts
-    with pytest.raises(ValueError, match="generation_kwargs has no key 'num_beams'"):
+    with pytest.raises(ValueError, match="generation_kwargs: num_beams must be 1.*got 2"):
         lm.generate_until([Request("a", {"num_beams": 2})])
+
+
+def test_a_continuation_without_text_is_certain(run_folder):
+    from helmholtz.interop.hf.lm_eval import HelmholtzLM
+
+    lm = HelmholtzLM(str(run_folder))
+    pairs = [("context", ""), ("the king", " of"), ("", ""), ("a ", "")]
+    scores = lm.loglikelihood([Request(*pair) for pair in pairs], disable_tqdm=True)
+    assert scores[1:2] == lm.loglikelihood([Request(*pairs[1])], disable_tqdm=True)
+    assert [scores[i] for i in (0, 2, 3)] == [(0.0, True)] * 3
+
+
+def test_a_continuation_that_melts_into_the_context_is_still_scored(run_folder):
+    from helmholtz.interop.hf.lm_eval import HelmholtzLM, TextIds
+
+    lm = HelmholtzLM(str(run_folder))
+    melted = {"th": [97], "e": [98], "the": [99]}
+    (wanted,) = lm.loglikelihood([Request("a", "b")], disable_tqdm=True)
+    lm.text = TextIds(melted.__getitem__, lm.text.decode, lm.text.end)
+    assert lm.loglikelihood([Request("th", "e")], disable_tqdm=True) == [wanted]
+
+
+LONG = "king of the night, " * 4
+
+
+@pytest.mark.parametrize(
+    ("context", "options", "kept", "n_new"),
+    [
+        ("the king", {}, 8, WINDOW - 9),  # 256 tokens are wanted by default, more than the window has
+        ("the king", {"max_gen_toks": 12}, 8, 12),
+        (LONG, {"max_gen_toks": 5}, WINDOW - 5, 5),
+        (LONG, {"max_new_tokens": WINDOW // 4}, WINDOW - 8, 8),
+        (LONG, {"max_tokens": 20}, WINDOW - 8, 8),
+        (LONG[:20], {"max_completion_tokens": 20}, 20, WINDOW - 21),
+        (LONG, {}, WINDOW - 8, 8),
+    ],
+)
+def test_the_window_keeps_the_prompt_before_the_continuation(
+    run_folder, monkeypatch, context, options, kept, n_new
+):
+    from helmholtz.interop.hf import lm_eval
+
+    calls = []
+    monkeypatch.setattr(lm_eval, "generate", lambda model, prompts, s: calls.append((prompts, s)) or [[]])
+    lm = lm_eval.HelmholtzLM(str(run_folder))
+    fits = len(context) + 1 + options.get("max_gen_toks", 256) <= WINDOW
+    with contextlib.nullcontext() if fits else pytest.warns(UserWarning, match="of 1 prompts") as warned:
+        lm.generate_until([Request(context, options)])
+    assert fits or len(warned) == 1
+    (((prompt,), settings),) = calls
+    assert prompt == [256, *context.encode()][-kept - 1 if kept == len(context) else -kept :]
+    assert settings.max_new_tokens == n_new
+
+
+def read(options):
+    from helmholtz.interop.hf.generation_kwargs import read_generation_kwargs
+
+    return read_generation_kwargs(options, end=256, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "temperature"),
+    [
+        ({}, 0.0),
+        ({"do_sample": False, "temperature": 1}, 0.0),
+        ({"do_sample": "false", "temperature": 0.7, "top_p": 0.9}, 0.0),
+        ({"do_sample": "False"}, 0.0),
+        ({"do_sample": 0}, 0.0),
+        ({"do_sample": "true", "temperature": "0.7"}, 0.7),
+        ({"do_sample": True}, 1.0),
+        ({"do_sample": True, "temperature": 0.0}, 0.0),
+        ({"temperature": 0.8}, 0.8),
+        ({"do_sample": None, "temperature": None}, 0.0),
+    ],
+)
+def test_what_samples_and_what_takes_the_likeliest(options, temperature):
+    assert read(options)[0].temperature == temperature
+
+
+def test_the_other_generation_arguments():
+    settings, until = read({"do_sample": True, "top_k": 0, "top_p": 0.95, "num_beams": 1, "until": "\n"})
+    assert (settings.top_k, settings.top_p, settings.max_new_tokens, until) == (None, 0.95, 256, ["\n"])
+    assert read({"max_gen_toks": "12", "max_tokens": 99})[0].max_new_tokens == 12
+    for options, message in [
+        ({"do_sample": "maybe"}, "do_sample must be true or false, got 'maybe'"),
+        ({"num_beams": 10}, "num_beams must be 1: there is no beam search, got 10"),
+        ({"max_gen_toks": "many"}, "generation_kwargs: .*'many'"),
+        ({"max_gen_toks": 0}, "the most new tokens must be an integer of at least 1, got 0"),
+        ({"max_length": 5}, "generation_kwargs has no key 'max_length'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            read(options)
+
+
+def task_kwargs():
+    """Every ``generation_kwargs`` of the task files that come with lm_eval."""
+    import lm_eval
+
+    class Loader(yaml.CSafeLoader):
+        pass
+
+    Loader.add_multi_constructor("!", lambda *_: None)  # functions
+    for file in (Path(lm_eval.__file__).parent / "tasks").rglob("*"):
+        if file.suffix in (".py", ".pyc", ".md") or not file.is_file():
+            continue
+        text = file.read_text(errors="ignore")
+        if "\ngeneration_kwargs:" in text and (found := yaml.load(text, Loader)["generation_kwargs"]):
+            yield found
+
+
+def test_the_kwargs_of_every_task_file_are_honoured_and_a_beam_search_is_refused():
+    refused, honoured = [], 0
+    for options in task_kwargs():
+        try:
+            settings, until = read(options)
+        except ValueError as error:
+            refused.append(str(error))
+            continue
+        honoured += 1
+        assert until == options.get("until", [])
+        assert (settings.temperature > 0) == (options.get("do_sample") is True and options["temperature"] > 0)
+        lengths = {options[name] for name in ("max_gen_toks", "max_new_tokens") if name in options}
+        assert settings.max_new_tokens in (lengths or {256})
+    assert refused == ["generation_kwargs: num_beams must be 1: there is no beam search, got 10"]
+    assert honoured > 400
 
 
 def test_continuations_under_plans_rank_as_the_bounds(free_checkpoint):

@@ -6,7 +6,7 @@ likelihood under one plan.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.models.utils import postprocess_generated_text
 from torch import Tensor
 
-from helmholtz._checks import check, check_choice, check_integer, check_keys
+from helmholtz._checks import check, check_choice, check_integer
 from helmholtz._run_folder import TOKENIZER
 from helmholtz.data.tokenizer import load_tokenizer
 from helmholtz.evals.language import check_window, stream_nats
@@ -26,17 +27,15 @@ from helmholtz.evals.latent import PRIOR_DRAWS, stream_bounds
 from helmholtz.evals.runs import find_checkpoint
 from helmholtz.interop.hf.config import MODEL_TYPE
 from helmholtz.interop.hf.export import from_hf
+from helmholtz.interop.hf.generation_kwargs import fit_windows, read_generation_kwargs
 from helmholtz.interop.hf.plans import read_planned
 from helmholtz.models.base import AbstractDecoder, evaluation_mode
 from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.models.free_transformer import FreeTransformer
-from helmholtz.models.generation import SamplingSettings, generate
+from helmholtz.models.generation import generate
 
 BOUNDS = ("mixture_weighted", "importance_weighted", "elbo", "prior_cross_entropy")
-MAX_NEW_TOKENS = 256
 EXACT = "log-likelihood"
-SAMPLING = ("temperature", "top_k", "top_p")
-GENERATION = (*SAMPLING, "until", "max_gen_toks", "do_sample")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +157,17 @@ class HelmholtzLM(TemplateLM):
         nats: float = getattr(bounds, self.bound)
         return nats * bounds.n_tokens
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Of a continuation without text it is 0, and that is what greedy decoding gives."""
+        asked = [request for request in requests if request.args[1]]
+        scores = iter(super().loglikelihood(asked, disable_tqdm=disable_tqdm))
+        return [next(scores) if request.args[1] else (0.0, True) for request in requests]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """One after the other where the two together have no more tokens than the context alone."""
+        pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+        return pair if pair[1] else (self.text.encode(context), self.text.encode(continuation))
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
@@ -208,27 +218,18 @@ class HelmholtzLM(TemplateLM):
         return self.model(tokens, attention_mask=mask).logits
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations as ``read_generation_kwargs`` reads the options, in the window as ``fit_windows`` says."""
+        asked = [request.args for request in requests]
+        read = [read_generation_kwargs(options, end=self.text.end, seed=self.seed) for _, options in asked]
+        prompts = [[self.text.end, *self.text.encode(context)] for context, _ in asked]
+        wanted = [settings.max_new_tokens for settings, _ in read]
+        fitted = fit_windows(prompts, wanted, self.max_length)
         texts = []
-        for context, options in (request.args for request in requests):
-            settings, stops = self._settings(options)
-            room = self.max_length - settings.max_new_tokens
-            prompt = [self.text.end, *self.text.encode(context)][-room:]
-            (tokens,) = generate(self.model, [prompt], settings)
-            texts.append(_cut(self.text.decode(tokens), stops))
-            self.cache_hook.add_partial("generate_until", (context, options), texts[-1])
+        for request, (settings, until), (prompt, room) in zip(asked, read, fitted, strict=True):
+            (tokens,) = generate(self.model, [prompt], replace(settings, max_new_tokens=room))
+            texts.append(postprocess_generated_text(self.text.decode(tokens), until, None))
+            self.cache_hook.add_partial("generate_until", request, texts[-1])
         return texts
-
-    def _settings(self, options: dict[str, Any]) -> tuple[SamplingSettings, list[str]]:
-        check_keys("generation_kwargs", options, GENERATION)
-        until = options.get("until") or []
-        n_tokens = min(options.get("max_gen_toks", MAX_NEW_TOKENS), self.max_length - 1)
-        sampled = {name: options[name] for name in SAMPLING if options.get(name) is not None}
-        if not options.get("do_sample", False):
-            sampled = {"temperature": 0.0}
-        settings = SamplingSettings(
-            max_new_tokens=n_tokens, stop_tokens=(self.text.end,), seed=self.seed, **sampled
-        )
-        return settings, [until] if isinstance(until, str) else list(until)
 
 
 def _load(folder: str, device: str) -> tuple[AbstractDecoder, TextIds]:
@@ -249,10 +250,3 @@ def _load(folder: str, device: str) -> tuple[AbstractDecoder, TextIds]:
 
 def _is_exported(folder: Path) -> bool:
     return (folder / "tokenizer_config.json").exists()
-
-
-def _cut(text: str, stops: list[str]) -> str:
-    """``text`` before the first of ``stops``."""
-    for stop in stops:
-        text = text.split(stop, 1)[0] if stop else text
-    return text
