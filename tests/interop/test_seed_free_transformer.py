@@ -223,6 +223,24 @@ def test_encoder_tells_positions_apart_and_reads_all_of_them():
     assert (encoder(context)[:, 0] - z_logits[:, 0]).abs().min() > 0
 
 
+def test_the_learned_query_of_the_encoder_is_zeta():
+    encoder = seed.EncoderBlock(32, 4, 48, 6)
+    assert isinstance(encoder.zeta, torch.nn.Parameter) and encoder.zeta.shape == (1, 1, 32)
+    assert encoder.readout.weight.shape == (6, 32)
+    assert sum(parameter is encoder.zeta for parameter in encoder.parameters()) == 1
+    context = torch.randn(2, 8, 32)
+    before = encoder(context)
+    before.sum().backward()
+    assert encoder.zeta.grad.abs().max() > 0
+    with torch.no_grad():
+        encoder.zeta.add_(1)
+    assert not torch.equal(encoder(context), before)
+    written_as_a_row = encoder.state_dict() | {"encoder.query": encoder.zeta.detach().flatten()}
+    other = seed.EncoderBlock(32, 4, 48, 6)
+    other.load_state_dict(written_as_a_row)
+    assert torch.equal(other(context), encoder(context))
+
+
 def test_mapper_is_one_hot_with_the_gradient_over_all_codes():
     mapper, table = seed.BinaryMapper(4).double(), torch.randn(16, 3, dtype=torch.float64)
     logits = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
@@ -231,25 +249,49 @@ def test_mapper_is_one_hot_with_the_gradient_over_all_codes():
     ours = torch.autograd.grad((one_hot @ table * cotangent).sum(), logits)
     exact = torch.autograd.grad((code_lookup(table, one_hot.argmax(-1), logits) * cotangent).sum(), logits)
     torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-12)
-    assert not any("codes" in name for name in mapper.state_dict())
+    assert not mapper.state_dict() and not list(mapper.buffers())
     sure = mapper.eval()(torch.tensor([[[50.0, -50, 50, -50]]], dtype=torch.float64))
     assert sure.argmax().item() == 0b0101  # bit i has the weight 2**i
     draws = mapper(torch.zeros(1, 200, 4, dtype=torch.float64)).sum(1)
     assert (draws > 0).sum() > 10  # drawn in evaluation too
-    with pytest.raises(ValueError, match="latent_dim must be at most 10"):
-        seed.BinaryMapper(16)
+    with pytest.raises(ValueError, match="latent_dim must be at most 16"):
+        seed.BinaryMapper(17)
 
 
-def test_plans_of_16_bits_are_integers():
-    plan = seed.LatentPlan(16, 8)
-    drawn = plan.sample_from_logits(torch.randn(2, 3, 16, requires_grad=True))
-    assert isinstance(drawn, Plan) and drawn.code.shape == (2, 3)
-    plan.project_to_hidden(drawn).sum().backward()
-    assert drawn.logits is not None and plan.post_sampler.weight.grad is not None
-    prior = plan.sample_from_prior(4, 500)
-    assert prior.logits is None and prior.code.max() > 60000 and prior.code.min() >= 0
-    mixed = injection.InjectionMechanism(8)(torch.ones(4, 500, 8), plan.project_to_hidden(prior))
-    assert torch.equal(mixed, 1 + plan.post_sampler.weight[prior.code])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_of_16_bits_are_one_hot_and_pass_their_gradient_on(dtype):
+    mapper = seed.BinaryMapper()
+    logits = torch.randn(1, 3, 16, dtype=dtype).mul(4).requires_grad_()
+    one_hot = mapper(logits)
+    assert one_hot.shape == (1, 3, mapper.onehot_dim) == (1, 3, 65536) and one_hot.dtype == torch.float32
+    assert torch.equal(one_hot.sum(-1), torch.ones(1, 3)) and one_hot.unique().tolist() == [0, 1]
+    table, cotangent = torch.randn(65536, 2), torch.randn(1, 3, 2)
+    (ours,) = torch.autograd.grad((one_hot @ table * cotangent).sum(), logits)
+    (exact,) = torch.autograd.grad((code_lookup(table, one_hot.argmax(-1), logits) * cotangent).sum(), logits)
+    assert exact.abs().max() > 0
+    torch.testing.assert_close(ours, exact)
+    sure = torch.full((1, 1, 16), math.inf, requires_grad=True)
+    mapper(sure)[..., 3].sum().backward()
+    assert torch.equal(sure.grad, torch.zeros(1, 1, 16))
+
+
+def test_a_sampled_plan_is_a_tensor():
+    plan, code = seed.LatentPlan(16, 8), torch.tensor([[3, 65535]])
+    prior = plan.sample_from_prior(2, 40, torch.device("cpu"))
+    assert isinstance(prior, torch.Tensor) and prior.shape == (2, 40, plan.onehot_dim)
+    assert torch.equal(prior.sum(dim=-1), torch.ones(2, 40)) and prior.argmax(-1).max() > 40000
+    mixed = injection.InjectionMechanism(8)(torch.ones(2, 40, 8), plan.project_to_hidden(prior))
+    torch.testing.assert_close(mixed, 1 + plan.post_sampler.weight[prior.argmax(-1)])
+    logits = torch.randn(1, 2, 16, requires_grad=True)
+    drawn = plan.sample_from_logits(logits)
+    torch.cat([drawn, drawn.roll(1, dims=1)]).flatten(0, 1)  # what is done with tensors
+    cotangent = torch.randn(1, 2, 8)
+    ours = torch.autograd.grad((plan.project_to_hidden(drawn) * cotangent).sum(), logits)[0]
+    whole = Plan(drawn.argmax(-1), logits)
+    exact = torch.autograd.grad((plan.project_to_hidden(whole) * cotangent).sum(), logits)[0]
+    torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-8)
+    assert torch.equal(plan.project_to_hidden(Plan(code)), plan.post_sampler.weight[code])
+    assert list(plan.state_dict()) == ["post_sampler.weight"]
     with pytest.raises(ValueError, match="z_projected must be 8 wide"):
         injection.InjectionMechanism(8)(torch.ones(1, 1, 8), torch.ones(1, 1, 7))
 
