@@ -7,7 +7,7 @@ import yaml
 
 from helmholtz.cli.main import main
 from helmholtz.data.tokens import TokenDataset
-from helmholtz.evals.latent import evaluate_bounds
+from helmholtz.evals.latent import bounds_per_byte, evaluate_bounds
 from helmholtz.evals.runs import find_checkpoint
 from helmholtz.models.checkpoint import load_checkpoint
 from tiny_runs import write_text
@@ -62,7 +62,7 @@ def test_evaluate_prints_bounds_and_says_what_leaks(workspace, capsys):
     bounds = evaluate_bounds(model, data, seq_len=32, n_samples=3)
     assert found["importance_weighted"] == pytest.approx(bounds.importance_weighted, rel=1e-6)
     assert found["importance_weighted_bits_per_byte"] == pytest.approx(
-        data.bits_per_byte(bounds.importance_weighted), rel=1e-6
+        bounds_per_byte(bounds)["importance_weighted"], rel=1e-6
     )
     assert (found["n_samples"], found["n_tokens"]) == (3, len(data))
     assert len(found["usage"]["kl_per_bit"]) == 8

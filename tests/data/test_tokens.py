@@ -1,7 +1,6 @@
 """Token files are read exactly, with their boundaries, and damage is found before it reaches a model."""
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -78,10 +77,6 @@ def test_windows_are_int64_and_those_outside_are_refused(dataset):
 def test_a_split_shorter_than_the_window_says_how_much_it_has(dataset):
     with pytest.raises(ValueError, match="validation split has 12 tokens, a window of 13 is wanted"):
         dataset.read(torch.tensor([0]), 13)
-
-
-def test_bits_per_byte_counts_tokens_and_bytes(dataset):
-    assert dataset.bits_per_byte(math.log(2)) == pytest.approx(12 / 18)
 
 
 LENGTHS = st.lists(st.integers(1, 6), min_size=1, max_size=8)

@@ -45,7 +45,7 @@ def _quality(model: AbstractDecoder, data: TokenDataset, values: dict[str, Any])
                 "overlap: the windows of a free_transformer have none, each has a plan of its own"
             )
         bounds = evaluate_bounds(model, data, seq_len=seq_len, batch_size=batch_size, **plan_options)
-        return report(bounds, data)
+        return report(bounds)
     for name in plan_options:
         raise ValueError(f"{name}: only a free_transformer has it, this model's number is exact")
     overlap = values["overlap"]

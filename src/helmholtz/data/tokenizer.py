@@ -36,6 +36,14 @@ class AbstractTokenizer(abc.ABC):
         """Text of ids that are known to be text."""
 
     @abc.abstractmethod
+    def byte_counts(self) -> list[int]:
+        """UTF-8 bytes of text that each id stands for, by id: those of a text add up to its length.
+
+        A token that holds a part of a character counts the bytes of that part; ``eos_id`` stands for no text and counts
+        0.
+        """
+
+    @abc.abstractmethod
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write what ``load_tokenizer`` reads."""
 
@@ -61,6 +69,9 @@ class ByteTokenizer(AbstractTokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return bytes(ids).decode(errors="replace")
+
+    def byte_counts(self) -> list[int]:
+        return [1] * BYTES + [0]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         _save_kind(folder, "bytes")
@@ -100,6 +111,15 @@ class BPETokenizer(AbstractTokenizer):
         text: str = self._tokenizer.decode(ids)
         return text
 
+    def byte_counts(self) -> list[int]:
+        """An added token (of a tokenizer that was not trained here) counts the bytes of its spelling."""
+        counts = [0] * self.vocab_size
+        for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
+            counts[i] = len(token)  # its alphabet has one character per byte
+        for i, token in self._tokenizer.get_added_tokens_decoder().items():
+            counts[i] = len(token.content.encode())
+        return counts
+
     def copy_of_backend(self) -> "Tokenizer":
         """The tokenizer of the package tokenizers, without an end-of-document token; the caller may change it."""
         return _library().Tokenizer.from_str(self._tokenizer.to_str())
@@ -128,6 +148,10 @@ class IdTokenizer(AbstractTokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))
+
+    def byte_counts(self) -> list[int]:
+        """The digits of an id and the space after it."""
+        return [len(str(i)) + 1 for i in range(self.eos_id)] + [0]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         _save_kind(folder, "ids", n_ids=self.eos_id)

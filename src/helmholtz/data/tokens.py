@@ -1,5 +1,6 @@
 """Token files: written as a stream, read through memory maps, checked against their metadata."""
 
+import functools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from torch import Tensor
 from helmholtz._checks import check, check_choice, check_integer
 from helmholtz._files import complete_folder
 from helmholtz.data.split import SPLITS, Split
+from helmholtz.data.tokenizer import load_tokenizer
 
 METADATA = "metadata.json"
 TOKENIZER = "tokenizer"
@@ -199,9 +201,21 @@ class TokenDataset:
         """For ``load_tokenizer``."""
         return self.folder / TOKENIZER
 
-    def bits_per_byte(self, nats_per_token: float) -> float:
-        """``nats / ln 2 * tokens / bytes``: comparable between tokenizers."""
-        return nats_per_token / math.log(2) * len(self) / self.n_bytes
+    @functools.cached_property
+    def byte_counts(self) -> Int64[Tensor, "vocab"]:
+        """Bytes of text that each id stands for, 0 for ``eos_id`` (``AbstractTokenizer.byte_counts``).
+
+        Raises: ValueError if the tokenizer beside the tokens is missing, damaged or of another vocabulary.
+        """
+        tokenizer = load_tokenizer(self.tokenizer_folder)
+        size = tokenizer.vocab_size
+        wanted = f"{self.vocab_size}, that of the tokens in {self.folder}"
+        check(size == self.vocab_size, "the tokenizer's vocab_size", size, wanted)
+        return torch.tensor(tokenizer.byte_counts())
+
+    def count_bytes(self, tokens: Int[Tensor, "..."]) -> int:
+        """Bytes of text that these tokens stand for: what bits per byte of a loss on them divide by."""
+        return int(self.byte_counts[tokens.cpu()].sum())
 
     def read(self, starts: Int[Tensor, " n"], length: int) -> Int[Tensor, "n length"]:
         """The windows of ``length`` tokens that begin at ``starts``, as int64.
@@ -242,6 +256,15 @@ class TokenDataset:
             targets[:, inner - 1] = -100
             cuts = torch.cat([torch.tensor([0]), inner[inner < seq_len], torch.tensor([seq_len])])
             yield PackedRow(tokens[:, :-1], targets, cuts.int())
+
+
+def bits_per_byte(nats: float, n_bytes: float) -> float:
+    """``nats / ln 2 / n_bytes``, both summed (or both averaged) over the same tokens: comparable between tokenizers.
+
+    Args:
+        n_bytes: of the very tokens that cost the nats (``TokenDataset.count_bytes``). Infinite bits if it is 0.
+    """
+    return nats / math.log(2) / n_bytes if n_bytes else math.inf
 
 
 def _tokens_path(folder: Path, split: Split) -> Path:

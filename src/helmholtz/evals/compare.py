@@ -15,7 +15,7 @@ from helmholtz._hardware import describe_hardware, git_commit
 from helmholtz.data.tokens import TokenDataset
 from helmholtz.evals.inspection import count_parameters
 from helmholtz.evals.language import decode_tokens_per_second, evaluate_language
-from helmholtz.evals.latent import evaluate_bounds, report
+from helmholtz.evals.latent import bounds_per_byte, evaluate_bounds, report
 from helmholtz.evals.runs import Run, read_run
 from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.checkpoint import load_checkpoint
@@ -135,7 +135,7 @@ def _row(run: Run, window: int, data_folder: str | Path | None, batch_size: int 
     data = TokenDataset(data_folder or run.data_folder, "validation")
     if data_folder and data.metadata.fingerprint != run.description["data"]["fingerprint"]:
         raise ValueError(f"data: {data_folder} holds other data than {run.name} was trained on")
-    nats, bounds = _quality(model, data, window, batch_size or train["batch_size"])
+    nats, bits, bounds = _quality(model, data, window, batch_size or train["batch_size"])
     n_tokens = min(128, model.config.max_seq_len // 2)
     speeds = [decode_tokens_per_second(model, n_tokens=n_tokens) for _ in range(DECODE_REPEATS)]
     return Row(
@@ -145,7 +145,7 @@ def _row(run: Run, window: int, data_folder: str | Path | None, batch_size: int 
         parameters=run.summary["parameters"],
         tokens=run.summary["tokens"],
         kind="bound" if bounds else "exact",
-        validation_bits_per_byte=data.bits_per_byte(nats),
+        validation_bits_per_byte=bits,
         validation_perplexity=math.exp(min(nats, 700.0)),
         bounds=bounds,
         train_tokens_per_second=run.train_tokens_per_second(),
@@ -157,13 +157,13 @@ def _row(run: Run, window: int, data_folder: str | Path | None, batch_size: int 
 
 def _quality(
     model: AbstractDecoder, data: TokenDataset, window: int, batch_size: int
-) -> tuple[float, dict[str, Any] | None]:
-    """Nats per token, and all bounds where that is one of them."""
+) -> tuple[float, float, dict[str, Any] | None]:
+    """Nats per token, bits per byte, and all bounds where these are of one of them."""
     if not isinstance(model, FreeTransformer):
         quality = evaluate_language(model, data, seq_len=window, overlap=0, batch_size=batch_size)
-        return quality.nats_per_token, None
+        return quality.nats_per_token, quality.bits_per_byte, None
     bounds = evaluate_bounds(model, data, seq_len=window, batch_size=batch_size, n_samples=POSTERIOR_SAMPLES)
-    return bounds.mixture_weighted, report(bounds, data)
+    return bounds.mixture_weighted, bounds_per_byte(bounds)["mixture_weighted"], report(bounds)
 
 
 def _parts(model: AbstractDecoder) -> dict[str, int]:

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from helmholtz._checks import check, check_integer
-from helmholtz.data.tokens import TokenDataset
+from helmholtz.data.tokens import TokenDataset, bits_per_byte
 from helmholtz.layers.unconverged import one_convergence_warning
 from helmholtz.models.base import AbstractDecoder, evaluation_mode
 from helmholtz.models.generation import SamplingSettings, generate
@@ -50,13 +50,15 @@ def evaluate_language(
     Warns: ConvergenceWarning, once, if equilibria did not converge.
     """
     overlap = seq_len // 2 if overlap is None else overlap
-    nats = stream_nats(model, text_stream(data), seq_len=seq_len, overlap=overlap, batch_size=batch_size)
+    stream = text_stream(data)
+    nats = stream_nats(model, stream, seq_len=seq_len, overlap=overlap, batch_size=batch_size)
+    n_bytes = data.count_bytes(stream[1:])
     return LanguageResult(
         nats_per_token=nats / len(data),
-        bits_per_byte=nats / math.log(2) / data.n_bytes,
+        bits_per_byte=bits_per_byte(nats, n_bytes),
         perplexity=math.exp(min(nats / len(data), 700.0)),
         n_tokens=len(data),
-        n_bytes=data.n_bytes,
+        n_bytes=n_bytes,
     )
 
 

@@ -1,6 +1,7 @@
 """What a model with a latent plan pays for a text: bounds on its own likelihood, and what the plan is used for."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from helmholtz._checks import check, check_integer
-from helmholtz.data.tokens import TokenDataset
+from helmholtz.data.tokens import TokenDataset, bits_per_byte
 from helmholtz.evals.language import check_window, text_stream
 from helmholtz.layers.latent import Plan, sample_plan
 from helmholtz.models.base import evaluation_mode
@@ -21,6 +22,8 @@ from helmholtz.ops.code_usage import CodeUsage, code_usage
 
 PRIOR_DRAWS = 4
 """Plans per window from the prior, ``J``."""
+UPPER_BOUNDS = ("prior_cross_entropy", "elbo", "importance_weighted", "mixture_weighted")
+"""Fields of ``LatentBounds``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,8 @@ class LatentBounds:
     n_samples: int
     n_windows: int
     n_tokens: int
+    n_bytes: int | None
+    """Bytes of text that these tokens stand for; None if they were not counted."""
     usage: CodeUsage
     """Of the code over these windows."""
 
@@ -60,6 +65,7 @@ class _Measured:
     effective: Float[Tensor, "B"]
     logits: Float[Tensor, "BT H"]
     code: Int[Tensor, "BT"]
+    targets: Int[Tensor, "BT"]
 
 
 def evaluate_bounds(
@@ -98,7 +104,8 @@ def evaluate_bounds(
     """
     stream = text_stream(data)
     sizes = {"seq_len": seq_len, "batch_size": batch_size, "n_samples": n_samples}
-    return stream_bounds(model, stream, **sizes, n_windows=n_windows, seed=seed)
+    count = data.count_bytes
+    return stream_bounds(model, stream, **sizes, n_windows=n_windows, seed=seed, count_bytes=count)
 
 
 def stream_bounds(
@@ -110,8 +117,13 @@ def stream_bounds(
     n_samples: int = 64,
     n_windows: int | None = None,
     seed: int = 0,
+    count_bytes: Callable[[Tensor], int] | None = None,
 ) -> LatentBounds:
-    """``evaluate_bounds`` of any tokens; the first is context and is not predicted. Raises: as it."""
+    """``evaluate_bounds`` of any tokens; the first is context and is not predicted. Raises: as it.
+
+    Args:
+        count_bytes: of the text that tokens stand for (``TokenDataset.count_bytes``), for bits per byte.
+    """
     check_window(model, seq_len)
     for name, value in (("batch_size", batch_size), ("n_samples", n_samples)):
         check_integer(name, value)
@@ -122,19 +134,22 @@ def stream_bounds(
             _measure(model, rows, here, n_samples, seed)
             for here, rows in _batches(stream, indices, seq_len, batch_size)
         ]
-    return _summed(parts, n_samples)
+    return _summed(parts, n_samples, count_bytes)
 
 
-def report(bounds: LatentBounds, data: TokenDataset) -> dict[str, Any]:
-    """The bounds as JSON values: nats per token, bits per byte of what bounds the model's own; the leak is named one.
+def bounds_per_byte(bounds: LatentBounds) -> dict[str, float]:
+    """What bounds the model's own likelihood, in bits per byte of the tokens that were predicted."""
+    assert bounds.n_bytes is not None
+    nats = {name: getattr(bounds, name) * bounds.n_tokens for name in UPPER_BOUNDS}
+    return {name: bits_per_byte(value, bounds.n_bytes) for name, value in nats.items()}
 
-    Bits per byte count the bytes of the split per token, also where only some windows were read.
-    """
+
+def report(bounds: LatentBounds) -> dict[str, Any]:
+    """The bounds as JSON values: nats per token, and bits per byte of the upper bounds; the leak is named one."""
     values = asdict(bounds)
     values["usage"].pop("kl")  # the one of the bounds
     leak = {"posterior_cross_entropy_leaking": values.pop("posterior_cross_entropy")}
-    names = ("prior_cross_entropy", "elbo", "importance_weighted", "mixture_weighted")
-    return leak | values | {f"{name}_bits_per_byte": data.bits_per_byte(values[name]) for name in names}
+    return leak | values | {f"{name}_bits_per_byte": bits for name, bits in bounds_per_byte(bounds).items()}
 
 
 def _chosen(available: int, wanted: int | None) -> list[int]:
@@ -181,6 +196,7 @@ def _measure(
         effective=(2 * total - (2 * log_weights).logsumexp(0)).exp(),
         logits=logits.flatten(0, 1),
         code=codes[0].flatten(),
+        targets=targets.flatten(),
     )
 
 
@@ -210,7 +226,9 @@ def _loss(
     return losses.view_as(targets).double().sum(1).cpu()
 
 
-def _summed(parts: list[_Measured], n_samples: int) -> LatentBounds:
+def _summed(
+    parts: list[_Measured], n_samples: int, count_bytes: Callable[[Tensor], int] | None
+) -> LatentBounds:
     logits, code = torch.cat([part.logits for part in parts]), torch.cat([part.code for part in parts])
     n_tokens, effective = len(code), torch.cat([part.effective for part in parts])
     posterior = sum(part.posterior.sum().item() for part in parts) / n_tokens
@@ -226,5 +244,6 @@ def _summed(parts: list[_Measured], n_samples: int) -> LatentBounds:
         n_samples=n_samples,
         n_windows=len(effective),
         n_tokens=n_tokens,
+        n_bytes=None if count_bytes is None else sum(count_bytes(part.targets) for part in parts),
         usage=code_usage(logits, code),
     )

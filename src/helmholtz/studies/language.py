@@ -22,9 +22,9 @@ from helmholtz._run_folder import LAST
 from helmholtz.data.king_james import king_james
 from helmholtz.data.prepare import DataConfig, PreparedData, prepare
 from helmholtz.data.texts import prepare_texts
-from helmholtz.data.tokens import TokenDataset
+from helmholtz.data.tokens import TokenDataset, bits_per_byte
 from helmholtz.evals.language import stream_nats, text_stream
-from helmholtz.evals.latent import stream_bounds
+from helmholtz.evals.latent import bounds_per_byte, stream_bounds
 from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.models.free_transformer import FreeTransformer
@@ -201,11 +201,11 @@ def quality(
     """Bits per byte of the first ``n_tokens`` of a split; of a model with a plan also the other bounds."""
     stream = text_stream(data)[: n_tokens + 1]
     if not isinstance(model, FreeTransformer):
-        nats = stream_nats(model, stream, seq_len=seq_len, overlap=0) / (len(stream) - 1)
-        return {"kind": "exact", "bits_per_byte": data.bits_per_byte(nats), "bounds": None}
-    found = stream_bounds(model, stream, seq_len=seq_len, n_samples=plans)
-    names = ("prior_cross_entropy", "elbo", "importance_weighted", "mixture_weighted")
-    bounds = {name: data.bits_per_byte(getattr(found, name)) for name in names}
+        nats = stream_nats(model, stream, seq_len=seq_len, overlap=0)
+        bits = bits_per_byte(nats, data.count_bytes(stream[1:]))
+        return {"kind": "exact", "bits_per_byte": bits, "bounds": None}
+    found = stream_bounds(model, stream, seq_len=seq_len, n_samples=plans, count_bytes=data.count_bytes)
+    bounds = bounds_per_byte(found)
     bounds["kl_bits_per_token"] = found.kl / math.log(2)
     return {"kind": "bound", "bits_per_byte": bounds["mixture_weighted"], "bounds": bounds}
 

@@ -36,6 +36,18 @@ class Batches:
                 f"not hold a window of train.seq_len = {config.seq_len}"
             )
         self._starts(0, 1)  # is there a window?
+        self._byte_counts = train.byte_counts.to(device, torch.float64)
+        targets = validation.read(torch.tensor([1]), self.n_validation_tokens)
+        self.validation_bytes = validation.count_bytes(targets)
+
+    @property
+    def n_validation_tokens(self) -> int:
+        """Tokens that an evaluation predicts."""
+        return self.n_validation_windows * self.config.seq_len
+
+    def bytes_per_target(self, tokens: Int[Tensor, "B T1"]) -> float:
+        """Mean bytes of text that the tokens which rows of training text predict stand for."""
+        return self._byte_counts[tokens[:, 1:]].mean().item()
 
     def _starts(self, first: int, count: int) -> Int[Tensor, " count"]:
         c = self.config

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from helmholtz.data.periodic import sample_periodic
 from helmholtz.data.recall import PairTask, sample_pairs
-from helmholtz.data.tokens import TokenDataset
+from helmholtz.data.tokens import TokenDataset, bits_per_byte
 from helmholtz.layers.equilibrium_reading import equilibrium_statistics
 from helmholtz.models.base import AbstractDecoder, evaluation_mode
 from helmholtz.models.mamba import Mamba, MambaConfig
@@ -129,8 +129,8 @@ def unigram_bits(train: TokenDataset, validation: TokenDataset) -> float:
     """Bits per byte of the validation text under the training text's frequencies, every token counted once more."""
     seen, asked = (data.read(torch.tensor([0]), len(data))[0].long() for data in (train, validation))
     counts = torch.bincount(seen, minlength=train.vocab_size).double() + 1
-    nats = -(counts / counts.sum()).log()[asked].mean().item()
-    return validation.bits_per_byte(nats)
+    nats = -(counts / counts.sum()).log()[asked].sum().item()
+    return bits_per_byte(nats, validation.count_bytes(asked))
 
 
 def learn_stability(seed: int, *, stability_weight: float, steps: int = 200) -> dict[str, float]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from helmholtz._files import write_atomically
 from helmholtz._hardware import peak_memory_bytes
 from helmholtz._run_folder import BEST, LAST, NON_FINITE
-from helmholtz.data.tokens import TokenDataset
+from helmholtz.data.tokens import TokenDataset, bits_per_byte
 from helmholtz.layers.row_draws import drawn_by_row
 from helmholtz.models.base import AbstractDecoder
 from helmholtz.solvers import NonFiniteInputError
@@ -112,7 +112,7 @@ class Trainer:
         return loss
 
     def _backward(self) -> dict[str, float]:
-        """Loss, bound and terms, means over the step's rows; the mean gradient is left in the parameters."""
+        """Loss, bound, bytes and terms, means over the step's tokens; the mean gradient is left in the parameters."""
         n = self.config.accumulation
         found = dict[str, float]()
         for index, (tokens, keys) in enumerate(self.batches.of_step(self.progress.windows)):
@@ -122,6 +122,7 @@ class Trainer:
                 self.scaler.scale(loss / n).backward()
             for name, value in ({"loss": loss.detach(), "bound": bound} | terms).items():
                 found[name] = found.get(name, 0.0) + value.item() / n
+            found["bytes"] = found.get("bytes", 0.0) + self.batches.bytes_per_target(tokens) / n
         found["stop"] = float(bool(self._signals))
         found = dict(zip(found, mean_over_ranks(list(found.values())), strict=True))
         self._stopping = found.pop("stop") > 0
@@ -156,7 +157,7 @@ class Trainer:
             found = self._backward_or_stop()
             self.scaler.unscale_(self.optimizer)
             norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm)).item()
-        loss, bound = found.pop("loss"), found.pop("bound")
+        loss, bound, n_bytes = found.pop("loss"), found.pop("bound"), found.pop("bytes")
         skipped = not (math.isfinite(norm) and math.isfinite(loss))
         self._note_skip(f"the loss is {loss}, the gradient norm {norm}", skipped=skipped)
         if not skipped:
@@ -170,7 +171,7 @@ class Trainer:
             step=progress.step,
             tokens=progress.windows * c.seq_len,
             loss=loss,
-            bits_per_byte=self.batches.train.bits_per_byte(bound),
+            bits_per_byte=bits_per_byte(bound, n_bytes),
             grad_norm=norm,
             lr=lr,
             tokens_per_second=c.tokens_per_step / seconds,
@@ -234,14 +235,16 @@ class Trainer:
 
     def evaluate(self) -> EvalRecord:
         """Validation loss and report; a new best value is noted in the progress."""
-        loss, progress = self._finite_validation_loss(), self.progress
+        loss, progress, batches = self._finite_validation_loss(), self.progress, self.batches
         best, report = loss < progress.best, self.evaluator.report(progress.step)
         progress.best = min(loss, progress.best)
         return EvalRecord(
             step=progress.step,
             tokens=progress.windows * self.config.seq_len,
             validation_loss=loss,
-            validation_bits_per_byte=self.batches.validation.bits_per_byte(loss),
+            validation_bits_per_byte=bits_per_byte(
+                loss * batches.n_validation_tokens, batches.validation_bytes
+            ),
             best=best,
             statistics=report.statistics,
             warnings=report.warnings,
