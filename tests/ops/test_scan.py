@@ -74,5 +74,5 @@ def test_differentiates_once():
     x = torch.randn(1, 4, 2, requires_grad=True)
     out = first_order_scan(torch.rand(1, 4, 2), x)[0]
     (g,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="scan .* is differentiable once"):
         g.sum().backward()

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from helmholtz._once import DifferentiableOnce
 from helmholtz.ops._compute import full_precision
 
 # Shapes: N = B H rows, L steps of a chunk (a power of two where there is a decay), E = 1 or K decays a step.
@@ -150,7 +150,7 @@ def _spans(num_steps: int, length: int) -> list[slice]:
     return [slice(i, min(i + length, num_steps)) for i in range(0, num_steps, length)]
 
 
-class Chunked(torch.autograd.Function):
+class Chunked(DifferentiableOnce):
     """``(out, last state)`` of rows ``N T K``; keeps the state before each chunk, recomputes the scores."""
 
     @staticmethod
@@ -177,7 +177,6 @@ class Chunked(torch.autograd.Function):
         return out, state
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, keep, *starts = ctx.saved_tensors
         decay = _decays(log_decay, keep)

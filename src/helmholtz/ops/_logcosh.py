@@ -28,9 +28,15 @@ def log_cosh_quotient(a: Tensor, delta: Tensor, w: Tensor) -> Tensor:
 
 
 class _Quotient(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, a: Tensor, delta: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(a, delta, w)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def forward(a: Tensor, delta: Tensor, w: Tensor) -> Tensor:
         return w * _slope_of_log_cosh(a, delta * w)
 
     @staticmethod
@@ -40,6 +46,13 @@ class _Quotient(torch.autograd.Function):
         d_a = grad * w * _slope_of_tanh(a, x) if needed[0] else None
         d_delta = grad * w.square() * _mean_curvature(a, x) if needed[1] else None
         return d_a, d_delta, grad * torch.tanh(a + x) if needed[2] else None
+
+    @staticmethod
+    def jvp(ctx: Any, d_a: Tensor, d_delta: Tensor, d_w: Tensor) -> Tensor:
+        a, delta, w = ctx.saved_tensors
+        x = delta * w
+        by_a, by_delta = w * _slope_of_tanh(a, x), w.square() * _mean_curvature(a, x)
+        return d_a * by_a + d_delta * by_delta + d_w * torch.tanh(a + x)
 
 
 def _slope_of_log_cosh(a: Tensor, x: Tensor) -> Tensor:

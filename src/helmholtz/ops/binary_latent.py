@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from helmholtz._checks import check, check_integer, check_non_negative
+from helmholtz._once import DifferentiableOnce
 from helmholtz.ops._compute import compute_dtype, full_precision
 
 MAX_LATENT_BITS = 16
@@ -107,17 +107,16 @@ def code_lookup(
     if logits is None:
         return F.embedding(code.long(), table)
     check(logits.shape == (*code.shape, n_bits), "logits", tuple(logits.shape), f"{(*code.shape, n_bits)}")
-    return _CodeLookup.apply(table, code.long(), logits)
+    return _CodeLookup.call(table, code.long(), logits)
 
 
-class _CodeLookup(torch.autograd.Function):
+class _CodeLookup(DifferentiableOnce):
     @staticmethod
     def forward(ctx, table, code, logits):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(table, code, logits)
         return F.embedding(code, table)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         table, code, logits = ctx.saved_tensors
         wide = compute_dtype(table, logits)
@@ -191,9 +190,15 @@ def kl_per_bit(logits: Float[Tensor, "*batch H"]) -> Float[Tensor, "*batch H"]:
 
 
 class _BitKL(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, logits):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(logits)
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def forward(logits):  # type: ignore[no-untyped-def]
         size = logits.abs().clamp(max=LARGE)
         tanh = (size / 2).tanh()
         near = (size * tanh + torch.log1p(-tanh.square())) / 2
@@ -204,6 +209,8 @@ class _BitKL(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (logits,) = ctx.saved_tensors
         return grad * logits.clamp(-LARGE, LARGE) * logits.sigmoid() * (-logits).sigmoid()
+
+    jvp = backward  # the derivative is a factor per element
 
 
 def kl_per_token(logits: Float[Tensor, "*batch H"]) -> Float[Tensor, "*batch"]:

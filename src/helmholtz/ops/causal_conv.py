@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from helmholtz._once import DifferentiableOnce
 from helmholtz.ops._compute import beside_the_graph, compute_dtype
 
 _BLOCK = 2**16
@@ -23,7 +23,7 @@ def _shifted(t: slice, tap: int) -> slice:
     return slice(t.start + tap, t.stop + tap)
 
 
-class _Taps(torch.autograd.Function):
+class _Taps(DifferentiableOnce):
     """``y_t = bias + sum_w same_tw weight_w padded_{t + w}``, with ``weight: W C`` and ``same: B T W 1`` or None."""
 
     @staticmethod
@@ -39,7 +39,6 @@ class _Taps(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         padded, weight, same = ctx.saved_tensors
         dpadded, dweight = torch.zeros_like(padded), torch.zeros_like(weight)
@@ -74,7 +73,7 @@ def _convolve(
         seen = padded if same is None else padded * same[:, 0]
         y = (seen * weight.T).sum(1, keepdim=True) + bias
     else:
-        y = beside_the_graph(_Taps.apply, padded, weight.T.contiguous(), bias, same)
+        y = beside_the_graph(_Taps.call, padded, weight.T.contiguous(), bias, same)
     if count is None:
         return y, padded[:, x.shape[1] :]
     return y, _pick(padded, count.unsqueeze(-1) + torch.arange(past, device=x.device))

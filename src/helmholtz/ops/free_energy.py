@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from helmholtz._once import DifferentiableOnce
 from helmholtz.ops._compute import compute_dtype
 from helmholtz.ops.attention import softmax_attention
 
@@ -20,10 +20,10 @@ def tilt_values(
     Computed in at least float32. Time lies before heads in memory, as attention wants it. Differentiable once.
     """
     wide = compute_dtype(v)
-    return _Tilt.apply(v.to(wide), beta.to(wide), cap)
+    return _Tilt.call(v.to(wide), beta.to(wide), cap)
 
 
-class _Tilt(torch.autograd.Function):
+class _Tilt(DifferentiableOnce):
     @staticmethod
     def forward(ctx, v, beta, cap):  # type: ignore[no-untyped-def]
         v = v.transpose(1, 2)
@@ -37,7 +37,6 @@ class _Tilt(torch.autograd.Function):
         return signals
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         signals, beta = ctx.saved_tensors
         v, tilt = (x.contiguous() for x in signals.transpose(1, 2).unbind(-2))

@@ -3,8 +3,8 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from helmholtz._once import DifferentiableOnce
 from helmholtz.ops._compute import compute_dtype
 
 BLOCK_ELEMENTS = 1 << 17
@@ -36,7 +36,7 @@ def gated_read(
     Source: Lu & Yang 2026, two-level gated FEM. Reference: ``helmholtz.reference.gated_read``.
     """
     wide = compute_dtype(mixed)
-    return _GatedRead.apply(mixed.to(wide), beta.to(wide), inner, outer, eps).to(mixed.dtype)
+    return _GatedRead.call(mixed.to(wide), beta.to(wide), inner, outer, eps).to(mixed.dtype)
 
 
 def outer_gate(x: Float[Tensor, "*batch V"], *, eps: float = 1e-6) -> Float[Tensor, "*batch V"]:
@@ -44,7 +44,7 @@ def outer_gate(x: Float[Tensor, "*batch V"], *, eps: float = 1e-6) -> Float[Tens
     return torch.nn.functional.normalize(torch.nn.functional.softplus(x) + eps, dim=-1) * x.shape[-1] ** 0.5
 
 
-class _GatedRead(torch.autograd.Function):
+class _GatedRead(DifferentiableOnce):
     @staticmethod
     def forward(ctx, mixed, beta, inner, outer, eps):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(mixed, beta, inner, outer)
@@ -60,7 +60,6 @@ class _GatedRead(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         mixed, beta, inner, outer = ctx.saved_tensors
         d_mixed = torch.empty_like(mixed)

@@ -73,7 +73,7 @@ def _chunked(
     rows = [None if x is None else x.to(compute).flatten(0, 1) for x in (q, k, v, log_decay, keep)]
     if pad:
         rows = [x if x is None else F.pad(x, (0, 0, 0, pad), value=float(x is rows[4])) for x in rows]
-    out, last = Chunked.apply(*rows, state.to(compute).flatten(0, 1), chunk_size)
+    out, last = Chunked.call(*rows, state.to(compute).flatten(0, 1), chunk_size)
     out = out[:, :num_steps].unflatten(0, (batch, heads)).to(v.dtype)
     return out, last.unflatten(0, (batch, heads))
 

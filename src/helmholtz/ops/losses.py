@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from helmholtz._once import DifferentiableOnce, is_traced
 
 
 def cross_entropy(
@@ -19,25 +20,25 @@ def cross_entropy(
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
     flat = targets.flatten()
-    if torch.compiler.is_compiling():
+    if is_traced():
         total = F.cross_entropy(wide, flat, ignore_index=ignore_index, reduction="sum")
     else:
         counted = flat != ignore_index
-        total = _NegativeLogLikelihood.apply(wide, flat.masked_fill(~counted, 0).unsqueeze(1), counted)
+        total = _NegativeLogLikelihood.call(wide, flat.masked_fill(~counted, 0).unsqueeze(1), counted)
     return total / (targets != ignore_index).sum().clamp(min=1)
 
 
-class _NegativeLogLikelihood(torch.autograd.Function):
+class _NegativeLogLikelihood(DifferentiableOnce):
     @staticmethod
     def forward(ctx, logits, targets, counted):  # type: ignore[no-untyped-def]
         log_p = logits.log_softmax(-1)
-        ctx.save_for_backward(log_p, targets, counted)
-        return -log_p.gather(1, targets).squeeze(1).masked_fill(~counted, 0).sum()
+        total = -log_p.gather(1, targets).squeeze(1).masked_fill(~counted, 0).sum()
+        ctx.save_for_backward(log_p, targets, counted, total)
+        return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        log_p, targets, counted = ctx.saved_tensors
+        log_p, targets, counted, _ = ctx.saved_tensors
         out = log_p.exp()
         out.scatter_add_(1, targets, out.new_full((1, 1), -1).expand_as(targets))
         return out.mul_((counted * grad).unsqueeze(1)), None, None

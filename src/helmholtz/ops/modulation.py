@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from helmholtz._once import DifferentiableOnce
 
 
 def modulated_linear(
@@ -28,24 +29,23 @@ def modulated_linear(
         x, weight, features, scale_weight = (t.to(dtype) for t in (x, weight, features, scale_weight))
         bias = None if bias is None else bias.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
-        return _ModulatedLinear.apply(x, weight, bias, features.to(x.dtype), scale_weight, widths)
+        return _ModulatedLinear.call(x, weight, bias, features.to(x.dtype), scale_weight, widths)
 
 
-class _ModulatedLinear(torch.autograd.Function):
+class _ModulatedLinear(DifferentiableOnce):
     @staticmethod
     def forward(ctx, x, weight, bias, features, scale_weight, widths):  # type: ignore[no-untyped-def]
         rows = x.flatten(0, -2)
         linear = F.linear(rows, weight, bias)
         out = _scale(features.flatten(0, -2), scale_weight).mul_(linear)
         ctx.widths, ctx.has_bias = widths, bias is not None
-        ctx.save_for_backward(rows, weight, linear, features, scale_weight)
+        ctx.save_for_backward(x, weight, bias, linear, features, scale_weight)
         return out.unflatten(0, x.shape[:-1]).split(widths, dim=-1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        rows, weight, linear, features, scale_weight = ctx.saved_tensors
-        flat = features.flatten(0, -2)
+        x, weight, _, linear, features, scale_weight = ctx.saved_tensors
+        rows, flat = x.flatten(0, -2), features.flatten(0, -2)
         to_linear, to_scale = _scale(flat, scale_weight), torch.empty_like(linear)
         parts = zip(*(t.split(ctx.widths, dim=-1) for t in (to_linear, to_scale, linear)), strict=True)
         for grad, (part_linear, part_scale, value) in zip(grads, parts, strict=True):

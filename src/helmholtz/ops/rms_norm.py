@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from helmholtz._once import is_traced
 from helmholtz.ops._compute import compute_dtype
 
 
@@ -20,7 +21,7 @@ def rms_norm(
     Source: Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019, eq. 4. Reference:
         ``helmholtz.reference.rms_norm``.
     """
-    plain = x.dtype == weight.dtype == compute_dtype(x) and not torch.compiler.is_compiling()
+    plain = x.dtype == weight.dtype == compute_dtype(x) and not is_traced()
     if plain and torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps)
     return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from helmholtz._once import DifferentiableOnce
 from helmholtz.ops._compute import compute_dtype
 from helmholtz.ops.scan import scan_in_place
 
@@ -39,7 +39,7 @@ def _running_max(k: Tensor, start: Tensor, reset: Tensor | None) -> Tensor:
     return out
 
 
-class _RNNSoftmax(torch.autograd.Function):
+class _RNNSoftmax(DifferentiableOnce):
     """Averages and final sums from shifted weights ``w = e^{k - m}`` and decays ``e^{m_{t-1} - m_t}``."""
 
     @staticmethod
@@ -58,7 +58,6 @@ class _RNNSoftmax(torch.autograd.Function):
         return averaged, last
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, daveraged: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         weight, signals, decay, inverse, averaged = ctx.saved_tensors
         dsums = dlast.new_empty((len(dlast), averaged.shape[1], *dlast.shape[1:]))
@@ -115,14 +114,14 @@ def rnn_softmax(
     if num_steps == 0:
         return signals, state
     keys, start = k.to(compute), state.max.to(compute)
-    with torch.no_grad():
-        top = _running_max(keys, start, reset)
+    with torch.no_grad():  # and detached: forward mode does not mind no_grad
+        top = _running_max(keys.detach(), start.detach(), reset)
         before = torch.cat([start.unsqueeze(1), top[:, :-1]], dim=1)
         decay = (before - top).exp_()
         if reset is not None:
             decay.masked_fill_(reset.unsqueeze(-1), 0)
         last_max = torch.where(top[:, -1] > torch.finfo(compute).min, top[:, -1], -torch.inf)
-    averaged, sums = _RNNSoftmax.apply(
+    averaged, sums = _RNNSoftmax.call(
         keys, signals.to(compute), state.sums.to(compute), top, decay.unsqueeze(2)
     )
     return averaged.to(signals.dtype), RNNSoftmaxState(max=last_max, sums=sums)

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from helmholtz._once import is_traced
 from helmholtz.ops._compute import compute_dtype
 
 
@@ -63,7 +64,7 @@ def rotate(
     wide = compute_dtype(x)
     if cos.dtype != wide:
         cos, sin = cos.to(wide), sin.to(wide)
-    if x.requires_grad and not torch.compiler.is_compiling():  # a compiler cannot trace writes into views
+    if x.requires_grad and not is_traced():
         return _Rotate.apply(x, cos, sin)
     y = x.to(wide)
     return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
@@ -102,7 +103,7 @@ def rotate_split(
     if joint.shape[2] != heads + 2 * groups:
         raise ValueError(f"joint: wanted {heads} + 2 * {groups} heads, got {joint.shape[2]}")
     cos, sin = cos.unsqueeze(-2).to(compute_dtype(joint)), sin.unsqueeze(-2).to(compute_dtype(joint))
-    if joint.requires_grad and not torch.compiler.is_compiling():
+    if joint.requires_grad and not is_traced():
         q, k, v = _RotateSplit.apply(joint, cos, sin, heads, groups)
     else:
         plain, v = joint.split([heads + groups, groups], dim=2)

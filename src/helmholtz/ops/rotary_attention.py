@@ -3,8 +3,8 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from helmholtz._once import DifferentiableOnce, is_traced
 from helmholtz.ops.attention import softmax_attention
 from helmholtz.ops.rope import rotate_split, turn
 
@@ -34,21 +34,24 @@ def rotary_attention(
     if joint.shape[2] != heads + 2 * groups:
         raise ValueError(f"joint: wanted {heads} + 2 * {groups} heads, got {joint.shape[2]}")
     if _is_short(joint):
-        return _ShortAttention.apply(joint, cos.to(joint.dtype), sin.to(joint.dtype), heads, groups, causal)
+        cos, sin = cos.to(joint.dtype), sin.to(joint.dtype)
+        read, _ = _ShortAttention.call(joint, cos, sin, heads, groups, causal)
+        return read
     q, k, v = rotate_split(joint, cos, sin, heads, groups)
     return softmax_attention(q, k, v, causal=causal).transpose(1, 2).flatten(2)
 
 
 def _is_short(joint: Tensor) -> bool:
     wide = joint.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(joint.device.type)
-    here = (
-        joint.device.type == "cpu" and not torch.compiler.is_compiling()
-    )  # no compiler traces writes into views
+    here = joint.device.type == "cpu" and not is_traced()
     return here and wide and joint.shape[1] <= LONGEST
 
 
-class _ShortAttention(torch.autograd.Function):
-    """Inside, heads come first (``N B T K``), and the queries of a group lie one below the other."""
+class _ShortAttention(DifferentiableOnce):
+    """Inside, heads come first (``N B T K``), and the queries of a group lie one below the other.
+
+    The second output has no elements: saved, it is the way back to ``joint``, which is not.
+    """
 
     @staticmethod
     def forward(ctx, joint, cos, sin, heads, groups, causal):  # type: ignore[no-untyped-def]
@@ -63,15 +66,15 @@ class _ShortAttention(torch.autograd.Function):
         if causal:
             hidden = q.new_full((time, time), -torch.inf).triu_(1).repeat(heads // groups, 1)
         weights = torch.baddbmm(hidden, q, k.transpose(1, 2), alpha=width**-0.5).softmax(-1)
-        ctx.save_for_backward(q, k, v, cos, sin, weights)
+        way_back = joint.new_empty(0)
+        ctx.save_for_backward(q, k, v, cos, sin, weights, way_back)
         ctx.sizes = batch, time, heads, groups
         read = torch.bmm(weights, v).view(groups, batch, -1, time, width)
-        return read.permute(1, 3, 0, 2, 4).reshape(batch, time, -1)
+        return read.permute(1, 3, 0, 2, 4).reshape(batch, time, -1), way_back
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        q, k, v, cos, sin, weights = ctx.saved_tensors
+    def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+        q, k, v, cos, sin, weights, _ = ctx.saved_tensors
         batch, time, heads, groups = ctx.sizes
         width, turned, scale = k.shape[-1], heads + groups, k.shape[-1] ** -0.5
         read = _below(grad.view(batch, time, heads, width).permute(2, 0, 1, 3), groups)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from helmholtz._once import DifferentiableOnce
 from helmholtz.ops._compute import compute_dtype
 
 # One step on this many elements costs as much as its launch; wider rows gain nothing from chunks.
@@ -57,7 +57,7 @@ def scan_in_place(decay: Tensor, x: Tensor, carry: Tensor, *, reverse: bool = Fa
     return _steps(*tail, _chunks(*head, carry, length, reverse=False), reverse=False)
 
 
-class _Scan(torch.autograd.Function):
+class _Scan(DifferentiableOnce):
     @staticmethod
     def forward(ctx: Any, decay: Tensor, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         h = x.clone(memory_format=torch.contiguous_format)
@@ -66,7 +66,6 @@ class _Scan(torch.autograd.Function):
         return h, last
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dh: Tensor, dlast: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         decay, h, state = ctx.saved_tensors
         dx = dh.clone(memory_format=torch.contiguous_format)
@@ -112,5 +111,5 @@ def first_order_scan(
     if x.shape[1] == 1:  # a step of a stream
         h = torch.addcmul(x.to(compute), decay.to(compute), state.to(compute).unsqueeze(1))
         return h.to(x.dtype), h[:, 0]
-    h, last = _Scan.apply(decay.to(compute), x.to(compute), state.to(compute))
+    h, last = _Scan.call(decay.to(compute), x.to(compute), state.to(compute))
     return h.to(x.dtype), last

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from helmholtz._once import DifferentiableOnce
 from helmholtz.ops._compute import compute_dtype, full_precision
 
 # Inside: time first, then B N S C (states before channels): every step is one pass over contiguous rows,
@@ -35,7 +35,7 @@ def _over_signals(x: Tensor, y: Tensor) -> Tensor:
     return total
 
 
-class _SelectiveScan(torch.autograd.Function):
+class _SelectiveScan(DifferentiableOnce):
     """Keeps the state at chunk boundaries and recomputes inside the chunks."""
 
     @staticmethod
@@ -65,7 +65,6 @@ class _SelectiveScan(torch.autograd.Function):
         return y, state
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         u, delta, A, B, C, keep, *starts = ctx.saved_tensors
         du, ddelta, dB, dC = (torch.empty_like(x) for x in (u, delta, B, C))
@@ -156,7 +155,7 @@ def selective_scan(
     keep = None if reset is None else (~reset).to(compute).T[:, :, None, None, None]
     x, steps, b, c = (z.transpose(0, 1).contiguous() for z in (x, steps, b, c))
     start = state.to(compute).permute(0, 3, 1, 2).contiguous()
-    y, last = _SelectiveScan.apply(x, steps, rates.T.contiguous(), b, c, start, keep, 32)
+    y, last = _SelectiveScan.call(x, steps, rates.T.contiguous(), b, c, start, keep, 32)
     y = y.transpose(0, 1)
     if D is not None:
         y = y + D.to(compute) * u.to(compute)

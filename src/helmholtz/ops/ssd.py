@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from helmholtz._checks import check
+from helmholtz._once import DifferentiableOnce
 from helmholtz.ops._compute import beside_the_graph, compute_dtype, full_precision
 
 # Shapes: G chunks of L steps are a span, worked on at once; K = B G, R = B G H rows. Log decays are only added, never
@@ -108,7 +108,7 @@ def _carry(decay: Tensor, added: Tensor, state: Tensor, *, reverse: bool = False
     return starts.flatten(0, 2), state
 
 
-class _Chunked(torch.autograd.Function):
+class _Chunked(DifferentiableOnce):
     """Span after span; keeps the state before each chunk and recomputes everything else."""
 
     @staticmethod
@@ -125,7 +125,7 @@ class _Chunked(torch.autograd.Function):
         strict: bool,
     ) -> tuple[Tensor, Tensor]:
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        all_starts = []
+        all_starts, first = [], state
         with full_precision(x.device):
             for t, length in _spans(x, chunk):
                 u, delta_t, log_decay, b, c = (_chunks(z, t, length) for z in (x, delta, steps, B, C))
@@ -136,14 +136,13 @@ class _Chunked(torch.autograd.Function):
                 out = torch.bmm(_scores(weights, b, c), rows).baddbmm_(_per_head(c, since), starts.mT)
                 torch.addcmul(_by_head(out, u), u, D.unsqueeze(-1), out=_chunks(y, t, length))
                 all_starts.append(starts)
-        ctx.save_for_backward(x, delta, steps, B, C, D, *all_starts)
+        ctx.save_for_backward(x, delta, steps, B, C, D, first, *all_starts)
         ctx.chunk, ctx.strict = chunk, strict
         return y, state
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-        x, delta, steps, B, C, D, *all_starts = ctx.saved_tensors
+        x, delta, steps, B, C, D, _, *all_starts = ctx.saved_tensors
         gradients = [torch.empty_like(z) for z in (x, delta, steps, B, C)]
         dD = torch.zeros_like(D)
         with full_precision(x.device):
@@ -263,5 +262,5 @@ def ssd(
     if num_steps == 1:
         y, last = _step(*inputs, strict)
     else:
-        y, last = beside_the_graph(_Chunked.apply, *inputs, chunk, strict)
+        y, last = beside_the_graph(_Chunked.call, *inputs, chunk, strict)
     return y.to(x.dtype), last

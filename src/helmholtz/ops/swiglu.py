@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from helmholtz._once import is_traced
+
 PAGE, LINE = 4096, 64
 """Bytes."""
 
@@ -17,7 +19,7 @@ def swiglu(gate_up: Float[Tensor, "*batch two_F"]) -> Float[Tensor, "*batch F"]:
         follows 1.2 times as fast. Differentiable any number of times.
     Source: Shazeer, "GLU Variants Improve Transformer", 2020, eq. 6. Reference: ``helmholtz.reference.swiglu``.
     """
-    if torch.is_grad_enabled() and gate_up.requires_grad and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and gate_up.requires_grad and not is_traced():
         return _SwiGLU.apply(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from helmholtz._checks import check_choice, check_integer, check_positive
+from helmholtz._once import DifferentiableOnce
 from helmholtz.solvers.base import (
     ON_NONCONVERGENCE,
     AbstractProblem,
@@ -66,10 +67,15 @@ class Implicit(AbstractAdjoint):
             return z
         with torch.autocast(z.device.type, enabled=False):
             mapped = problem.map(z)
-        return _Implicit.apply(mapped, z, problem, solution, self)
+        return _Implicit.call(mapped, z, problem, solution, self)
 
 
-class _Implicit(torch.autograd.Function):
+class _Implicit(DifferentiableOnce):
+    why = (
+        "an implicit gradient has no second derivative. Use the Unrolled adjoint, or differentiate the energy at the "
+        "detached equilibrium"
+    )
+
     @staticmethod
     def forward(
         ctx: Any, mapped: Tensor, z: Tensor, problem: AbstractProblem, solution: Solution, adjoint: Implicit
@@ -80,7 +86,7 @@ class _Implicit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        (z, mapped), adjoint = ctx.saved_tensors, ctx.adjoint
+        (z, _), adjoint = ctx.saved_tensors, ctx.adjoint
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             rows, wide = Rows.of(ctx.problem, z), v.to(z.dtype)
             solved = conjugate_gradients(rows, z, wide, rtol=adjoint.rtol, max_steps=adjoint.max_steps)
@@ -88,24 +94,7 @@ class _Implicit(torch.autograd.Function):
             _report(solved, adjoint)
             hopeless = solved.indefinite & (solved.num_steps == 1)
             g = torch.where(hopeless.unsqueeze(1), wide, solved.value)
-        if torch.is_grad_enabled():  # a graph of this backward pass is wanted: it has an end
-            g = _End.apply(g, v, mapped)
         return g, None, None, None, None
-
-
-class _End(torch.autograd.Function):
-    """``g``; on the way to whatever it depends on lies an error."""
-
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, v: Tensor, mapped: Tensor) -> Tensor:
-        return g.clone()
-
-    @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "an implicit gradient has no second derivative: use the Unrolled adjoint, "
-            "or differentiate the energy at the detached equilibrium"
-        )
 
 
 def _report(solved: LinearSolution, adjoint: Implicit) -> None:

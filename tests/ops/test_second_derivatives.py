@@ -1,0 +1,216 @@
+"""Second derivatives of everything with a backward pass of its own: right, or refused with the reason; never wrong."""
+
+import importlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import helmholtz
+from derivative_cases import REFUSAL, WARNINGS, assert_right_or_refused
+from helmholtz import ops
+from helmholtz._once import DifferentiableOnce
+from helmholtz.ops._linear_chunks import Chunked
+from helmholtz.ops._logcosh import log_cosh_quotient
+from helmholtz.ops.causal_conv import causal_conv
+from helmholtz.ops.free_energy import tilt_values
+from helmholtz.ops.gated_read import gated_read
+from helmholtz.ops.losses import cross_entropy
+from helmholtz.ops.modulation import modulated_linear
+from helmholtz.ops.rms_norm import rms_norm
+from helmholtz.ops.rnn_softmax import RNNSoftmaxState, rnn_softmax
+from helmholtz.ops.rope import rope_table, rotate, rotate_split
+from helmholtz.ops.rotary_attention import LONGEST, rotary_attention
+from helmholtz.ops.scan import first_order_scan
+from helmholtz.ops.selective_scan import selective_scan
+from helmholtz.ops.ssd import ssd
+from helmholtz.ops.swiglu import swiglu
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def positive(*shape: int) -> Tensor:
+    return normal(*shape).sigmoid()
+
+
+@dataclass
+class Case:
+    call: Callable[..., object]
+    inputs: list[Tensor]
+
+
+TABLE = rope_table(torch.arange(3), 4)
+LONG = rope_table(torch.arange(LONGEST + 1), 2)
+CODES = torch.tensor([[0, 3, 1]])
+
+
+def cases() -> dict[str, Case]:
+    """By the function that is differentiated, ``module.class``, and the ways in that have none of their own."""
+    torch.manual_seed(0)
+    once = {
+        "causal_conv._Taps": Case(
+            lambda x, w, b, s: causal_conv(x, w, b, state=s),
+            [normal(2, 4, 3), normal(3, 3), normal(3), normal(2, 2, 3)],
+        ),
+        "binary_latent._CodeLookup": Case(
+            lambda table, logits: ops.code_lookup(table, CODES, logits), [normal(4, 3), normal(1, 3, 2)]
+        ),
+        "free_energy._Tilt": Case(
+            lambda v, beta: tilt_values(v, beta, cap=40.0), [normal(1, 2, 3, 2), positive(2, 2)]
+        ),
+        "rotary_attention._ShortAttention": Case(
+            lambda x: rotary_attention(x, *TABLE, 2, 1), [normal(1, 3, 4, 4)]
+        ),
+        "gated_read._GatedRead": Case(gated_read, [
+            positive(1, 3, 2, 2, 2), 1 + positive(2, 2), normal(1, 3, 2, 2), normal(1, 3, 2, 2),
+        ]),
+        "ssd._Chunked": Case(
+            lambda *x: ssd(*x[:-1], state=x[-1], chunk=2),
+            [normal(1, 5, 2, 2), positive(1, 5, 2), -positive(2), normal(1, 5, 3), normal(1, 5, 3), normal(2),
+             normal(1, 2, 2, 3)],
+        ),
+        "rnn_softmax._RNNSoftmax": Case(
+            lambda k, x, s: averages(k, x, s), [normal(1, 4, 2), normal(1, 4, 2, 2), positive(1, 3, 2)]
+        ),
+        "_linear_chunks.Chunked": Case(
+            lambda q, k, v, g, s: Chunked.call(q, k, v, -g.sigmoid(), None, s, 2),
+            [normal(1, 4, 2), normal(1, 4, 2), normal(1, 4, 3), normal(1, 4, 2), normal(1, 2, 3)],
+        ),
+        "scan._Scan": Case(
+            lambda a, x, s: first_order_scan(a, x, state=s), [positive(1, 4, 2), normal(1, 4, 2), normal(1, 2)]
+        ),
+        "losses._NegativeLogLikelihood": Case(lambda x: cross_entropy(x, CODES), [normal(1, 3, 5)]),
+        "selective_scan._SelectiveScan": Case(
+            lambda *x: selective_scan(*x[:-1], state=x[-1]),
+            [normal(1, 3, 2, 2), positive(1, 3, 2), -positive(2, 3), normal(1, 3, 3), normal(1, 3, 3), normal(2),
+             normal(1, 2, 2, 3)],
+        ),
+        "modulation._ModulatedLinear": Case(
+            lambda *x: modulated_linear(*x, [2, 2]),
+            [normal(1, 3, 2), normal(4, 2), normal(4), normal(1, 3, 2), normal(4, 2)],
+        ),
+        "attention._sdpa": Case(ops.softmax_attention, [normal(1, 2, 3, 2) for _ in range(3)]),
+        "attention._sdpa with a mask": Case(
+            lambda q, k, v: ops.softmax_attention(q, k, v, key_mask=torch.tensor([[True, False, True]])),
+            [normal(1, 2, 3, 2) for _ in range(3)],
+        ),
+        "rotary_attention, long": Case(
+            lambda x: rotary_attention(x, *LONG, 1, 1)[:, -2:], [normal(1, LONGEST + 1, 3, 2)]
+        ),
+    }  # fmt: skip
+    often = {
+        "binary_latent._BitKL": Case(ops.kl_per_bit, [normal(2, 3)]),
+        "swiglu._SwiGLU": Case(swiglu, [normal(2, 4)]),
+        "rms_norm._RMSNorm": Case(lambda x, w: rms_norm(x, w, eps=1e-3), [normal(2, 4), normal(4)]),
+        "rope._Rotate": Case(lambda x: rotate(x, *TABLE).sin(), [normal(1, 1, 3, 4)]),
+        "rope._RotateSplit": Case(
+            lambda x: tuple(y.sin() for y in rotate_split(x, *TABLE, 1, 1)), [normal(1, 3, 3, 4)]
+        ),
+        "_logcosh._Quotient": Case(log_cosh_quotient, [normal(3), 1 + positive(3), normal(3)]),
+    }
+    return once | often
+
+
+def averages(k: Tensor, signals: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    averaged, state = rnn_softmax(k, signals, state=RNNSoftmaxState(torch.zeros_like(sums[:, 0]), sums))
+    return averaged, state.sums
+
+
+CASES = cases()
+
+pytestmark = WARNINGS
+
+
+def functions() -> dict[str, type[torch.autograd.Function]]:
+    """All of the package."""
+    root = Path(helmholtz.__file__).parent
+    for file in root.rglob("*.py"):
+        if re.search(
+            r"^class .*(autograd\.Function|DifferentiableOnce)\)", file.read_text("utf-8"), re.MULTILINE
+        ):
+            importlib.import_module(".".join(("helmholtz", *file.relative_to(root).with_suffix("").parts)))
+    found, todo = {}, [torch.autograd.Function]
+    while todo:
+        cls = todo.pop()
+        todo += cls.__subclasses__()
+        if cls.__module__.startswith("helmholtz.") and cls is not DifferentiableOnce:
+            found[f"{cls.__module__.rpartition('.')[2]}.{cls.__qualname__}"] = cls
+    return found
+
+
+FUNCTIONS = functions()
+REFUSED = {name for name, cls in FUNCTIONS.items() if issubclass(cls, DifferentiableOnce)} | {
+    name for name in CASES if "attention" in name
+}
+
+
+def test_every_function_with_a_backward_pass_of_its_own_is_tried() -> None:
+    elsewhere = {"adjoint._Implicit"}  # tests/solvers/test_adjoint.py
+    assert FUNCTIONS.keys() - elsewhere <= CASES.keys(), "second derivatives are right or refused: add a case"
+    assert FUNCTIONS.keys() >= elsewhere | {"scan._Scan"}
+
+
+def weighted(case: Case) -> Callable[..., Tensor]:
+    """All outputs, times constants: what a gradient depends on, it depends on by saved tensors alone."""
+    generator = torch.Generator().manual_seed(1)
+    outputs = case.call(*case.inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in outputs]
+
+    def call(*inputs: Tensor) -> Tensor:
+        outputs = case.call(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return sum((x * w).sum() for x, w in zip(outputs, weights, strict=True))
+
+    return call
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_pair_of_inputs_has_a_wrong_second_derivative(name: str) -> None:
+    case, f = CASES[name], weighted(CASES[name])
+    generator = torch.Generator().manual_seed(2)
+    n, n_refused = len(case.inputs), 0
+    for i, j in product(range(n), repeat=2):
+        w = torch.randn(case.inputs[i].shape, generator=generator, dtype=torch.float64)
+
+        def gradient(x: Tensor, *, graph: bool, i: int = i, j: int = j, w: Tensor = w) -> Tensor:
+            leaves = [x if k == j else y.detach().clone().requires_grad_() for k, y in enumerate(case.inputs)]
+            return (torch.autograd.grad(f(*leaves), leaves[i], create_graph=graph)[0] * w).sum()
+
+        x = case.inputs[j].clone().requires_grad_()
+        first, second = gradient(x, graph=True), None
+        try:
+            if first.requires_grad:
+                (second,) = torch.autograd.grad(first, x, allow_unused=True)
+        except RuntimeError as error:
+            assert re.search(REFUSAL, str(error)), error
+            n_refused += 1
+            continue
+        v = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        ends = [gradient((x + s * v).detach().requires_grad_(), graph=False) for s in (1e-5, -1e-5)]
+        expected = (ends[0] - ends[1]) / 2e-5
+        actual = torch.zeros(()).double() if second is None else (second * v).sum()
+        torch.testing.assert_close(
+            actual, expected, rtol=1e-6, atol=1e-7, msg=f"{i}, {j}: {actual}, not {expected}"
+        )
+    assert bool(n_refused) == (name in REFUSED)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_route_refuses_with_the_reason_or_is_right(name: str) -> None:
+    case, f = CASES[name], weighted(CASES[name])
+    x = torch.cat([y.flatten() for y in case.inputs])
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def of_all(x: Tensor) -> Tensor:
+        parts = x.split([y.numel() for y in case.inputs])
+        return f(*(part.view_as(y) for part, y in zip(parts, case.inputs, strict=True))).square()
+
+    assert_right_or_refused(of_all, x, v)
