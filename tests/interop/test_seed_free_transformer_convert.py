@@ -103,14 +103,17 @@ def by_hand(state: dict[str, Tensor], tokens: Tensor, groups: int) -> Tensor:
         x = x + read @ w["wo.weight"].T
         h = norm(x, w["ffn_norm.weight"])
         x = x + (F.silu(h @ w["ffn.w1.weight"].T) * (h @ w["ffn.w3.weight"].T)) @ w["ffn.w2.weight"].T
-    return norm(x, state["norm.weight"]) @ state["token_embedding.weight"].T
+    return norm(x, state["norm.weight"]) @ state["output.weight"].T
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("groups", [HEADS, GROUPS])
-def test_a_converted_baseline_has_the_logits_of_the_original(groups):
+def test_a_converted_baseline_has_the_logits_of_the_original(groups, tied):
     state = baseline_state(groups)
+    if not tied:
+        state["output.weight"] = torch.randn(VOCAB, WIDTH)
     model = convert.convert_checkpoint(state, sizes(num_kv_heads=groups))
-    assert isinstance(model, Transformer)
+    assert isinstance(model, Transformer) and model.config.tie_embeddings == tied
     tokens = torch.randint(VOCAB, (2, 20))
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, by_hand(state, tokens, groups), rtol=1e-4, atol=1e-4)

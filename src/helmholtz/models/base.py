@@ -28,6 +28,7 @@ from helmholtz.layers.mlp import SwiGLU
 from helmholtz.layers.norm import RMSNorm
 from helmholtz.layers.row_draws import number_dropouts
 from helmholtz.layers.sequence import SequenceLayout, sequence_layout
+from helmholtz.models.tied import keep_ties
 
 ConfigT = TypeVar("ConfigT", bound="ModelConfig")
 
@@ -44,7 +45,7 @@ class ModelConfig:
     max_seq_len: int = 1024
     """Longest sequence, in real tokens."""
     tie_embeddings: bool = True
-    """Whether the output matrix is the embedding."""
+    """Whether the output matrix is the embedding. What is saved goes by the tensors: see ``models.tied``."""
     norm_eps: float = 1e-6
     """Added to the mean square in every RMS norm."""
     dropout: float = 0.0
@@ -165,6 +166,7 @@ class AbstractDecoder(nn.Module, abc.ABC):
         feed_forwards = [block.mlp for block in blocks if block.mlp is not None]
         scale_residual([b.mixer.o_proj for b in blocks] + [mlp.down_proj for mlp in feed_forwards])
         self.tie_weights()
+        keep_ties(self)
         number_dropouts(self)
 
     @abc.abstractmethod

@@ -1,4 +1,10 @@
-"""A model on disk: ``config.json`` (architecture and config) and ``model.safetensors`` (weights and buffers)."""
+"""A model on disk: ``config.json`` (architecture and config) and ``model.safetensors`` (weights and buffers).
+
+What is stored goes by the tensors. The output matrix is left out if it *is* the embedding; if it is another tensor,
+although the config ties the two, it is stored and the config that is written says so. A file with two matrices under a
+config that ties them gives a model with both, tied only if they are equal. Other tensors that share memory are each
+stored: the loaded model computes the same and shares nothing.
+"""
 
 import json
 import os
@@ -11,17 +17,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from helmholtz._checks import check_choice, check_keys
+from helmholtz._checks import check, check_choice, check_keys
 from helmholtz._files import atomic_folder, complete_folder, first_damage
 from helmholtz.models import MODELS
 from helmholtz.models.base import AbstractDecoder, ModelConfig
+from helmholtz.models.tied import EMBED, UNEMBED, is_tied, local_part
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-_TIED = "unembed.weight"
 
 
 def save_checkpoint(model: AbstractDecoder, folder: str | os.PathLike[str]) -> None:
-    """Make ``folder`` a checkpoint of ``model``, replacing any that is there without ever losing it."""
+    """Make ``folder`` a checkpoint of ``model``, replacing any that is there without ever losing it.
+
+    Raises: ValueError for a model whose tensors are not those that its config describes, so that they could not be
+        loaded again (another head than a matrix, adapters), or are on the meta device.
+    """
+    _check_saveable(model)
     with atomic_folder(folder) as partial:
         write_checkpoint(model, partial)
 
@@ -29,23 +40,29 @@ def save_checkpoint(model: AbstractDecoder, folder: str | os.PathLike[str]) -> N
 def write_checkpoint(
     model: AbstractDecoder, folder: Path, weights: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write the two files of a checkpoint into an existing folder. Tied weights are stored once.
+    """Write the two files of a checkpoint into an existing folder.
 
     Args:
         weights: the model's ``checkpoint_weights`` if they are not all its own, because processes share them.
 
     Raises: OSError if the disk is full or cannot be written to.
     """
-    names = [name for name, cls in MODELS.items() if cls is type(model)]
-    if not names:
-        raise ValueError(f"model: {type(model).__name__} is none of the architectures {sorted(MODELS)}")
-    description = {"architecture": names[0], "config": model.config.to_dict()}
+    config = model.config.to_dict() | {"tie_embeddings": is_tied(model)}
+    description = {"architecture": architecture_of(model), "config": config}
     (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
     tensors = dict(checkpoint_weights(model) if weights is None else weights)
     try:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{folder / WEIGHTS}: cannot be written ({error})") from error
+
+
+def architecture_of(model: AbstractDecoder) -> str:
+    """The key of ``MODELS`` for a model. Raises: ValueError if it is none of them."""
+    names = [name for name, cls in MODELS.items() if cls is type(model)]
+    if not names:
+        raise ValueError(f"model: {type(model).__name__} is none of the architectures {sorted(MODELS)}")
+    return names[0]
 
 
 def load_checkpoint(
@@ -65,13 +82,23 @@ def load_checkpoint(
     damage = first_damage(folder, (CONFIG, WEIGHTS))
     if damage:
         raise ValueError(damage)
-    with torch.random.fork_rng(devices=[]):
-        model = MODELS[architecture](config)
     weights = _read_weights(folder / WEIGHTS)
-    _check_weights(folder / WEIGHTS, weights, checkpoint_weights(model))
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
+    if config.tie_embeddings and EMBED in weights:
+        weights.setdefault(UNEMBED, weights[EMBED])
+    model = _empty_model(folder / CONFIG, architecture, config)
+    _check_weights(folder / WEIGHTS, weights, model.state_dict())
+    # each in memory of its own: in the file they start anywhere, and how a product rounds may depend on it
+    model.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
     return model.to(device=device, dtype=dtype).eval()
+
+
+def _empty_model(source: object, architecture: str, config: ModelConfig) -> AbstractDecoder:
+    """The model without memory for its tensors. Raises: ValueError naming ``source`` for sizes no tensor can have."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return MODELS[architecture](config)
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"{source}: no model has these sizes ({error})") from error
 
 
 def read_config(folder: str | os.PathLike[str]) -> tuple[str, ModelConfig]:
@@ -99,17 +126,42 @@ def _parse(description: Any) -> tuple[str, ModelConfig]:
 
 
 def checkpoint_weights(model: AbstractDecoder) -> dict[str, Tensor]:
-    """What a checkpoint stores of a model, by name."""
-    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    if model.config.tie_embeddings:
-        del weights[_TIED]
+    """What a checkpoint stores of a model, by name: no two of them share memory.
+
+    Raises: ValueError for a tensor on the meta device, which holds nothing.
+    """
+    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    for name, tensor in weights.items():
+        check(not tensor.is_meta, f"model: {name}", "one on the meta device", "a tensor that holds numbers")
+    if is_tied(model):
+        weights.pop(UNEMBED, None)
+    seen = set[int]()
+    for name, tensor in weights.items():
+        tensor = tensor.contiguous()
+        address = local_part(tensor).untyped_storage().data_ptr()
+        weights[name] = tensor.clone() if address in seen else tensor
+        seen.add(address)
     return weights
 
 
+def _check_saveable(model: AbstractDecoder) -> None:
+    """``load_checkpoint`` will find all that it needs and nothing else."""
+    wanted = _empty_model("model.config", architecture_of(model), model.config).state_dict()
+    found = model.state_dict()
+    for name in [name for name in (*wanted, *found) if name not in wanted or name not in found]:
+        raise ValueError(
+            f"model: tensor {name!r} is {'missing' if name in wanted else 'not part of its config'}; the config "
+            f"describes an unchanged {type(model).__name__}: save the state_dict of a changed one"
+        )
+    for name, tensor in wanted.items():
+        got = tuple(found[name].shape)
+        check(got == tuple(tensor.shape), f"model: {name}", got, f"{tuple(tensor.shape)}, as in its config")
+
+
 def _read_weights(file: Path) -> dict[str, Tensor]:
-    """Each tensor in memory of its own: in the file they start anywhere, and how a product rounds may depend on it."""
+    """Tensors in the mapped file: nothing is read yet."""
     try:
-        return {name: tensor.clone() for name, tensor in load_file(file).items()}
+        return load_file(file)
     except FileNotFoundError as error:
         raise ValueError(f"{file}: no such file") from error
     except SafetensorError as error:

@@ -127,8 +127,6 @@ class MadAutoencoder(AbstractMadModel):
         seq_len: length of the sequences, and rows of the table.
     """
 
-    positions: Tensor
-
     def __init__(
         self,
         vocab_size: int,
@@ -140,7 +138,8 @@ class MadAutoencoder(AbstractMadModel):
         equilibrium: EquilibriumLayer | None = None,
     ) -> None:
         super().__init__(vocab_size, mixers, d_model=d_model, d_ff=d_ff, equilibrium=equilibrium)
-        self.register_buffer("positions", sinusoids(seq_len, d_model), persistent=False)
+        sinusoids(seq_len, d_model)  # its checks; a table kept here would stay unfilled after ``to_empty``
+        self.seq_len = seq_len
         self.norms = nn.ModuleList([RMSNorm(d_model, eps=NORM_EPS) for _ in range(3)])
         widths = (d_model, d_model, vocab_size)
         self.linears = nn.ModuleList([nn.Linear(d_model, width) for width in widths])
@@ -148,27 +147,22 @@ class MadAutoencoder(AbstractMadModel):
 
     def logits_at(self, tokens: Int[Tensor, "B T"], places: Bool[Tensor, "B T"]) -> Float[Tensor, "N vocab"]:
         batch, time = tokens.shape
-        check(
-            time == len(self.positions),
-            "tokens",
-            tuple(tokens.shape),
-            f"of {len(self.positions)} tokens each",
-        )
+        check(time == self.seq_len, "tokens", tuple(tokens.shape), f"of {self.seq_len} tokens each")
         code = self._stream(tokens, torch.arange(1, batch + 1, device=tokens.device) * time - 1)
         row, place = places.nonzero(as_tuple=True)
-        x = code[row] + self.positions[place]
+        x = code[row] + sinusoids(time, code.shape[-1], code.device).to(code.dtype)[place]
         for norm, linear in zip(self.norms[:-1], self.linears[:-1], strict=True):
             x = F.gelu(linear(norm(x)))
         logits: Tensor = self.linears[-1](self.norms[-1](x))
         return logits
 
 
-def sinusoids(n: int, d_model: int) -> Float[Tensor, "n D"]:
+def sinusoids(n: int, d_model: int, device: torch.device | None = None) -> Float[Tensor, "n D"]:
     r"""Sines, then cosines of ``t * 10000^(-j / (D/2 - 1))`` for ``j < D/2``. Raises: ValueError for an odd ``D``."""
     check_integer("n", n)
     check(d_model % 2 == 0 and d_model >= 4, "d_model", d_model, "even and at least 4")
-    steps = torch.arange(d_model // 2) / (d_model // 2 - 1)
-    angles = torch.arange(n).unsqueeze(1) * torch.exp(-math.log(10000.0) * steps)
+    steps = torch.arange(d_model // 2, device=device) / (d_model // 2 - 1)
+    angles = torch.arange(n, device=device).unsqueeze(1) * torch.exp(-math.log(10000.0) * steps)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 

@@ -19,6 +19,7 @@ from helmholtz._checks import check, check_choice, check_integer
 from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.free_transformer import FreeTransformer
 from helmholtz.models.mamba_hopfield import MambaHopfield
+from helmholtz.models.tied import is_tied
 from helmholtz.training.distributed import world
 from helmholtz.training.objectives import ObjectiveFunction, Report, ReportFunction
 
@@ -139,7 +140,7 @@ def _units(model: AbstractDecoder) -> list[nn.Module]:
         units += [model.encoder, model.post_sampler]
     if isinstance(model, MambaHopfield):
         units.append(model.equilibrium)
-    if not model.config.tie_embeddings:
+    if not is_tied(model):
         units += [model.embed, model.unembed]
     return units
 

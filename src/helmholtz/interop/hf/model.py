@@ -1,5 +1,7 @@
 """Every model of ``MODELS`` as a model of transformers: ``generate``, ``Trainer``, ``save_pretrained``, Auto."""
 
+import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from helmholtz.interop.hf.plans import read_planned, seeds_of
 from helmholtz.models import MODELS
 from helmholtz.models.base import AbstractDecoder, LMOutput
 from helmholtz.models.free_transformer import FreeTransformer, PlannedState
+from helmholtz.models.tied import is_tied
 
 
 class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
@@ -52,6 +55,7 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
         with torch.device("meta"):
             wrapper = cls(HelmholtzConfig.of(names[0], model.config))
         wrapper.model = model
+        wrapper._note_ties()
         wrapper.config.dtype = model.embed.weight.dtype
         return wrapper.train(model.training)
 
@@ -71,7 +75,19 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"{where}: tensor {name!r} is missing")
         for name in sorted(info.unexpected_keys):
             raise ValueError(f"{where}: tensor {name!r} is not part of this model")
+        model._note_ties()
         return info
+
+    def _note_ties(self) -> None:
+        """Whether the output matrix is the embedding is a matter of the tensors; the configs follow them."""
+        tied = is_tied(self.model)
+        self.config.core = (self.config.core or {}) | {"tie_embeddings": tied}
+        self.model.config = replace(self.model.config, tie_embeddings=tied)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As transformers does; the config says whether the output matrix that is saved is the embedding."""
+        self._note_ties()
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def forward(
         self,

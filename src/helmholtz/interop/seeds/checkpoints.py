@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,13 +42,15 @@ def load(
 
     Returns: the step.
 
-    Raises: ValueError if the checkpoint is of another architecture or other sizes, or is a pickled file.
+    Raises: ValueError if the checkpoint is of another architecture or other sizes, has an output matrix of its own
+        where the model's is its embedding, or is a pickled file.
     """
     folder = complete_folder(path)
     check(folder.is_dir(), "path", os.fspath(path), "a folder; foreign files have converters of their own")
-    _, found = checkpoint.read_config(folder)
-    check(found == model.config, "model", model.config, f"of the checkpoint's config {found}")
-    model.load_state_dict(checkpoint.load_checkpoint(folder).state_dict())
+    found = checkpoint.load_checkpoint(folder)
+    own = replace(model.config, tie_embeddings=found.config.tie_embeddings)  # of these two the tensors decide
+    check(found.config == own, "model", model.config, f"of the checkpoint's config {found.config}")
+    model.load_state_dict(found.state_dict())
     if optimizer is None:
         return load_progress(folder).step
     scaler = torch.amp.GradScaler("cpu", enabled=False)

@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from helmholtz.interop.seeds.free_transformer.config import (
 from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.checkpoint import save_checkpoint
 from helmholtz.models.free_transformer import FreeTransformer
+from helmholtz.models.tied import are_equal
 from helmholtz.models.transformer import Transformer
 
 LOGITS_DIFFER = (
@@ -162,12 +164,19 @@ def convert_checkpoint(state: Mapping[str, Any], config: ModelConfig) -> Abstrac
     Args:
         config: its sizes, which its checkpoints do not hold; heads cannot be read off the weights.
 
-    Returns: a Transformer, with the original's logits, or a FreeTransformer, with others.
+    Returns: a Transformer, with the original's logits, or a FreeTransformer, with others. Its output matrix is its
+        embedding if the two are equal in the checkpoint.
     Warns: for a Free Transformer, why its logits differ.
     Raises: ValueError for a tensor that is missing, unknown or of another shape than ``config`` asks for.
     """
     free = "encoder.zeta" in state
-    model = FreeTransformer(config.to_core()) if free else Transformer(config.to_baseline())
+    embed, output = state.get("token_embedding.weight"), state.get("output.weight")
+    tied = embed is None or output is None or are_equal(embed, output)
+    model: AbstractDecoder
+    if free:
+        model = FreeTransformer(replace(config.to_core(), tie_embeddings=tied))
+    else:
+        model = Transformer(replace(config.to_baseline(), tie_embeddings=tied))
     if free:
         warnings.warn(LOGITS_DIFFER, stacklevel=2)
     weights = _renamed(state, model.split_layer if isinstance(model, FreeTransformer) else 0)
