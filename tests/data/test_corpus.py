@@ -1,6 +1,7 @@
 """Documents are found in a fixed order, read exactly, and bad ones are named."""
 
 import json
+from codecs import BOM_UTF8
 
 import pytest
 from hypothesis import given
@@ -78,6 +79,31 @@ def test_bad_json_lines_are_named(tmp_path, line, message):
     (tmp_path / "d.jsonl").write_bytes(b'{"text": "ok"}\n' + line)
     with pytest.raises(ValueError, match=message):
         read([tmp_path / "d.jsonl"])
+
+
+def test_a_byte_order_mark_at_the_beginning_of_a_file_is_no_text(tmp_path):
+    for name, content in {
+        "a.txt": BOM_UTF8 + "eins\r\n\ufeffzwei".encode(),
+        "b.txt": BOM_UTF8,
+        "c.jsonl": BOM_UTF8 + b'{"text": "drei"}\r\n{"text": "\\ufeffvier"}\r\n',
+        "d.jsonl": BOM_UTF8 + b"\n",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    assert read([tmp_path]) == [
+        ("a.txt", 13, "eins\r\n\ufeffzwei"),
+        ("c.jsonl:1", 4, "drei"),
+        ("c.jsonl:2", 7, "\ufeffvier"),
+    ]
+
+
+@pytest.mark.parametrize("block", [1, 2, 1 << 20])
+def test_bad_bytes_are_counted_from_the_beginning_of_the_file(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(corpus, "BLOCK_BYTES", block)
+    (tmp_path / "bad.txt").write_bytes(BOM_UTF8 + b"ab\xff")
+    (tmp_path / "bad.jsonl").write_bytes(BOM_UTF8 + b'{"text": "\xff"}')
+    for name, offset in (("bad.txt", 5), ("bad.jsonl", 13)):
+        with pytest.raises(ValueError, match=rf"not UTF-8 at byte {offset}\b"):
+            read([tmp_path / name])
 
 
 def test_another_field_can_be_read(tmp_path):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from helmholtz.data import DataConfig, prepare
-from helmholtz.data.tokenizer import ByteTokenizer
+from helmholtz.data import DataConfig, corpus, prepare
+from helmholtz.data.tokenizer import BPETokenizer, ByteTokenizer
 
 LINE = "The quality of mercy is not strain'd. ünd\n"
 
@@ -57,6 +57,23 @@ def test_both_splits_together_are_the_text(config, text, tokenizer):
         0.2, abs=0.02
     )
     assert data.metadata.vocab_size == data.tokenizer.vocab_size == {"bytes": 257, "bpe": 320}[tokenizer]
+
+
+@pytest.mark.parametrize("block", [1, 7, 100])
+def test_tokens_and_merges_are_those_of_the_whole_text_however_little_is_read_at_once(
+    config, text, tmp_path, monkeypatch, block
+):
+    verse = "If music be\r\n\r\n\t\tthe   food of love,\n\n\n  play on; it's\xa0日本語  2 345  \n \n"
+    (text / "a.txt").write_bytes((verse * 12).encode() + b"   no newline at the end\n\n  .")
+    monkeypatch.setattr(corpus, "BLOCK_BYTES", block)
+    data = prepare(config(tokenizer="bpe", vocab_size=290))
+    for dataset in (data.train, data.validation):
+        stream = dataset.read(torch.tensor([0]), len(dataset))[0].tolist()
+        encode, eos = data.tokenizer.encode, data.tokenizer.eos_id
+        wanted = [ids for part in contents(dataset, data.tokenizer) for ids in (*encode(part), eos)]
+        assert stream == wanted
+    BPETokenizer.train(contents(data.train, data.tokenizer), 290).save(tmp_path / "whole")
+    assert snapshot(data.folder / "tokenizer") == snapshot(tmp_path / "whole")
 
 
 def test_preparing_again_is_the_same_to_the_byte(config, tmp_path):

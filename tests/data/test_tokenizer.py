@@ -6,8 +6,10 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, pre_tokenizers
 
 from helmholtz.data import BPETokenizer, ByteTokenizer, load_tokenizer
+from helmholtz.data.tokenizer import LONGEST_WORD, IdTokenizer
 
 TEXTS = [
     "To be, or not to be: that is the question.\n" * 3,
@@ -15,6 +17,67 @@ TEXTS = [
 ]
 BPE = BPETokenizer.train(TEXTS * 3, 300)
 ANY_TEXT = st.text(st.characters(codec="utf-8"))
+WORDS_OF_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+SPACES = " \n\t\r\x0b\x1c\x85\xa0\u2028\u3000\ufeff"
+WORDY = st.text(st.one_of(st.sampled_from(SPACES + "abs'tdl09!é日。🎭\u0301"), st.characters(codec="utf-8")))
+
+
+def before_words_had_a_bound():
+    """The same merges behind the words of GPT-2, as tokenizers were saved before."""
+    saved = json.loads(BPE.copy_of_backend().to_str())
+    saved["pre_tokenizer"] = json.loads(WORDS_OF_GPT2.__getstate__())
+    return BPETokenizer(Tokenizer.from_str(json.dumps(saved)))
+
+
+EARLIER = before_words_had_a_bound()
+
+
+def cut(text, places):
+    """``text`` in pieces, cut at the fractions ``places``."""
+    ends = sorted(round(place * len(text)) for place in places)
+    return [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)], strict=True)]
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE, EARLIER], ids=["bytes", "bpe", "earlier bpe"])
+@given(text=WORDY, places=st.lists(st.floats(0, 1), max_size=8))
+def test_the_ids_of_the_parts_are_those_of_the_whole(tokenizer, text, places):
+    parts = list(tokenizer.parts(cut(text, places)))
+    assert "".join(parts) == text
+    assert [i for part in parts for i in tokenizer.encode(part)] == tokenizer.encode(text)
+
+
+def test_parts_of_text_are_as_short_as_its_words():
+    text = "To be,\n  or not " * 50
+    assert max(map(len, BPE.parts(text))) < 10  # a piece is a character
+    assert list(IdTokenizer(30).parts(["1 2", "3 4"])) == ["1 23 4"]
+
+
+@given(WORDY)
+def test_words_up_to_the_bound_are_those_of_gpt2(text):
+    words = BPE.copy_of_backend().pre_tokenizer
+    assert words.pre_tokenize_str(text) == WORDS_OF_GPT2.pre_tokenize_str(text)
+
+
+@pytest.mark.parametrize("unit", [" ", "\n", "x", "7", "é", "日", "-", "\u0301"])
+def test_no_word_is_longer_than_the_bound(unit):
+    text = f"a{unit * (1 << 12)}b"
+    words = BPE.copy_of_backend().pre_tokenizer.pre_tokenize_str(text)
+    assert max(end - start for _, (start, end) in words) <= LONGEST_WORD + 1
+    assert BPE.decode(BPE.encode(text)) == text
+
+
+def test_tokenizers_without_a_bound_encode_as_before(tmp_path):
+    EARLIER.save(tmp_path)
+    text = "a" * 1000 + " " * 1000 + "b"
+    plain = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert max(len(word) for word, _ in plain.pre_tokenizer.pre_tokenize_str(text)) > 900
+    assert load_tokenizer(tmp_path).encode(text) == plain.encode(text).ids
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE, IdTokenizer(9)], ids=["bytes", "bpe", "ids"])
+def test_half_a_surrogate_pair_is_no_text(tokenizer):
+    with pytest.raises(ValueError, match="text must be Unicode, got half a surrogate pair"):
+        tokenizer.encode("a\udcff")
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE], ids=["bytes", "bpe"])

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from codecs import BOM_UTF8
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +64,23 @@ def test_local_files_with_a_validation_split(tmp_path, form):
     assert contents(data.validation, data.tokenizer) == VALIDATION
     assert data.metadata.split_by == "source"
     assert not list((tmp_path / "cache").rglob("*.arrow")) and not (tmp_path / ".tokens.texts").exists()
+
+
+@pytest.mark.parametrize("form", ["json", "csv", "text", "folder"])
+def test_a_byte_order_mark_is_no_text(tmp_path, form):
+    (tmp_path / "files").mkdir()
+    written = write(tmp_path / "files", "text" if form == "folder" else form, "train", TRAIN)
+    path = tmp_path / "files" / f"train.{'txt' if form == 'folder' else form}"
+    path.write_bytes(BOM_UTF8 + Path(written).read_bytes())
+    if form == "folder":
+        Path(written).unlink()
+    given = {"path": str(path.parent)} if form == "folder" else {"path": form, "data_files": (str(path),)}
+    data = prepared(tmp_path, {"validation_fraction": 0.3, "split_by": "tail"}, **given)
+    found = [
+        a + b
+        for a, b in zip(*(contents(d, data.tokenizer) for d in (data.train, data.validation)), strict=True)
+    ]
+    assert found == ([text.replace("\n", " ") for text in TRAIN] if form in ("text", "folder") else TRAIN)
 
 
 def test_without_a_validation_split_a_part_of_the_text_is_kept(tmp_path):

@@ -3,6 +3,7 @@
 import codecs
 import functools
 import json
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -67,13 +68,16 @@ def find_files(sources: Sequence[str]) -> list[SourceFile]:
 def documents(files: Sequence[SourceFile], *, text_field: str = "text") -> Iterator[Document]:
     """The non-empty documents of ``files`` in order: a text file is one, a JSON Lines file has one a line.
 
+    A byte-order mark at the beginning of a file is no text of it.
+
     Raises: ValueError naming file and byte for text that is not UTF-8, file and line for bad JSON.
     """
     for file in files:
+        start = _text_start(file.path)
         if file.path.suffix.lower() in JSONL_SUFFIXES:
-            yield from _json_documents(file, text_field)
-        elif n_bytes := file.path.stat().st_size:
-            yield Document(file.name, n_bytes, functools.partial(_text_pieces, file.path))
+            yield from _json_documents(file, start, text_field)
+        elif n_bytes := file.path.stat().st_size - start:
+            yield Document(file.name, n_bytes, functools.partial(_text_pieces, file.path, start))
 
 
 def _files_of(source: Path) -> list[SourceFile]:
@@ -88,10 +92,17 @@ def _files_of(source: Path) -> list[SourceFile]:
     return [SourceFile(name.as_posix(), path) for name, path in visible]
 
 
-def _text_pieces(path: Path) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    tail, offset, block = "", 0, b"start"
+def _text_start(path: Path) -> int:
+    """Bytes before the text."""
     with path.open("rb") as file:
+        return len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
+
+
+def _text_pieces(path: Path, start: int) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    tail, offset, block = "", start, b"start"
+    with path.open("rb") as file:
+        file.seek(start)
         while block:
             block = file.read(BLOCK_BYTES)
             undecoded = len(decoder.getstate()[0])
@@ -108,9 +119,10 @@ def _text_pieces(path: Path) -> Iterator[str]:
                 yield text[:cut]
 
 
-def _json_documents(file: SourceFile, text_field: str) -> Iterator[Document]:
-    offset = 0
+def _json_documents(file: SourceFile, start: int, text_field: str) -> Iterator[Document]:
+    offset = start
     with file.path.open("rb") as lines:
+        lines.seek(start)
         for number, line in enumerate(lines, start=1):
             text = _json_text(line, text_field, f"{file.path}, line {number}", offset)
             offset += len(line)

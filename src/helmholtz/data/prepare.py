@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +16,14 @@ from helmholtz._checks import check, check_choice, check_fraction, check_integer
 from helmholtz._files import atomic_folder, complete_folder
 from helmholtz.data.corpus import Document, SourceFile, documents, find_files, shakespeare_files
 from helmholtz.data.split import SPLITS, Split, SplitRule
-from helmholtz.data.tokenizer import BYTES, AbstractTokenizer, BPETokenizer, ByteTokenizer, load_tokenizer
+from helmholtz.data.tokenizer import (
+    BYTES,
+    AbstractTokenizer,
+    BPETokenizer,
+    ByteTokenizer,
+    cut_between_words,
+    load_tokenizer,
+)
 from helmholtz.data.tokens import (
     FORMAT,
     METADATA,
@@ -246,8 +255,12 @@ def _train_tokenizer(config: DataConfig, corpus: _Corpus) -> AbstractTokenizer:
     if config.tokenizer == "bytes":
         return ByteTokenizer()
     assert config.vocab_size is not None
-    pieces = (piece for document in corpus.documents("training the tokenizer") for piece in document)
-    return BPETokenizer.train((text for split, text in pieces if split == "train"), config.vocab_size)
+    texts = (
+        text
+        for document in corpus.documents("training the tokenizer")
+        for text in cut_between_words(piece for split, piece in document if split == "train")
+    )
+    return BPETokenizer.train(texts, config.vocab_size)
 
 
 def _write(folder: Path, config: DataConfig, corpus: _Corpus, fingerprint: str) -> Metadata:
@@ -258,8 +271,9 @@ def _write(folder: Path, config: DataConfig, corpus: _Corpus, fingerprint: str) 
             for split in SPLITS
         }
         for document in corpus.documents("encoding"):
-            for split, piece in document:
-                writers[split].write(piece, tokenizer.encode(piece))
+            for split, pairs in groupby(document, key=itemgetter(0)):
+                for text in tokenizer.parts(piece for _, piece in pairs):
+                    writers[split].write(text, tokenizer.encode(text))
             for writer in writers.values():
                 writer.end_document()
     counts = {split: writer.counts() for split, writer in writers.items()}

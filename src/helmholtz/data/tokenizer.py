@@ -3,7 +3,8 @@
 import abc
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -15,6 +16,19 @@ if TYPE_CHECKING:
 
 BYTES = 256
 INSTALL = "pip install 'helmholtz-nn[data]'"
+LONGEST_WORD = 256
+"""Characters. The time of merging grows with the square of a word's length, and runs of spaces are words."""
+WORDS = "|".join(
+    [
+        "'(?:[sdmt]|ll|ve|re)",
+        *(rf" ?{kind}{{1,{LONGEST_WORD}}}" for kind in (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]")),
+        rf"\s{{1,{LONGEST_WORD}}}(?!\S)",
+        rf"\s{{1,{LONGEST_WORD}}}",
+    ]
+)
+"""The words of GPT-2 (Radford et al. 2019), whose lengths have no bound."""
+END_OF_WORD = re.compile(r".*\S(?=[ \t\n\r])", re.DOTALL)
+"""Up to the last place where any text is cut: in no word of GPT-2 does white space follow something else."""
 
 
 class AbstractTokenizer(abc.ABC):
@@ -27,9 +41,24 @@ class AbstractTokenizer(abc.ABC):
         """The token after a document's last; no text encodes to it, whatever it spells."""
         return self.vocab_size - 1
 
-    @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, without an end-of-document token."""
+        """Ids of ``text``, without an end-of-document token.
+
+        Raises: ValueError for half a surrogate pair, which is no character.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text must be Unicode, got half a surrogate pair ({error})") from error
+        return self._encode(text)
+
+    @abc.abstractmethod
+    def parts(self, pieces: Iterable[str]) -> Iterator[str]:
+        """The text of ``pieces`` cut anew, so that the ids of the parts are those of the whole text."""
+
+    @abc.abstractmethod
+    def _encode(self, text: str) -> list[int]:
+        """Ids of text that is Unicode."""
 
     @abc.abstractmethod
     def _decode(self, ids: list[int]) -> str:
@@ -64,7 +93,11 @@ class ByteTokenizer(AbstractTokenizer):
 
     vocab_size = BYTES + 1
 
-    def encode(self, text: str) -> list[int]:
+    def parts(self, pieces: Iterable[str]) -> Iterator[str]:
+        """The pieces as they are."""
+        return iter(pieces)
+
+    def _encode(self, text: str) -> list[int]:
         return list(text.encode())
 
     def _decode(self, ids: list[int]) -> str:
@@ -90,12 +123,20 @@ class BPETokenizer(AbstractTokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
-        """Learn at most ``vocab_size - 257`` merges from ``texts``; fewer if it has no pair left to merge."""
+        """Learn at most ``vocab_size - 257`` merges from ``texts``; fewer if it has no pair left to merge.
+
+        No token is longer than ``LONGEST_WORD`` characters and a space.
+        """
         check_integer("vocab_size", vocab_size, minimum=BYTES + 2)
         library = _library()
-        byte_level = library.pre_tokenizers.ByteLevel
+        before, byte_level = library.pre_tokenizers, library.pre_tokenizers.ByteLevel
         tokenizer = library.Tokenizer(library.models.BPE())
-        tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
+        tokenizer.pre_tokenizer = before.Sequence(
+            [
+                before.Split(library.Regex(WORDS), "isolated"),
+                byte_level(add_prefix_space=False, use_regex=False),
+            ]
+        )
         tokenizer.decoder = library.decoders.ByteLevel()
         trainer = library.trainers.BpeTrainer(
             vocab_size=vocab_size - 1, initial_alphabet=byte_level.alphabet(), show_progress=False
@@ -103,7 +144,11 @@ class BPETokenizer(AbstractTokenizer):
         tokenizer.train_from_iterator(texts, trainer)
         return cls(tokenizer)
 
-    def encode(self, text: str) -> list[int]:
+    def parts(self, pieces: Iterable[str]) -> Iterator[str]:
+        """Cut between words; the text since the last cut is held in memory."""
+        return cut_between_words(pieces)
+
+    def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text).ids
         return ids
 
@@ -140,7 +185,11 @@ class IdTokenizer(AbstractTokenizer):
         check_integer("n_ids", n_ids)
         self.vocab_size = n_ids + 1
 
-    def encode(self, text: str) -> list[int]:
+    def parts(self, pieces: Iterable[str]) -> Iterator[str]:
+        """The whole text."""
+        yield "".join(pieces)
+
+    def _encode(self, text: str) -> list[int]:
         """Raises: ValueError for a word that is no id."""
         for word in text.split():
             check(word.isdecimal() and int(word) < self.eos_id, "text", word, f"ids below {self.eos_id}")
@@ -155,6 +204,20 @@ class IdTokenizer(AbstractTokenizer):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         _save_kind(folder, "ids", n_ids=self.eos_id)
+
+
+def cut_between_words(pieces: Iterable[str]) -> Iterator[str]:
+    """The text of ``pieces`` in parts that no word of a BPE reaches across, whatever comes before and after."""
+    rest = ""
+    for piece in pieces:
+        text = rest + piece
+        found = END_OF_WORD.match(text)
+        cut = found.end() if found else 0
+        if cut:
+            yield text[:cut]
+        rest = text[cut:]
+    if rest:
+        yield rest
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> AbstractTokenizer:

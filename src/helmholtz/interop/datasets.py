@@ -135,8 +135,12 @@ def _split(splits: Mapping[str, Any], argument: str, name: str) -> Any:
 
 
 def _texts(rows: Iterable[Mapping[str, Any]], column: str) -> Iterator[str]:
-    """The column's values; what is wrong with a row is said with its number."""
+    """The column's values; what is wrong with a row is said with its number.
+
+    A text file's first line keeps the byte-order mark in the library's builder "text", as its only one.
+    """
     iterator, number = iter(rows), 0
+    mark = "\N{ZERO WIDTH NO-BREAK SPACE}" if _builder(rows) == "text" else ""
     while True:
         try:
             row = next(iterator, None)
@@ -152,8 +156,12 @@ def _texts(rows: Iterable[Mapping[str, Any]], column: str) -> Iterator[str]:
         if not isinstance(row[column], str):
             kind = type(row[column]).__name__
             raise ValueError(f"dataset row {number}: column {column!r} must hold a string, got {kind}")
-        yield row[column]
+        yield row[column].removeprefix(mark)
         number += 1
+
+
+def _builder(rows: object) -> str | None:
+    return getattr(getattr(rows, "info", None), "builder_name", None)
 
 
 def _unreadable(what: object, error: Exception) -> ValueError:
