@@ -1,13 +1,16 @@
+import io
 import json
 import os
 import shlex
 import subprocess
 import sys
+from codecs import BOM_UTF8
 
 import pytest
 import yaml
 
 from helmholtz.cli.main import main
+from helmholtz.data.tokenizer import load_tokenizer
 from tiny_runs import write_text
 
 
@@ -190,6 +193,30 @@ def test_generate_reads_standard_input_in_its_own_process(workspace):
     )  # fmt: skip
     assert result.stdout.startswith("love and war")
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("given", [b"love\r\nand \xc3\xbc", BOM_UTF8 + b"love\r\nand \xc3\xbc"])
+def test_generate_reads_the_bytes_of_standard_input(workspace, capsys, monkeypatch, given):
+    prompts = []
+    monkeypatch.setattr("helmholtz.cli.generate.generate", lambda model, rows, *_, **__: prompts.extend(rows))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="ascii"))
+    assert call(capsys, "generate", f"--checkpoint={workspace / 'run'}")[0] == 0
+    tokenizer = load_tokenizer(workspace / "run" / "best" / "tokenizer")
+    assert prompts == [[tokenizer.eos_id, *tokenizer.encode("love\r\nand \u00fc")]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [(b"ab\xff", "standard input: not UTF-8 at byte 2"), ("ab\udcff", "text must be Unicode, got half a")],
+)
+def test_generate_names_what_is_no_text(workspace, capsys, monkeypatch, prompt, message):
+    arguments = ["generate", f"--checkpoint={workspace / 'run'}"]
+    if isinstance(prompt, str):  # what Python makes of such an argument
+        arguments.append(f"--prompt={prompt}")
+    else:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompt)))
+    code, out, err = call(capsys, *arguments)
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
 
 def test_generate_refuses_a_folder_without_a_checkpoint(capsys, tmp_path):

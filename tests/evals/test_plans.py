@@ -3,6 +3,7 @@ import json
 import math
 import os
 import statistics
+from codecs import BOM_UTF8
 from dataclasses import replace
 
 import pytest
@@ -206,6 +207,8 @@ def test_a_plan_survives_the_disk_and_knows_its_model(tmp_path):
     plan = replace(PLAN, fingerprint=model_fingerprint(model))
     plan.save(tmp_path / "folder" / "plan.json")
     assert load_plan(tmp_path / "folder" / "plan.json", model) == plan
+    (tmp_path / "marked.json").write_bytes(BOM_UTF8 + (tmp_path / "folder" / "plan.json").read_bytes())
+    assert load_plan(tmp_path / "marked.json", model) == plan  # as editors on Windows save it
     assert model_fingerprint(make_free()) == model_fingerprint(model) != model_fingerprint(make_free(seed=2))
     with pytest.raises(ValueError, match="fingerprint must be .*, that of the model .*, got"):
         load_plan(tmp_path / "folder" / "plan.json", make_free(seed=2))

@@ -36,6 +36,17 @@ class TextStream:
         self.printed = max(self.printed, len(text))
 
 
+def standard_input() -> str:
+    """Its text, which is UTF-8 whatever the locale; the byte-order mark that some pipes begin with is no text.
+
+    Raises: ValueError naming the first byte that is not UTF-8.
+    """
+    try:
+        return sys.stdin.buffer.read().decode().removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input: not UTF-8 at byte {error.start} ({error.reason})") from error
+
+
 def run(arguments: list[str], console: Console) -> int:
     parser = make_parser("generate", DESCRIPTION)
     parser.add_argument(
@@ -48,11 +59,12 @@ def run(arguments: list[str], console: Console) -> int:
     values = parse(parser, arguments)
     checkpoint = find_checkpoint(values["checkpoint"])
     model, tokenizer = load_checkpoint(checkpoint), load_tokenizer(checkpoint / TOKENIZER)
-    prompt = sys.stdin.read() if values["prompt"] is None else values["prompt"]
+    prompt = standard_input() if values["prompt"] is None else values["prompt"]
+    # a document begins after the end of another: so does a prompt
+    tokens = [tokenizer.eos_id, *tokenizer.encode(prompt)]
     settings = SamplingSettings(**values["sampling"], stop_tokens=(tokenizer.eos_id,))
     stream = TextStream(tokenizer, console)
     console.print(prompt, end="", markup=False)
-    # a document begins after the end of another: so does a prompt
-    generate(model, [[tokenizer.eos_id, *tokenizer.encode(prompt)]], settings, callback=stream)
+    generate(model, [tokens], settings, callback=stream)
     stream.end()
     return 0

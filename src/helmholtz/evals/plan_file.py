@@ -61,7 +61,7 @@ def load_plan(file: str | os.PathLike[str], model: FreeTransformer) -> PlanFile:
     Raises: ValueError naming the file if it is missing, not a plan, or of a model with other bits or other weights.
     """
     try:
-        content = json.loads(Path(file).read_text())
+        content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}") from error
     except ValueError as error:
