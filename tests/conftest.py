@@ -15,7 +15,10 @@ import torch
 from jaxtyping import install_import_hook
 from torch import Tensor
 
+from other_rounding import OtherRounding
+
 SHAPE_CHECKS = os.environ.get("SHAPE_CHECKS", "1") != "0"
+OTHER_ROUNDING = os.environ.get("OTHER_ROUNDING", "0") != "0"
 
 
 def _hooked_modules() -> list[str]:
@@ -59,6 +62,16 @@ def _global_state() -> Iterator[None]:
     torch.set_default_dtype(dtype)
     torch.use_deterministic_algorithms(deterministic)
     torch.set_grad_enabled(grad)
+
+
+@pytest.fixture(autouse=True)
+def _other_rounding(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With ``OTHER_ROUNDING=1`` every test runs as on another processor."""
+    if not OTHER_ROUNDING or request.node.get_closest_marker("compile"):
+        yield
+        return
+    with OtherRounding():
+        yield
 
 
 def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -75,13 +75,14 @@ def test_it_starts_as_multihead_attention(variant, kind, need_weights):
 
 
 @pytest.mark.parametrize("kind", ["none", "causal"])
-def test_without_weights_the_start_is_equal_bit_for_bit_also_in_training(kind):
+def test_without_weights_the_start_is_equal_also_in_training(kind):
+    """But for rounding: one projects ``T B``, the other ``B T`` rows; the same dropout, from the same seed."""
     attention, layer = pair(dropout=0.4, batch_first=True)
     given, outputs = inputs(attention), []
     for module in (attention, layer):
         torch.manual_seed(3)
         outputs.append(module(*given, **masks(kind), need_weights=False)[0])
-    assert torch.equal(*outputs)
+    torch.testing.assert_close(*outputs)
 
 
 def test_queries_and_keys_may_differ_in_number():

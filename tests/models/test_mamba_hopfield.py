@@ -1,5 +1,6 @@
-"""The equilibrium model: causality to the bit, streams, memory, names, and what its config refuses."""
+"""The equilibrium model: causality, streams, memory, names, and what its config refuses."""
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,9 +36,12 @@ def everything(found: Equilibrium) -> list[Tensor]:
 @pytest.mark.parametrize("stability", STREAMS)
 @pytest.mark.parametrize("max_steps", [1, 3, 30])
 @torch.no_grad()
-def test_neither_future_nor_neighbours_change_a_bit(mode: str, stability: str, max_steps: int) -> None:
-    """Of logits, equilibria, energies, residuals and step counts, even of rows that are stopped unconverged."""
-    model, kept = STREAMS[stability], STREAMS[stability].solver
+def test_neither_future_nor_neighbours_matter(mode: str, stability: str, max_steps: int) -> None:
+    """To logits, equilibria, energies, residuals and step counts, even of rows that are stopped unconverged.
+
+    But for float64's rounding: rows that leave the solver earlier put the others elsewhere in its products.
+    """
+    model = copy.deepcopy(STREAMS[stability]).double()
     model.solver = SolverConfig(mode=mode, max_steps=max_steps, rtol=1e-5, on_nonconvergence="ignore")
     tokens, other = tokens_of(3, 50), tokens_of(3, 50, seed=1)
     before = model(tokens)
@@ -46,11 +50,10 @@ def test_neither_future_nor_neighbours_change_a_bit(mode: str, stability: str, m
         changed[1, :border] = tokens[1, :border]
         after = model(changed)
         past = (slice(1, 2), slice(0, border))
-        assert torch.equal(before.logits[past], after.logits[past])
+        torch.testing.assert_close(before.logits[past], after.logits[past], rtol=1e-9, atol=1e-9)
         for a, e in zip(everything(after.equilibrium), everything(before.equilibrium), strict=True):
-            assert torch.equal(a[past], e[past])
-    assert not torch.equal(before.logits[1, border:], after.logits[1, border:])
-    model.solver = kept
+            torch.testing.assert_close(a[past], e[past], rtol=1e-9, atol=1e-9)
+    assert (before.logits[1, border:] - after.logits[1, border:]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("adjoint", ["implicit", "phantom", "unrolled"])

@@ -18,6 +18,7 @@ from helmholtz.evals.convergence_case import (
     silent,
     solving_with,
 )
+from helmholtz.evals.equilibria import in_double
 from helmholtz.models.mamba_hopfield import MambaHopfield, MambaHopfieldOutput
 from helmholtz.solvers import (
     AbstractAdjoint,
@@ -35,6 +36,8 @@ UNROLLED_ERROR = 1e-12
 """What unrolled plain steps may leave of the start. Many more than that need would be all denormal numbers."""
 STEP_LIMITS = (1, 3, 30)
 """Limits of the solver's steps: a row that is stopped unconverged must not depend on others either."""
+ROUNDED = 1e-8
+"""What 30 steps make of float64's roundings, at most: a mixture's weights lose 6 of its 16 digits."""
 SMALLEST_SHARE = 1e-4
 """Gradients are compared relative to their norm, or to this part of the largest parameter's."""
 
@@ -70,24 +73,26 @@ class GradientTest(AbstractTest):
 class CausalityTest(AbstractTest):
     """Largest changes of what came before a changed token, and of one sequence by another in its batch.
 
-    Values are equilibria, energies, numbers of steps and logits, for all modes and stopped after 1, 3 and 30 steps.
+    Values are equilibria, energies, numbers of steps and logits, for all modes and stopped after 1, 3 and 30 steps, in
+    float64 and relative to the largest. They are 0 but for rounding: rows that leave put the others elsewhere in a
+    matrix product, and where a row is rounded in which way is the library's choice.
     """
 
     future_values: float
     future_gradients: float
-    """Largest gradient of a token's logits with respect to a later token's embedding, under all adjoints."""
+    """Largest gradient of a token's logits with respect to a later token's embedding, under all adjoints: exactly 0."""
     row_values: float
     """Change of a row's solution if half of the other rows are solved without it."""
     batch_values: float
-    """Change of logits and equilibria if a sequence is alone, relative to their largest entry."""
+    """Change of logits and equilibria if a sequence is alone."""
     tested_values: int
 
     def checks(self) -> tuple[Check, ...]:
         return (
-            Check("values before a change", self.future_values, "<=", 0),
+            Check("values before a change", self.future_values, "<=", ROUNDED),
             Check("gradients from the future", self.future_gradients, "<=", 0),
-            Check("rows solved without others", self.row_values, "<=", 0),
-            Check("a sequence alone", self.batch_values, "<=", 1e-5),
+            Check("rows solved without others", self.row_values, "<=", ROUNDED),
+            Check("a sequence alone", self.batch_values, "<=", ROUNDED),
             Check("values tested", self.tested_values, ">", 0),
         )
 
@@ -177,7 +182,7 @@ def _error(actual: Tensor | None, expected: Tensor | None, floor: float) -> floa
 
 
 def check_causality(case: ValidationCase) -> CausalityTest:
-    model, tokens = case.model, case.tokens
+    model, tokens = copy.deepcopy(case.model).double(), case.tokens
     changes = [
         (place, _changed(case, place)) for place in sorted({tokens.shape[1] // 2, tokens.shape[1] - 1})
     ]
@@ -194,9 +199,7 @@ def check_causality(case: ValidationCase) -> CausalityTest:
                 torch.cat(parts)
                 for parts in zip(*(_values(model(row)) for row in tokens.split(1)), strict=True)
             ]
-            batch += [
-                _change(x, y) / x.abs().max().item() for x, y in zip(before[:2], alone[:2], strict=True)
-            ]
+            batch += [_change(x, y) for x, y in zip(before[:2], alone[:2], strict=True)]
         rows.append(_row_change(case, solver))
     return CausalityTest(
         future_values=_worst(future),
@@ -227,7 +230,10 @@ def _values(output: MambaHopfieldOutput) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def _change(one: Tensor, other: Tensor) -> float:
-    return (one - other).abs().max().item() if one.numel() else 0.0
+    """Relative to the largest entry."""
+    if not one.numel():
+        return 0.0
+    return ((one - other).abs().max() / one.abs().max().clamp(min=torch.finfo(one.dtype).tiny)).item()
 
 
 def _worst(values: list[float]) -> float:
@@ -237,9 +243,9 @@ def _worst(values: list[float]) -> float:
 
 def _row_change(case: ValidationCase, solver: SolverConfig) -> float:
     """Solutions of every second row, with and without the rows between them."""
-    rows = torch.arange(0, len(case.start), 2)
-    together = solve(case.problem, case.start, solver)
-    alone = solve(case.problem.take(rows), case.start[rows], solver)
+    problem, start, rows = in_double(case.problem), case.start.double(), torch.arange(0, len(case.start), 2)
+    together = solve(problem, start, solver)
+    alone = solve(problem.take(rows), start[rows], solver)
     pairs = ((together.value[rows], alone.value), (together.num_steps[rows], alone.num_steps))
     return _worst([_change(x.double(), y.double()) for x, y in pairs])
 

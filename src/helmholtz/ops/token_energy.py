@@ -146,7 +146,7 @@ def token_map(
 def token_map_and_energy(
     z: Float[Tensor, "N D"], field: TokenField, parameters: EnergyParameters
 ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N"]]:
-    """``token_map`` and ``token_energy``, bit for bit, with the products :math:`W z` and :math:`M z` formed once."""
+    """``token_map`` and ``token_energy``, with the products :math:`W z` and :math:`M z` formed once."""
     with full_precision(z.device):
         products = _products(z, field, parameters)
         quadratic, linear, mamba, hopfield = _components(products)

@@ -45,7 +45,7 @@ class AbstractProblem(abc.ABC):
 
     @abc.abstractmethod
     def map_and_energy(self, z: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N"]]:
-        """``map(z)``, bit for bit, and ``E(z)``."""
+        """``map(z)`` and ``E(z)``."""
 
     @abc.abstractmethod
     def jvp(self, z: Float[Tensor, "N D"], v: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
@@ -112,7 +112,8 @@ class BackwardInfo:
 class Solution:
     """Where the rows ended, without gradient, in at least float32; always finite where the start was.
 
-    What a row says depends on that row alone. A row that has not converged is given where its residual was smallest.
+    What a row says depends on that row alone, but for rounding. A row that has not converged is given where its
+    residual was smallest.
     """
 
     value: Float[Tensor, "N D"]

@@ -1,4 +1,4 @@
-"""The iteration over rows: each is stopped on its own, and what is left is computed in tiles of fixed size."""
+"""The iteration over rows: each is stopped on its own, and what is left goes on."""
 
 import abc
 from dataclasses import dataclass
@@ -9,10 +9,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from helmholtz.solvers.base import AbstractProblem, SolverConfig, Status
-
-TILE = 64
-"""Rows are evaluated in multiples of this: shapes of matrix products decide in which order they sum, so that with
-other row counts a row's last bits would depend on how many others there are."""
 
 TINY = 1e-9
 """Added to ``|f|`` in a relative residual."""
@@ -26,12 +22,11 @@ class Counts(NamedTuple):
 
 
 class Rows:
-    """Some rows of a problem, padded to whole tiles for every evaluation; counts what is computed for them."""
+    """Some rows of a problem; counts what is computed for them."""
 
     def __init__(self, problem: AbstractProblem, index: Int[Tensor, "n"], counts: Counts) -> None:
         self._problem, self._counts, self._index = problem, counts, index
-        self._pad = -len(index) % TILE
-        self._padded = problem.take(self._fill(index))
+        self._own = problem.take(index)
 
     @classmethod
     def of(cls, problem: AbstractProblem, like: Float[Tensor, "N D"]) -> "Rows":
@@ -50,19 +45,15 @@ class Rows:
 
     def map(self, z: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
         self._counts.evaluations[self._index] += 1
-        return self._padded.map(self._fill(z))[: len(z)]
+        return self._own.map(z)
 
     def map_and_energy(self, z: Float[Tensor, "n D"]) -> tuple[Float[Tensor, "n D"], Float[Tensor, "n"]]:
         self._counts.evaluations[self._index] += 1
-        f, energy = self._padded.map_and_energy(self._fill(z))
-        return f[: len(z)], energy[: len(z)]
+        return self._own.map_and_energy(z)
 
     def jvp(self, z: Float[Tensor, "n D"], v: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
         self._counts.products[self._index] += 1
-        return self._padded.jvp(self._fill(z), self._fill(v))[: len(z)]
-
-    def _fill(self, x: Tensor) -> Tensor:
-        return x if not self._pad else torch.cat([x, x[:1].expand(self._pad, *x.shape[1:])])
+        return self._own.jvp(z, v)
 
 
 class Point(NamedTuple):

@@ -66,8 +66,8 @@ def solve(
     r"""Find an equilibrium of every row from ``z0``, in at least float32 also under autocast, without gradient.
 
     A row has converged if :math:`|r| / (|f| + 10^{-9}) \le` ``rtol`` and :math:`|E_k - E_{k-1}| \le` ``energy_rtol``
-    :math:`(1 + |E_k|)`; it is then frozen. Rows never meet: with one and with two threads, and for widths that are
-    multiples of 8, a row's result is the same bit for bit whatever the other rows are.
+    :math:`(1 + |E_k|)`; it is then frozen. Rows never meet: what others change is a row's place in
+    a matrix product, and with it the rounding (``docs/solvers.md`` has the bounds).
 
     Args:
         record: keep iterates and energies of every step.

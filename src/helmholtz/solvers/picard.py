@@ -25,5 +25,5 @@ class Picard(AbstractRule):
 
 
 def descent_step(point: Point, damping: float) -> Float[Tensor, "n D"]:
-    """Gradient descent by ``damping``; at 1 the fixed-point step, bit for bit."""
+    """Gradient descent by ``damping``; at 1 it is the fixed-point step itself."""
     return point.f if damping == 1 else point.z + damping * (point.f - point.z)

@@ -16,7 +16,7 @@ def top_eigenvector(
 ) -> Float[Tensor, "N D"]:
     r"""Power iteration on the symmetric Jacobian, per row, from one random vector for all rows.
 
-    A row's result depends on no other row, by a single bit.
+    A row's result depends on no other row, but for the rounding of a matrix product.
 
     Args:
         steps: products with the Jacobian. :math:`v^\top J v` is never above the largest eigenvalue and close below it
