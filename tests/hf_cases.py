@@ -7,6 +7,7 @@ import torch
 from decoder_cases import SIZES, liven
 from helmholtz.interop.hf import HelmholtzForCausalLM
 from helmholtz.layers.fem_config import PRIORS
+from helmholtz.models import MODELS
 from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.fem_lm import FEMLM, FEMLMConfig, MixerOptions
 from helmholtz.models.free_transformer import FreeTransformer, FreeTransformerConfig
@@ -59,3 +60,10 @@ def make(name: str, seed: int = 1) -> HelmholtzForCausalLM:
     """The case ``name`` with weights large enough that every part matters, in evaluation mode."""
     torch.manual_seed(seed)
     return HelmholtzForCausalLM.of(liven(CORES[name]()))
+
+
+def of_architecture(name: str, seed: int = 1, **fields: object) -> HelmholtzForCausalLM:
+    """A small model of an architecture of ``MODELS``, whichever it is, in evaluation mode."""
+    torch.manual_seed(seed)
+    kind = MODELS[name]
+    return HelmholtzForCausalLM.of(liven(kind(kind.config_class(**PLAIN | fields))))

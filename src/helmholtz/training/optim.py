@@ -19,9 +19,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Two groups: weight matrices (embeddings included), decayed, and all else, not decayed; two more per factor.
 
-    A matrix is what a module calls ``weight`` and has two or more dimensions. Temperatures and decay rates may be
-    stored as tables, but zero is no neutral value for them. A parameter shared by two modules (tied embeddings) is
-    listed once; a frozen one not at all.
+    A parameter shared by two modules (tied embeddings) is listed once; a frozen one not at all.
 
     Args:
         lr_factors: by prefix of parameters' names, their learning rate over that of the rest: ``lr_factor`` of a group.
@@ -33,8 +31,7 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             prefix = next((prefix for prefix in lr_factors if name.startswith(prefix)), "")
-            is_matrix = parameter.ndim >= 2 and name.split(".")[-1] == "weight"
-            pairs[prefix][0 if is_matrix else 1].append(parameter)
+            pairs[prefix][0 if is_decayed(name, parameter) else 1].append(parameter)
     groups = []
     for prefix, (decayed, kept) in pairs.items():
         check(bool(decayed or kept), "lr_factors", prefix, "the prefix of a trained parameter's name")
@@ -42,6 +39,14 @@ def parameter_groups(
         groups.append({"params": decayed, "weight_decay": weight_decay, "lr_factor": factor})
         groups.append({"params": kept, "weight_decay": 0.0, "lr_factor": factor})
     return groups
+
+
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it is a weight matrix: what a module calls ``weight`` and has two or more dimensions.
+
+    Temperatures and decay rates may be stored as tables, but zero is no neutral value for them.
+    """
+    return parameter.ndim >= 2 and name.split(".")[-1] == "weight"
 
 
 def make_optimizer(

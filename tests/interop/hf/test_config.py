@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import json
 
@@ -7,9 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import helmholtz.interop.hf
 from decoder_cases import SIZES
 from helmholtz.interop.hf import HelmholtzConfig, HelmholtzForCausalLM, register
+from helmholtz.models import MODELS
 from helmholtz.models.fem_lm import FEMLMConfig
 from helmholtz.models.free_transformer import FreeTransformerConfig
-from hf_cases import CORES, RECURRENT
+from hf_cases import CORES, RECURRENT, of_architecture
 
 
 @pytest.mark.parametrize("name", CORES)
@@ -41,9 +43,34 @@ def test_sizes_have_their_usual_names():
     config = HelmholtzConfig.of("transformer", CORES["transformer"]().config)
     sizes = (config.vocab_size, config.hidden_size, config.num_hidden_layers, config.max_position_embeddings)
     assert sizes == (37, 32, 2, 64)
-    assert config.tie_word_embeddings
-    with pytest.raises(AttributeError):
-        config.vocab_size = 40
+    assert config.tie_word_embeddings and config.rms_norm_eps == 1e-6
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)
+    assert heads == (4, 4, 88)
+    config = HelmholtzConfig.of("mamba", CORES["mamba"]().config)
+    assert (config.num_attention_heads, config.intermediate_size) == (4, 64)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sizes_are_set_by_their_usual_names(name, tmp_path):
+    config = of_architecture(name).config
+    config.vocab_size, config.tie_word_embeddings = 40, False
+    config.num_hidden_layers = 3
+    core = config.core_config()
+    assert (core.vocab_size, core.tie_embeddings, core.n_layers) == (40, False, 3)
+    config.save_pretrained(tmp_path)
+    again = HelmholtzConfig.from_pretrained(tmp_path, vocab_size=41)
+    assert again.core_config() == dataclasses.replace(core, vocab_size=41)
+    assert HelmholtzConfig(architecture=name, core=config.core, vocab_size=42).vocab_size == 42
+    assert config.hidden_size % config.num_attention_heads == 0
+    with pytest.raises(ValueError, match="vocab_size must be an integer of at least 1"):
+        config.vocab_size = 0
+
+
+def test_a_size_that_an_architecture_lacks_is_refused():
+    config = of_architecture("mamba").config
+    assert not hasattr(config, "num_key_value_heads")
+    with pytest.raises(ValueError, match="a mamba has none of n_kv_heads"):
+        config.num_key_value_heads = 2
 
 
 @pytest.mark.parametrize(

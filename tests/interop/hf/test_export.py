@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -132,3 +133,37 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path):
     save_checkpoint(make("transformer").model, tmp_path / "checkpoint")
     with pytest.raises(ValueError, match="wanted the kind of a saved tokenizer"):
         export(tmp_path / "checkpoint", tmp_path / "out")
+
+
+def test_a_folder_from_before_pads_had_a_token_loads(exported, tmp_path):
+    """There the end token pads."""
+    folder = shutil.copytree(exported, tmp_path / "old")
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((folder / name).read_text())
+        assert values.pop("pad_token_id") == 255
+        values |= {"pad_token_id": 256} if name.startswith("generation") else {}
+        values.pop("use_cache", None)
+        (folder / name).write_text(json.dumps(values))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [
+        token for token in tokenizer["added_tokens"] if token["content"] != "<|pad|>"
+    ]
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["ÿ"] = vocabulary.pop("<|pad|>")
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    register()
+    old, new = (AutoTokenizer.from_pretrained(path) for path in (folder, exported))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    batch = old(["the king", "of"], padding=True, return_tensors="pt")
+    assert old.pad_token_id == old.eos_token_id and batch["input_ids"][1, 0] == 256
+    texts = model.generate(**batch, max_new_tokens=4, do_sample=False)
+    batch = new(["the king", "of"], padding=True, return_tensors="pt")
+    again = AutoModelForCausalLM.from_pretrained(exported).generate(
+        **batch, max_new_tokens=4, do_sample=False
+    )
+    assert old.batch_decode(texts, skip_special_tokens=True) == new.batch_decode(
+        again, skip_special_tokens=True
+    )
+    assert (exported / "README.md").read_text().count("HelmholtzTrainer") == 1

@@ -149,8 +149,8 @@ def test_other_caches_and_unknown_arguments_are_refused():
     model, tokens = make("transformer"), tokens_of(1, 6)
     with pytest.raises(ValueError, match="cache_implementation must be None"):
         model.generate(tokens, cache_implementation="static", **GREEDY)
-    with pytest.raises(ValueError, match="position_ids"):
-        model.generate(tokens, position_ids=torch.arange(6)[None], **GREEDY)
+    with pytest.raises(ValueError, match="use_cache must be false where sequences are packed"):
+        model.generate(tokens, position_ids=torch.arange(6).flip(0)[None], **GREEDY)
     with pytest.raises(ValueError, match="output_attentions"):
         model.generate(tokens, output_attentions=True, return_dict_in_generate=True, **GREEDY)
 

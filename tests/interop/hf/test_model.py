@@ -67,31 +67,34 @@ def test_use_cache_starts_a_stream_and_a_kept_state_can_be_continued_twice():
         again = StateCache()
         again.advance(state, torch.ones(1, 4, dtype=torch.bool))
         assert torch.equal(model(tokens[:, 4:], past_key_values=again).logits, once)
-    assert model(tokens).past_key_values is None
+    assert model(tokens, use_cache=False).past_key_values is None
 
 
 def test_return_dict_false_gives_a_tuple():
     model, tokens = make("transformer"), tokens_of(2, 5)
-    (logits,) = model(tokens, return_dict=False)
-    assert torch.equal(logits, model(tokens).logits)
-    assert len(model(tokens, labels=tokens, return_dict=False)) == 2
+    logits, cache = model(tokens, return_dict=False)
+    assert torch.equal(logits, model(tokens).logits) and isinstance(cache, StateCache)
+    assert len(model(tokens, labels=tokens, use_cache=False, return_dict=False)) == 2
+    model.config.return_dict = False
+    assert isinstance(model(tokens), tuple)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"inputs_embeds": torch.zeros(1, 3, 32)}, "inputs_embeds must be absent"),
-        ({"position_ids": torch.arange(3)[None]}, "position_ids must be absent"),
-        ({"output_attentions": True}, "output_attentions must be absent"),
-        ({"output_hidden_states": True}, "output_hidden_states must be absent"),
-        ({"input_ids": None}, "input_ids: wanted token ids, got None"),
+        ({"inputs_embeds": torch.zeros(1, 3, 32)}, "input_ids, inputs_embeds: wanted one of them, got both"),
+        ({"input_ids": None}, "input_ids, inputs_embeds: wanted one of them, got neither"),
+        ({"output_attentions": True}, "output_attentions: a helmholtz model takes no such argument"),
+        ({"atention_mask": torch.ones(1, 3)}, "no such argument; did you mean 'attention_mask'"),
+        ({"foo": 1}, "foo: a helmholtz model takes no such argument"),
+        ({"is_causal": False}, "is_causal must be true: a decoder"),
+        ({"position_ids": torch.arange(4)[None]}, "position_ids must be of shape"),
+        ({"seq_idx": torch.zeros(1, 4)}, "seq_idx must be of shape"),
+        ({"label_smoothing": 0.1}, "label_smoothing must be None without labels"),
         ({"input_ids": torch.full((1, 3), 37)}, "id 37 is not in the vocabulary"),
         ({"input_ids": torch.zeros(1, 65, dtype=torch.long)}, "longer than max_seq_len=64"),
-        ({"attention_mask": torch.ones(1, 4)}, "attention_mask: wanted bool or integer"),
         ({"attention_mask": torch.ones(1, 4, dtype=torch.long)}, "attention_mask: wanted shape"),
         ({"past_key_values": DynamicCache()}, "past_key_values must be a helmholtz.interop.hf.StateCache"),
-        ({"past_key_values": StateCache(), "use_cache": False}, "use_cache must be true with past_key_values"),
-        ({"labels": torch.zeros(1, 3, dtype=torch.long), "use_cache": True}, "labels must be None with a cache"),
         ({"labels": torch.zeros(1, 4, dtype=torch.long)}, "labels must be of shape"),
         ({"labels": torch.full((1, 3), 37)}, "labels must be in"),
         ({"labels": torch.zeros(1, 3)}, "labels must be int32 or int64"),
@@ -147,11 +150,3 @@ def test_a_wrapper_holds_the_model_itself():
     assert not any(parameter.is_meta for parameter in wrapper.parameters())
     with pytest.raises(ValueError, match="model must be one of the architectures"):
         HelmholtzForCausalLM.of(torch.nn.Linear(2, 2))
-
-
-def test_the_vocabulary_is_fixed():
-    model = make("transformer")
-    assert model.get_input_embeddings() is model.model.embed
-    assert model.get_output_embeddings() is model.model.unembed
-    with pytest.raises(ValueError, match="the vocabulary of a model is fixed"):
-        model.resize_token_embeddings(40)

@@ -4,6 +4,7 @@
 """
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 if find_spec("transformers") is None:
     raise ImportError("helmholtz.interop.hf needs the package transformers: pip install 'helmholtz-nn[hf]'")
@@ -15,10 +16,14 @@ from helmholtz.interop.hf.free_energy import load_free_energy, remove_free_energ
 from helmholtz.interop.hf.model import HelmholtzForCausalLM, register
 from helmholtz.interop.hf.tokenizer import to_transformers
 
+if TYPE_CHECKING:
+    from helmholtz.interop.hf.trainer import HelmholtzTrainer
+
 __all__ = [
     "MODEL_TYPE",
     "HelmholtzConfig",
     "HelmholtzForCausalLM",
+    "HelmholtzTrainer",
     "StateCache",
     "export",
     "from_hf",
@@ -28,3 +33,12 @@ __all__ = [
     "to_transformers",
     "use_free_energy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``HelmholtzTrainer`` on demand: transformers' Trainer takes seconds to import."""
+    if name != "HelmholtzTrainer":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from helmholtz.interop.hf.trainer import HelmholtzTrainer
+
+    return HelmholtzTrainer

@@ -1,5 +1,6 @@
 """The state of a stream where transformers expects a cache of keys and values."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ class StateLayer(CacheLayerMixin):
     """All of a model's state as the one layer of a cache.
 
     Attributes:
-        state: None before the first token.
         mask: real tokens of what was read, ``B S``.
     """
 
@@ -29,8 +29,16 @@ class StateLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.state: LMState | None = None
+        self._state: LMState | None = None
+        self._read: Callable[[], LMState] | None = None
         self.mask: Tensor | None = None
+
+    @property
+    def state(self) -> LMState | None:
+        """None before the first token."""
+        if self._read is not None:
+            self._state, self._read = self._read(), None
+        return self._state
 
     @property
     def batch_size(self) -> int:
@@ -44,8 +52,12 @@ class StateLayer(CacheLayerMixin):
 
     def advance(self, state: LMState, real: Tensor) -> None:
         """Replace the state by the one after more tokens, of which ``real`` (``B T``) are no pads."""
-        self.state = state
+        self._state, self._read = state, None
         self.mask = real if self.mask is None else torch.cat([self.mask, real], dim=1)
+
+    def defer(self, read: Callable[[], LMState], real: Tensor) -> None:
+        """Be the state after the first tokens, which ``read`` reads when somebody asks for it."""
+        self._read, self.mask = read, real
 
     def get_seq_length(self) -> int:
         """Tokens read, pads included."""
@@ -58,7 +70,7 @@ class StateLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.state = self.mask = None
+        self._state = self._read = self.mask = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Continue row ``beam_idx[i]`` in row ``i``."""
@@ -85,7 +97,7 @@ class StateLayer(CacheLayerMixin):
 
     def _map(self, rows: Any) -> None:
         if self.state is not None:
-            self.state, self.mask = map_state(rows, self.state), rows(self.mask)
+            self._state, self.mask = map_state(rows, self.state), rows(self.mask)
 
 
 class StateCache(Cache):
@@ -111,3 +123,7 @@ class StateCache(Cache):
     def advance(self, state: LMState, real: Tensor) -> None:
         """As ``StateLayer.advance``."""
         self.layer.advance(state, real)
+
+    def defer(self, read: Callable[[], LMState], real: Tensor) -> None:
+        """As ``StateLayer.defer``."""
+        self.layer.defer(read, real)

@@ -92,4 +92,12 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 
 A document begins after the end of another: hence the token before the prompt. The model of helmholtz itself is
 `helmholtz.interop.hf.from_hf("{name}")`.
+
+## Training
+
+`helmholtz.interop.hf.HelmholtzTrainer` is the `Trainer` of transformers for these models: weight decay acts on weight
+matrices alone. `Trainer` itself would also decay what is stored under other names (decay rates, temperatures, queries,
+memory patterns); with it, set `weight_decay=0` or give `optimizers=(AdamW(parameter_groups(model, 0.1)), None)` with
+`helmholtz.training.optim.parameter_groups`. Pads have a token of their own, so a collator keeps the end of a text among
+the labels.
 """

@@ -18,6 +18,11 @@ OBJECTIVES: dict[str, dict[str, float]] = {
 PLANNED = "free_transformer"
 
 
+def _size(*names: str) -> Any:
+    """A field of ``core`` as a property; the first of these that the architecture has."""
+    return property(lambda self: self._get_size(*names), lambda self, value: self._set_size(value, *names))
+
+
 class HelmholtzConfig(PreTrainedConfig):
     """Any model of ``MODELS`` as a config of transformers.
 
@@ -33,7 +38,11 @@ class HelmholtzConfig(PreTrainedConfig):
         prompt_plan: of a free_transformer, who plans a prompt that is read into an empty cache: "prior", or
             "posterior", the encoder. None means "prior".
 
-    Sizes have their usual names too (``vocab_size``, ``hidden_size``, ...), read-only.
+        use_cache: whether a call starts a stream if it does not say.
+
+    Sizes have their usual names too: ``vocab_size``, ``hidden_size``, ``num_hidden_layers``, ``num_attention_heads``
+    (of Mamba groups of channels with one decay), ``num_key_value_heads``, ``intermediate_size`` (of Mamba the channels
+    of a mixer), ``max_position_embeddings``, ``rms_norm_eps``, ``tie_word_embeddings``. Setting one changes ``core``.
 
     Raises: ValueError for an unknown architecture or key, and for a setting that the architecture does not have.
     """
@@ -46,12 +55,13 @@ class HelmholtzConfig(PreTrainedConfig):
     objective: dict[str, Any] | None = None
     plan_seed: int | None = None
     prompt_plan: str | None = None
+    use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_choice("architecture", self.architecture, MODELS)
         check(self.core is not None, "core", self.core, "the fields of the architecture's config")
-        # as JSON gives it back: tuples are lists
-        self.core = json.loads(json.dumps(self.core_config().to_dict()))
+        assert self.core is not None
+        self.core = self._completed(self.core)
         self._complete_objective()
         self._complete_plan()
         super().__post_init__(**kwargs)
@@ -87,26 +97,42 @@ class HelmholtzConfig(PreTrainedConfig):
         check_integer("plan_seed", self.plan_seed, minimum=0)
         check_choice("prompt_plan", self.prompt_plan, ("prior", "posterior"))
 
-    def _core(self, name: str) -> Any:
+    def _get_size(self, *names: str) -> Any:
+        """The first of these fields that the architecture's config has."""
         assert self.core is not None
-        return self.core[name]
+        for name in names:
+            if name in self.core:
+                return self.core[name]
+        raise AttributeError(f"a {self.architecture} has none of {', '.join(names)}")
+
+    def _set_size(self, value: Any, *names: str) -> None:
+        assert self.core is not None
+        name = next((name for name in names if name in self.core), None)
+        if name is None:
+            raise ValueError(f"a {self.architecture} has none of {', '.join(names)}")
+        self.core = self._completed(self.core | {name: value})
+
+    def _completed(self, core: dict[str, Any]) -> dict[str, Any]:
+        # as JSON gives it back: tuples are lists
+        config = MODELS[self.architecture].config_class.from_dict(core)
+        return json.loads(json.dumps(config.to_dict()))
+
+    vocab_size = _size("vocab_size")
+    hidden_size = _size("d_model")
+    num_hidden_layers = _size("n_layers")
+    num_key_value_heads = _size("n_kv_heads", "n_heads")
+    intermediate_size = _size("d_ff", "d_inner")
+    max_position_embeddings = _size("max_seq_len")
+    rms_norm_eps = _size("norm_eps")
+    tie_word_embeddings = _size("tie_embeddings")
 
     @property
-    def vocab_size(self) -> int:
-        return self._core("vocab_size")
+    def num_attention_heads(self) -> int:
+        assert self.core is not None
+        if "n_heads" not in self.core and "d_head" in self.core:
+            return self._get_size("d_inner") // self.core["d_head"]
+        return self._get_size("n_heads")
 
-    @property
-    def hidden_size(self) -> int:
-        return self._core("d_model")
-
-    @property
-    def num_hidden_layers(self) -> int:
-        return self._core("n_layers")
-
-    @property
-    def max_position_embeddings(self) -> int:
-        return self._core("max_seq_len")
-
-    @property
-    def tie_word_embeddings(self) -> bool:
-        return self._core("tie_embeddings")
+    @num_attention_heads.setter
+    def num_attention_heads(self, value: int) -> None:
+        self._set_size(value, "n_heads")

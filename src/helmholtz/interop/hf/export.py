@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from helmholtz._checks import check
 from helmholtz._files import atomic_folder
 from helmholtz._hardware import git_commit
 from helmholtz._run_folder import RUN, TOKENIZER
-from helmholtz.data.tokenizer import AbstractTokenizer, IdTokenizer, load_tokenizer
+from helmholtz.data.tokenizer import IdTokenizer, load_tokenizer
 from helmholtz.evals.runs import Run, find_checkpoint, read_run
 from helmholtz.interop.hf.card import CARD, ModelFacts, model_card
 from helmholtz.interop.hf.config import OBJECTIVES
@@ -66,12 +66,14 @@ def export(
     )
     wrapper = HelmholtzForCausalLM.of(model)
     wrapper.config.objective = _objective(wrapper, run)
-    wrapper.generation_config = _generation_config(tokenizer)
+    theirs = to_transformers(tokenizer, max_seq_len=model.config.max_seq_len)
+    wrapper.config.pad_token_id = theirs.pad_token_id
+    wrapper.generation_config = _generation_config(theirs)
     text = "0" if isinstance(tokenizer, IdTokenizer) else "Once"
     facts = _facts(wrapper, run, license, text)
     with atomic_folder(folder) as partial:
         wrapper.save_pretrained(partial, max_shard_size=max_shard_size)
-        to_transformers(tokenizer, max_seq_len=model.config.max_seq_len).save_pretrained(partial)
+        theirs.save_pretrained(partial)
         (partial / CARD).write_text(model_card(facts, folder.name))
     return Exported(folder, facts)
 
@@ -112,9 +114,9 @@ def _objective(wrapper: HelmholtzForCausalLM, run: Run | None) -> dict[str, Any]
     return {name: trained[name] for name in names}
 
 
-def _generation_config(tokenizer: AbstractTokenizer) -> GenerationConfig:
-    end = tokenizer.eos_id
-    return GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end)
+def _generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
+    end = tokenizer.eos_token_id
+    return GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
 
 
 def _facts(wrapper: HelmholtzForCausalLM, run: Run | None, license: str, text: str) -> ModelFacts:

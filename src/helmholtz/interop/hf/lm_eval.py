@@ -28,6 +28,7 @@ from helmholtz.evals.runs import find_checkpoint
 from helmholtz.interop.hf.config import MODEL_TYPE
 from helmholtz.interop.hf.export import from_hf
 from helmholtz.interop.hf.generation_kwargs import fit_windows, read_generation_kwargs
+from helmholtz.interop.hf.inputs import Inputs
 from helmholtz.interop.hf.plans import read_planned
 from helmholtz.models.base import AbstractDecoder, evaluation_mode
 from helmholtz.models.checkpoint import load_checkpoint
@@ -214,7 +215,8 @@ class HelmholtzLM(TemplateLM):
         """Of a FreeTransformer under the plan that the seed draws from the prior: what greedy decoding would see."""
         if isinstance(self.model, FreeTransformer):
             seeds = torch.tensor([self.seed], device=self._device)
-            return read_planned(self.model, tokens, mask, None, seeds).logits
+            inputs = Inputs(tokens, None, mask, None, len(tokens))
+            return read_planned(self.model, inputs, None, seeds).logits
         return self.model(tokens, attention_mask=mask).logits
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:

@@ -1,74 +1,125 @@
 """What ``labels`` ask for: the objectives of this library's trainer, with pads and labels that do not count."""
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from helmholtz._checks import check
+from helmholtz._checks import check, check_fraction
+from helmholtz.interop.hf.inputs import Inputs
 from helmholtz.layers.equilibrium_reading import start_distance
-from helmholtz.models.base import AbstractDecoder, LMOutput
-from helmholtz.models.free_transformer import FreeTransformer
-from helmholtz.models.mamba_hopfield import MambaHopfield
-from helmholtz.ops.binary_latent import bits_to_nats, free_bits, kl_per_token
+from helmholtz.models.base import AbstractDecoder, LMOutput, LMState
+from helmholtz.models.free_transformer import FreeTransformer, PlannedState
+from helmholtz.models.mamba_hopfield import MambaHopfield, MambaHopfieldOutput
+from helmholtz.ops.binary_latent import bits_to_nats, kl_per_token
 from helmholtz.ops.losses import cross_entropy
 
 IGNORED = -100
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a loss is of."""
+
+    labels: Tensor
+    """Integer ``B T``; label ``t`` is asked of the logits at ``t - 1``, and -100 is not asked."""
+    are_shifted: bool = False
+    """Whether label ``t`` is already that of the logits at ``t``."""
+    n_items: Tensor | float | None = None
+    """What sums are divided by; None: the labels that are asked here."""
+    smoothing: float = 0.0
+    """Probability that is spread evenly over the vocabulary."""
+    objective: dict[str, Any] = field(default_factory=dict)
+    """``HelmholtzConfig.objective``."""
+
+    @classmethod
+    def of(cls, labels: Tensor | None, loss: dict[str, Any], objective: dict[str, Any]) -> "Asked | None":
+        """From transformers' arguments; None without labels."""
+        shifted, smoothing = loss["shift_labels"], loss["label_smoothing"]
+        given = labels if shifted is None else shifted
+        if given is None:
+            check(not smoothing, "label_smoothing", smoothing, "None without labels")
+            return None
+        return cls(
+            labels=given,
+            are_shifted=shifted is not None,
+            n_items=loss["num_items_in_batch"],
+            smoothing=smoothing or 0.0,
+            objective=objective,
+        )
+
+    def targets(self, tokens: Tensor) -> Tensor:
+        """Of the logits at each position; the last one has none. Raises: ValueError for another shape or dtype."""
+        labels = self.labels
+        check(labels.shape == tokens.shape, "labels", tuple(labels.shape), f"of shape {tuple(tokens.shape)}")
+        check(labels.dtype in (torch.int32, torch.int64), "labels", labels.dtype, "int32 or int64")
+        check_fraction("label_smoothing", self.smoothing)
+        return labels.long() if self.are_shifted else F.pad(labels.long(), (0, 1), value=IGNORED)[:, 1:]
+
+
 def read_with_loss(
-    model: AbstractDecoder, tokens: Tensor, mask: Tensor | None, labels: Tensor, objective: dict[str, float]
+    model: AbstractDecoder, inputs: Inputs, state: LMState | None, asked: Asked
 ) -> tuple[Tensor, LMOutput]:
-    r"""Loss in nats per counted token, and the logits it was read from.
+    r"""Loss in nats per asked token, and the output it was read from.
 
-    Label ``t`` is asked of the logits at ``t - 1``, as everywhere in transformers; ``-100`` is not asked. In training
-    the loss is
+    All terms are sums over tokens, divided by the ``N`` labels that are asked, or by ``n_items``: so an update from
+    many small batches is the update from one large batch. In training the loss is
 
-    * the mean cross-entropy;
-    * of a MambaHopfield, plus ``convergence_weight`` times the mean of ``start_distance``;
-    * of a FreeTransformer, under a plan drawn from the encoder (torch's global generator),
-      :math:`\mathrm{CE} + \frac1T \sum_t \max(0, \mathrm{KL}_t - \kappa)` over the real tokens.
+    * the cross-entropy :math:`-\frac1N \sum \log p`, with label smoothing as ``torch.nn.functional.cross_entropy``;
+    * of a MambaHopfield, plus ``convergence_weight`` :math:`/ N` times the sum of ``start_distance`` over real tokens;
+    * of a FreeTransformer, under a plan drawn from the encoder (torch's global generator), plus
+      :math:`\frac1N \sum_t \max(0, \mathrm{KL}_t - \kappa)` over the real tokens.
 
     In evaluation mode it is what the model says of the text: the cross-entropy, and of a FreeTransformer the negative
-    ELBO, ``(CE total + KL total) / counted``, an upper bound of its own cross-entropy from one draw. The logits of a
+    ELBO, ``(CE total + KL total) / N``, an upper bound of its own cross-entropy from one draw. The logits of a
     FreeTransformer are in both cases those under the encoder's plan, which has seen the tokens that are asked for.
+
+    Args:
+        state: the stream that the tokens continue.
 
     Raises: ValueError for labels of another shape or dtype, or outside the vocabulary.
     """
-    targets = _targets(model, tokens, labels)
+    targets = asked.targets(inputs.as_given(inputs.tokens))
+    count = (targets != IGNORED).sum().clamp(min=1)
+    output, extra = _read(model, inputs, state, asked.objective)
+    nats = _cross_entropy(inputs.as_given(output.logits), targets, asked.smoothing)
+    if asked.n_items is None:
+        return nats + extra / count, output
+    n_items = torch.as_tensor(asked.n_items, device=nats.device).clamp(min=1)
+    return (nats * count + extra) / n_items, output
+
+
+def _read(
+    model: AbstractDecoder, inputs: Inputs, state: LMState | None, objective: dict[str, Any]
+) -> tuple[LMOutput, Tensor | float]:
+    """The output, and the sum of the objective's other terms."""
     if isinstance(model, FreeTransformer):
-        return _planned(model, tokens, mask, targets, objective["kappa_bits"])
-    output = model(tokens, attention_mask=mask)
-    loss = cross_entropy(output.logits[:, :-1], targets)
+        assert state is None or isinstance(state, PlannedState)
+        half = model.lower(inputs.tokens, state, **inputs.masks())
+        plan = model.sample_posterior(half)
+        assert plan.logits is not None
+        kl = kl_per_token(plan.logits)  # that of a pad is 0, as its logits are
+        if model.training:
+            kl = F.relu(kl - bits_to_nats(objective["kappa_bits"]))
+        return model.upper(half, plan), kl.sum()
+    output = inputs.read(model, state)
     if isinstance(model, MambaHopfield) and model.training and objective["convergence_weight"]:
-        distance = start_distance(model.equilibrium, output.equilibrium).mean()
-        loss = loss + objective["convergence_weight"] * distance
-    return loss, output
+        assert isinstance(output, MambaHopfieldOutput)
+        distance = start_distance(model.equilibrium, output.equilibrium)
+        return output, objective["convergence_weight"] * distance.sum()
+    return output, 0.0
 
 
-def _planned(
-    model: FreeTransformer, tokens: Tensor, mask: Tensor | None, targets: Tensor, kappa_bits: float
-) -> tuple[Tensor, LMOutput]:
-    half = model.lower(tokens, attention_mask=mask)
-    plan = model.sample_posterior(half)
-    assert plan.logits is not None
-    output, kl = model.upper(half, plan), kl_per_token(plan.logits)
-    nats = cross_entropy(output.logits[:, :-1], targets)
-    if model.training:
-        return nats + free_bits(kl, bits_to_nats(kappa_bits), mask=half.layout.mask), output
-    # the KL of a pad is 0, as its logits are
-    return nats + kl.sum() / (targets != IGNORED).sum().clamp(min=1), output
-
-
-def _targets(model: AbstractDecoder, tokens: Tensor, labels: Tensor) -> Tensor:
-    check(labels.shape == tokens.shape, "labels", tuple(labels.shape), f"of shape {tuple(tokens.shape)}")
-    check(labels.dtype in (torch.int32, torch.int64), "labels", labels.dtype, "int32 or int64")
-    targets = labels[:, 1:].long()
-    asked = targets[targets != IGNORED]
+def _cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    asked, size = targets[targets != IGNORED], logits.shape[-1]
     if asked.numel():
-        low, high, size = int(asked.min()), int(asked.max()), model.config.vocab_size
-        check(
-            low >= 0 and high < size,
-            "labels",
-            f"values from {low} to {high}",
-            f"in [0, {size}), or {IGNORED}",
-        )
-    return targets
+        low, high = int(asked.min()), int(asked.max())
+        inside = low >= 0 and high < size
+        check(inside, "labels", f"values from {low} to {high}", f"in [0, {size}), or {IGNORED}")
+    if not smoothing:
+        return cross_entropy(logits, targets)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    total = F.cross_entropy(wide, targets.flatten(), label_smoothing=smoothing, reduction="sum")
+    return total / asked.numel() if asked.numel() else total

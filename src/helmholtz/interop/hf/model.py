@@ -1,7 +1,8 @@
 """Every model of ``MODELS`` as a model of transformers: ``generate``, ``Trainer``, ``save_pretrained``, Auto."""
 
+import inspect
 import os
-from dataclasses import replace
+import warnings
 from typing import Any
 
 import torch
@@ -9,16 +10,32 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from helmholtz._checks import check
+from helmholtz._checks import check, nearest
 from helmholtz.interop.hf.cache import StateCache
 from helmholtz.interop.hf.config import MODEL_TYPE, HelmholtzConfig
-from helmholtz.interop.hf.losses import read_with_loss
+from helmholtz.interop.hf.inputs import Inputs, bounds_of, real_tokens
+from helmholtz.interop.hf.losses import Asked, read_with_loss
 from helmholtz.interop.hf.plans import read_planned, seeds_of
+from helmholtz.interop.hf.taps import is_flat, keeper, tapped
+from helmholtz.layers.init import init_normal
 from helmholtz.models import MODELS
-from helmholtz.models.base import AbstractDecoder, LMOutput
+from helmholtz.models.base import AbstractDecoder, LMOutput, LMState
 from helmholtz.models.free_transformer import FreeTransformer, PlannedState
 from helmholtz.models.tied import is_tied
+
+EMBED, UNEMBED = "model.embed.weight", "model.unembed.weight"
+PASSED_ON = ("tokenizer", "assistant_tokenizer", "is_causal", "max_length_q", "max_length_k")
+"""What ``generate`` and collators pass to every model although it says nothing to one."""
+LOSS = ("num_items_in_batch", "shift_labels", "label_smoothing")
+"""Of a loss; not in the signature of ``forward``, where Trainer takes every name with "label" for a column."""
+
+WITHOUT_LABELS = (
+    "the labels were taken out of the call (label smoothing or compute_loss_func of Trainer), so the loss lacks what "
+    "{} weighs; helmholtz.interop.hf.HelmholtzTrainer smooths the whole objective"
+)
 
 
 class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
@@ -35,9 +52,11 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = HelmholtzConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    accepts_loss_kwargs = False
+    accepts_loss_kwargs = True  # Trainer then tells how many labels the whole step asks for
+    _supports_sdpa = True  # what plain attention runs through
+    _no_split_modules = ["Block", "SourceBlock", "LatentEncoder", "EquilibriumLayer"]
     _is_stateful = True  # a recurrent state cannot be cut back: transformers then refuses assisted decoding
-    _tied_weights_keys = {"model.unembed.weight": "model.embed.weight"}
+    _tied_weights_keys = {UNEMBED: EMBED}
 
     def __init__(self, config: HelmholtzConfig) -> None:
         super().__init__(config)
@@ -59,17 +78,29 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
         wrapper.config.dtype = model.embed.weight.dtype
         return wrapper.train(model.training)
 
-    def _init_weights(self, module: nn.Module) -> None:
+    def initialize_weights(self) -> None:
         """The models initialise themselves when they are built."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The rows that ``resize_token_embeddings`` adds."""
+        init_normal(module)
 
     @classmethod
     def _finalize_model_loading(cls, model: Any, load_config: Any, loading_info: Any) -> Any:
-        """Refuse weights that do not fit, which transformers would replace by random ones with a message."""
+        """Refuse weights that do not fit, which transformers would replace by random ones with a message.
+
+        What is tied is said by the weights where they contradict the config: an output matrix that is asked for and was
+        not saved starts as the embedding, and one that was saved and differs from the embedding is kept.
+        """
         where = load_config.pretrained_model_name_or_path
         for name, found, wanted in sorted(loading_info.mismatched_keys):
             raise ValueError(
                 f"{where}: tensor {name!r} is of shape {tuple(found)}, the config asks for {tuple(wanted)}"
             )
+        if UNEMBED in (missing := loading_info.missing_keys) and EMBED not in missing:
+            model.model.unembed.weight = nn.Parameter(model.model.embed.weight.detach().clone())
+            if not model.config.tie_word_embeddings:
+                missing.remove(UNEMBED)
         info = super()._finalize_model_loading(model, load_config, loading_info)
         for name in sorted(info.missing_keys):
             raise ValueError(f"{where}: tensor {name!r} is missing")
@@ -80,9 +111,13 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _note_ties(self) -> None:
         """Whether the output matrix is the embedding is a matter of the tensors; the configs follow them."""
-        tied = is_tied(self.model)
-        self.config.core = (self.config.core or {}) | {"tie_embeddings": tied}
-        self.model.config = replace(self.model.config, tie_embeddings=tied)
+        self._configure(tie_word_embeddings=is_tied(self.model))
+
+    def _configure(self, **sizes: Any) -> None:
+        """Change sizes in both configs, by transformers' names."""
+        for name, value in sizes.items():
+            setattr(self.config, name, value)
+        self.model.config = self.config.core_config()
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As transformers does; the config says whether the output matrix that is saved is the embedding."""
@@ -93,75 +128,153 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: StateCache | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        plan_seed: int | Tensor | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **unsupported: object,
+        logits_to_keep: int | Tensor = 0,
+        plan_seed: int | Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits of the token after each position; with ``labels`` the loss (``read_with_loss``).
 
         Args:
             attention_mask: non-zero where a token is real, any pattern; with a cache, of all tokens of the stream.
+            position_ids: consecutive within a sequence; without mask and cache, another sequence starts where they
+                are not.
             past_key_values: the stream that the tokens continue; it is advanced.
-            use_cache: start a stream, or continue the given one; None does so if one is given.
+            inputs_embeds: vectors in place of the tokens' embeddings.
+            use_cache: start a stream, or continue the given one. None means ``config.use_cache`` in evaluation mode and
+                no in training; a stream that nobody asked for reads the tokens once it is continued.
+            output_hidden_states: give what enters each block, and what leaves the last norm.
+            logits_to_keep: how many logits at the end, 0 for all, or a tensor of their positions.
             plan_seed: of a FreeTransformer, in place of the config's: one for all rows, or one per row.
+            cu_seq_lens_q: bounds of sequences packed in one row, as ``cu_seq_lens_k`` or the index ``seq_idx``.
+            others: of a loss, ``num_items_in_batch``, ``shift_labels`` and ``label_smoothing``.
 
-        Raises: ValueError for whatever cannot be honoured (``inputs_embeds``, ``position_ids``,
-            ``output_attentions``, ...), and as the model inside.
+        Raises: ValueError for what cannot be honoured (``output_attentions``, ...), and as the model inside.
         """
-        for name, value in unsupported.items():
-            check(value is None or value is False, name, _short(value), "absent: it is not supported")
-        if input_ids is None:
-            raise ValueError("input_ids: wanted token ids, got None (inputs_embeds are not supported)")
-        cache = self._cache(past_key_values, use_cache, labels)
-        mask = _new_part(attention_mask, input_ids, cache)
-        seeds = self._seeds(plan_seed, input_ids)
-        if labels is None:
-            loss, output = None, self._read(input_ids, mask, cache, seeds)
-        else:
-            check(plan_seed is None, "plan_seed", _short(plan_seed), "None with labels: the encoder plans")
-            loss, output = read_with_loss(self.model, input_ids, mask, labels, self.config.objective or {})
-        if cache is not None:
+        asked = self._asked(labels, others)
+        cache = self._cache(past_key_values, use_cache)
+        bounds = cu_seq_lens_q if cu_seq_lens_q is not None else cu_seq_lens_k
+        inputs = self._inputs(input_ids, inputs_embeds, attention_mask, position_ids, bounds, seq_idx, cache)
+        if inputs.cu_seqlens is not None:
+            check(not use_cache, "use_cache", use_cache, "false where sequences are packed")
+            cache = None
+        seeds = self._seeds(plan_seed, inputs.tokens, asked)
+        later = past_key_values is None and (use_cache is None or asked is not None)
+        state = None if cache is None or later else cache.state or self.model.init_state(len(inputs.tokens))
+        first = cache is not None and not later and cache.state is None
+        keep = None if asked else keeper(logits_to_keep, inputs.as_given)
+        hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        loss = None
+        with tapped(self.model, embeds=inputs.embeds, keep=keep, hidden=bool(hidden)) as found:
+            if asked is None:
+                output = self._read(inputs, state, seeds, first=first)
+            else:
+                loss, output = read_with_loss(self.model, inputs, state, asked)
+        if cache is not None and later:
+            cache.defer(lambda: self._stream(inputs, seeds), inputs.real())
+        elif cache is not None:
             assert output.state is not None
-            real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask != 0
-            cache.advance(output.state, real)
-        result = CausalLMOutputWithPast(loss=loss, logits=output.logits, past_key_values=cache)
-        return result if return_dict in (None, True) else result.to_tuple()
+            cache.advance(output.state, inputs.real())
+        logits = (
+            output.logits if keep else slice_logits_to_keep(inputs.as_given(output.logits), logits_to_keep)
+        )
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits.squeeze(0) if is_flat(logits_to_keep) and keep else logits,
+            past_key_values=cache,
+            hidden_states=tuple(map(inputs.as_given, found)) if hidden else None,
+        )
+        return (
+            result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+        )
 
-    def _read(
-        self, tokens: Tensor, mask: Tensor | None, cache: StateCache | None, seeds: Tensor | None
-    ) -> LMOutput:
-        state = None
-        if cache is not None:
-            state = cache.state or self.model.init_state(len(tokens))
-        if isinstance(self.model, FreeTransformer):
-            assert seeds is not None and (state is None or isinstance(state, PlannedState))
-            first = cache is not None and cache.state is None
-            encoder = first and self.config.prompt_plan == "posterior"
-            return read_planned(self.model, tokens, mask, state, seeds, encoder=encoder)
-        if state is None:
-            return self.model(tokens, attention_mask=mask)
-        return self.model.step(tokens, state, attention_mask=mask)
+    def _inputs(
+        self,
+        tokens: Tensor | None,
+        embeds: Tensor | None,
+        mask: Tensor | None,
+        position_ids: Tensor | None,
+        bounds: Tensor | None,
+        seq_idx: Tensor | None,
+        cache: StateCache | None,
+    ) -> Inputs:
+        if (tokens is None) == (embeds is None):
+            came = "neither" if tokens is None else "both"
+            raise ValueError(f"input_ids, inputs_embeds: wanted one of them, got {came}")
+        if embeds is not None:
+            tokens = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        assert tokens is not None
+        past, pad = None if cache is None else cache.mask, self._foreign_pad()
+        real = real_tokens(tokens, mask, past, pad)
+        if pad is not None:
+            tokens = tokens.masked_fill(tokens == pad, 0)
+        return Inputs.of(tokens, embeds, real, bounds_of(tokens, bounds, seq_idx), position_ids, past)
 
-    def _cache(
-        self, given: StateCache | None, use_cache: bool | None, labels: Tensor | None
-    ) -> StateCache | None:
-        if given is not None:
-            is_ours = isinstance(given, StateCache)
-            check(is_ours, "past_key_values", type(given).__name__, "a helmholtz.interop.hf.StateCache")
-            check(use_cache is not False, "use_cache", use_cache, "true with past_key_values")
-        if given is None and not use_cache:
-            return None
-        check(labels is None, "labels", "a tensor", "None with a cache: a loss reads a text whole")
-        return StateCache() if given is None else given
+    def _foreign_pad(self) -> int | None:
+        """The id of pads if it is outside the vocabulary, so that no other token has it."""
+        for config in (self.config, self.generation_config):
+            pad = getattr(config, "pad_token_id", None)
+            if isinstance(pad, int) and pad >= self.config.vocab_size:
+                return pad
+        return None
 
-    def _seeds(self, plan_seed: int | Tensor | None, tokens: Tensor) -> Tensor | None:
+    def _asked(self, labels: Tensor | None, others: dict[str, Any]) -> Asked | None:
+        """Of what a loss is asked. Raises: ValueError for arguments that nothing takes."""
+        loss = {name: others.pop(name, None) for name in LOSS}
+        check(
+            others.get("is_causal") is not False, "is_causal", False, "true: a decoder reads no later tokens"
+        )
+        for name, value in others.items():
+            if name not in PASSED_ON and value is not None and value is not False:
+                close = nearest(name, inspect.signature(self.forward).parameters)
+                raise ValueError(
+                    f"{name}: a helmholtz model takes no such argument{close}, got {_short(value)!r}"
+                )
+        asked = Asked.of(labels, loss, self.config.objective or {})
+        elsewhere = asked is None and loss["num_items_in_batch"] is not None
+        if elsewhere and self.training and self.config.objective:
+            warnings.warn(WITHOUT_LABELS.format(", ".join(self.config.objective)), stacklevel=2)
+        return asked
+
+    def _read(self, inputs: Inputs, state: LMState | None, seeds: Tensor | None, *, first: bool) -> LMOutput:
+        if not isinstance(self.model, FreeTransformer):
+            return inputs.read(self.model, state)
+        assert seeds is not None and (state is None or isinstance(state, PlannedState))
+        encoder = first and self.config.prompt_plan == "posterior"
+        return read_planned(self.model, inputs, state, seeds, encoder=encoder)
+
+    def _stream(self, inputs: Inputs, seeds: Tensor | None) -> LMState:
+        """The state after tokens that were read without one."""
+        with tapped(self.model, embeds=inputs.embeds, keep=lambda x: x[:, -1:], hidden=False):
+            output = self._read(inputs, self.model.init_state(len(inputs.tokens)), seeds, first=False)
+        assert output.state is not None
+        return output.state
+
+    def _cache(self, given: StateCache | None, use_cache: bool | None) -> StateCache | None:
+        if given is None:
+            # in training nobody continues, and what a replica of DataParallel returns is gathered, which no cache is
+            default = self.config.use_cache and not (self.training or getattr(self, "_is_replica", False))
+            return StateCache() if (default if use_cache is None else use_cache) else None
+        is_ours = isinstance(given, StateCache)
+        check(is_ours, "past_key_values", type(given).__name__, "a helmholtz.interop.hf.StateCache")
+        return given
+
+    def _seeds(self, plan_seed: int | Tensor | None, tokens: Tensor, asked: Asked | None) -> Tensor | None:
         if self.config.plan_seed is None:
             wanted = f"None: a {self.config.architecture} has no plans"
             check(plan_seed is None, "plan_seed", _short(plan_seed), wanted)
             return None
+        if asked is not None:
+            check(plan_seed is None, "plan_seed", _short(plan_seed), "None with labels: the encoder plans")
         seed = self.config.plan_seed if plan_seed is None else plan_seed
         return seeds_of(seed, len(tokens), tokens.device)
 
@@ -186,11 +299,28 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding; the vocabulary is then that of the new one."""
+        self.model.embed = value  # type: ignore[assignment]
+        self._configure(vocab_size=getattr(value, "num_embeddings", self.config.vocab_size))
+
     def get_output_embeddings(self) -> nn.Module:
         return self.model.unembed
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        raise ValueError("resize_token_embeddings: the vocabulary of a model is fixed")
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the output matrix; ``tie_weights`` ties it again if the config says so."""
+        self.model.unembed = new_embeddings  # type: ignore[assignment]
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """As every model of transformers: more ids at the end, or fewer; the config of the model inside follows."""
+        embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self._configure(vocab_size=embedding.num_embeddings)
+        return embedding
 
 
 def register() -> None:
@@ -199,19 +329,8 @@ def register() -> None:
     AutoModelForCausalLM.register(HelmholtzConfig, HelmholtzForCausalLM, exist_ok=True)
 
 
-def _new_part(mask: Tensor | None, tokens: Tensor, cache: StateCache | None) -> Tensor | None:
-    """The mask of these tokens, from one of the whole stream. Raises: ValueError if it contradicts what was read."""
-    past = 0 if cache is None else cache.get_seq_length()
-    if mask is None or not past:
-        return mask
-    assert cache is not None and cache.mask is not None
-    wanted = (len(tokens), past + tokens.shape[1])
-    check(
-        tuple(mask.shape) == wanted, "attention_mask", tuple(mask.shape), f"of shape {wanted}: the stream's"
-    )
-    same = torch.equal(mask[:, :past] != 0, cache.mask)
-    check(same, "attention_mask", "another one", "the same as before for tokens that the cache has read")
-    return mask[:, past:]
+# where Trainer looks whether label smoothing has to shift the labels, and pipelines whether they know the class
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(MODEL_TYPE, HelmholtzForCausalLM.__name__)
 
 
 def _short(value: object) -> object:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from helmholtz._checks import check
+from helmholtz.interop.hf.inputs import Inputs
 from helmholtz.layers.latent import Plan
 from helmholtz.layers.sequence import SequenceLayout
 from helmholtz.models.base import LMOutput
@@ -17,8 +18,7 @@ PRIOR, POSTERIOR = 0, 1
 
 def read_planned(
     model: FreeTransformer,
-    tokens: Tensor,
-    mask: Tensor | None,
+    inputs: Inputs,
     state: PlannedState | None,
     seeds: Tensor,
     *,
@@ -30,8 +30,8 @@ def read_planned(
         seeds: one for all rows or one per row, integer ``1`` or ``B``.
         encoder: the encoder plans these tokens, with the seed's uniform numbers; otherwise the prior does.
     """
-    half = model.lower(tokens, state, attention_mask=mask)
-    positions = layout_positions(half.layout, len(tokens))
+    half = model.lower(inputs.tokens, state, **inputs.masks())
+    positions = layout_positions(half.layout, len(inputs.tokens))
     if not encoder:
         return model.upper(half, Plan(prior_codes(seeds, positions, model.config.n_latent_bits)))
     logits = model.posterior(half)
