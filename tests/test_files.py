@@ -1,9 +1,10 @@
-"""Folders that know their contents, have one owner, and are pointed at."""
+"""Folders that know their contents, and are pointed at."""
 
+import contextlib
 import errno
 import os
-import re
 import shutil
+import stat
 
 import pytest
 
@@ -61,25 +62,66 @@ def test_a_link_moves_from_one_sibling_to_another(tmp_path):
     assert (moved / "last").resolve() == moved / "two"
 
 
-def test_an_owned_folder_refuses_others_until_it_is_left(tmp_path):
-    (tmp_path / "content").touch()
-    owner = f"in use by process {os.getpid()} on {os.uname().nodename}; wait for it to end or name another"
-    for _ in range(2):
-        with (
-            files.owned(tmp_path),
-            pytest.raises(ValueError, match=re.escape(owner)),
-            files.owned(tmp_path),
-        ):
-            pytest.fail("two owners")
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
 
 
-def test_a_folder_made_for_nothing_is_removed(tmp_path):
-    with pytest.raises(KeyError), files.owned(tmp_path / "new"):
-        raise KeyError
-    assert not (tmp_path / "new").exists()
-    with files.owned(tmp_path / "used"):
-        (tmp_path / "used" / "file").touch()
-    assert (tmp_path / "used" / "file").exists()
+@pytest.mark.parametrize("number", NO_LINKS)
+def test_without_symbolic_links_a_file_names_the_folder(tmp_path, monkeypatch, number):
+    def refuse(source, target, *options):
+        raise OSError(number, os.strerror(number), target)
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    last = tmp_path / "last"
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        files.point_at(last, tmp_path / name)
+        assert last.read_text() == name
+        assert files.complete_folder(last) == tmp_path / name
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "one", "two"]
+    monkeypatch.undo()
+    files.point_at(last, tmp_path / "one")
+    assert last.is_symlink() and files.complete_folder(last).resolve() == tmp_path / "one"
+
+
+def test_a_link_that_fails_for_another_reason_keeps_the_old_one(tmp_path, monkeypatch):
+    (tmp_path / "one").mkdir()
+    files.point_at(tmp_path / "last", tmp_path / "one")
+
+    def full(source, target, *options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "symlink", full)
+    with pytest.raises(OSError, match="No space"):
+        files.point_at(tmp_path / "last", tmp_path / "two")
+    assert (tmp_path / "last").resolve() == tmp_path / "one"
+
+
+@pytest.mark.parametrize("content", [b"", b"..", b"../one", b"missing", b"\xff\0", b"x" * 300, b"/tmp"])
+def test_a_file_that_names_no_sibling_is_followed_nowhere(tmp_path, content):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "last").write_bytes(content)
+    assert files.complete_folder(tmp_path / "last") == tmp_path / "last"
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_disk_that_flushes_no_folders_is_written_to_and_a_broken_one_is_not(tmp_path, monkeypatch, number):
+    flush = os.fsync
+
+    def no_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", no_folders)
+    failing = (
+        pytest.raises(OSError, match="Input/output") if number == errno.EIO else contextlib.nullcontext()
+    )
+    with failing:
+        files.write_atomically(tmp_path / "x", "text")
+        with files.atomic_folder(tmp_path / "folder") as partial:
+            (partial / "y").write_text("more")
+        assert (tmp_path / "x").read_text() == "text"
+        assert (tmp_path / "folder" / "y").read_text() == "more"
 
 
 def test_a_full_disk_is_said_in_bytes(tmp_path, monkeypatch):

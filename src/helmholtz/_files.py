@@ -1,7 +1,7 @@
-"""Folders that are on disk either wholly or not at all, that know their contents, and that have one owner."""
+"""Folders that are on disk either wholly or not at all, and that know their contents."""
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import json
 import os
@@ -55,8 +55,11 @@ def finish_folder(path: Path) -> None:
 
 
 def complete_folder(path: str | os.PathLike[str]) -> Path:
-    """``path``, or the folder it was about to replace if a writer was killed between its two renames."""
-    path = Path(path)
+    """The folder that ``path`` is or points at, or the one that a killed writer was about to replace.
+
+    That writer was killed between its two renames. ``path`` may be one of ``point_at``'s files.
+    """
+    path = _pointed_at(Path(path))
     previous = _beside(path.absolute(), "previous")
     return previous if not path.exists() and previous.exists() else path
 
@@ -88,6 +91,9 @@ def _flush_one(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise  # some network disks flush files, and have no such thing for folders
     finally:
         os.close(descriptor)
 
@@ -107,12 +113,35 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
 
 
 def point_at(link: Path, target: Path) -> None:
-    """Make ``link`` a symbolic link to its sibling ``target``; at every moment it is the old one or the new one."""
+    """Make ``link`` point at its sibling ``target``; at every moment it is the old one or the new one.
+
+    It is a symbolic link, or, on a disk that has none (exFAT, some network disks), a text file that holds the name:
+    what git makes of a link there. ``complete_folder`` follows both.
+    """
     fresh = _beside(link.absolute(), "link")
     fresh.unlink(missing_ok=True)
-    fresh.symlink_to(target.name)
+    try:
+        fresh.symlink_to(target.name)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        fresh.write_text(target.name)
+        _flush_one(fresh)
     fresh.replace(link)
     _flush_one(link.absolute().parent)
+
+
+_NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_LONGEST_NAME = 255
+
+
+def _pointed_at(path: Path) -> Path:
+    """The sibling that the text file ``path`` names; ``path`` itself if it is anything else."""
+    if not path.is_file() or path.stat().st_size > _LONGEST_NAME:
+        return path
+    name = path.read_bytes().decode(errors="replace").strip()
+    is_name = name not in ("", ".", "..") and "/" not in name and "\0" not in name
+    return path.with_name(name) if is_name and path.with_name(name).is_dir() else path
 
 
 CHECKSUMS = "checksums.json"
@@ -154,41 +183,6 @@ def _contents(folder: Path) -> list[str]:
 def _sha256(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-OWNER = ".owner"
-
-
-@contextlib.contextmanager
-def owned(folder: Path) -> Iterator[None]:
-    """Keep every other process that asks out of ``folder`` until the block ends or this process does.
-
-    A folder that was made for it and stayed empty is removed.
-
-    Raises: ValueError naming the owner if there is one; OSError if the folder cannot be written to.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / OWNER).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise ValueError(
-                f"{folder} is in use by {owner}; wait for it to end or name another folder"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
-        try:
-            yield
-        finally:
-            if os.listdir(folder) == [OWNER]:
-                (folder / OWNER).unlink()
-                with contextlib.suppress(
-                    OSError
-                ):  # a link to a folder, or one that is mounted, is not ours to remove
-                    folder.rmdir()
 
 
 def check_free_space(folder: Path, wanted: int) -> None:

@@ -15,6 +15,26 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def usable_device(name: str, wanted: str | torch.device) -> torch.device:
+    """The device that the argument ``name`` asks for. Raises: ValueError if this machine, or this torch, has none."""
+    try:
+        device = torch.device(wanted)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{name} must be a device of this machine ({', '.join(_devices())}), got {str(wanted)!r}: {reason}"
+        ) from error
+    return device
+
+
+def _devices() -> list[str]:
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        return ["cpu"]
+    return ["cpu", *(f"{found.type}:{index}" for index in range(torch.accelerator.device_count()))]
+
+
 def describe_hardware() -> dict[str, str | int]:
     """Processor, threads and versions, for the head of a result file."""
     model = platform.processor() or platform.machine()

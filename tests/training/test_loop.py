@@ -154,7 +154,7 @@ def test_a_killed_process_can_be_resumed(data, tmp_path):
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_finishes_the_step_saves_and_can_be_resumed(data, tmp_path, number):
     class Signal(Callback):
         def on_step(self, record):

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from helmholtz._checks import check, check_choice, check_integer
+from helmholtz._display import make_losable
 from helmholtz._files import write_atomically
 from helmholtz.cli.arguments import Parser
 from helmholtz.studies.queue import QueuedRun
@@ -48,7 +49,8 @@ def check_options(values: Mapping[str, Any], *lists: str) -> None:
 
 
 def announced(console: Console) -> Callable[[QueuedRun, str], None]:
-    """Tells what becomes of each run."""
+    """Tells what becomes of each run, for as long as somebody reads it: the queue goes on in any case."""
+    make_losable(console)
     return lambda run, event: console.print(f"{run.name}: {event}", markup=False)
 
 

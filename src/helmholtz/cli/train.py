@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from helmholtz._display import make_losable
 from helmholtz.cli.runs import run_config, run_parser
 from helmholtz.data.tokenizer import load_tokenizer
 from helmholtz.training.budget import matmul_peak
@@ -41,6 +42,7 @@ def run(arguments: list[str], console: Console) -> int:
     if options["dry_run"]:
         dry_run(config, console)
         return 0
+    make_losable(console)
     folder = Path(config.train.output_dir)
     callbacks: list[Callback] = [Profile(folder)] if options["profile"] and is_main_process() else []
     result = train(config, callbacks=callbacks, console=console)

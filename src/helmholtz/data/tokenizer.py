@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from helmholtz._checks import check, check_choice, check_integer
 
@@ -225,6 +225,27 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> AbstractTokenizer:
 
     Raises: ValueError if the folder holds none, or a damaged one.
     """
+    saved = _read_kind(folder)
+    kind = saved["kind"]
+    if kind == "bytes":
+        return ByteTokenizer()
+    if kind == "ids":
+        return IdTokenizer(saved.get("n_ids"))
+    return BPETokenizer(_load_bpe(Path(folder) / "tokenizer.json"))
+
+
+def tokenizer_files(folder: str | os.PathLike[str]) -> dict[str, bytes]:
+    """What ``save`` wrote into ``folder``, by name, for a copy of it; the package tokenizers is not needed.
+
+    Raises: ValueError if the folder holds no tokenizer.
+    """
+    if _read_kind(folder)["kind"] == "bpe" and not (Path(folder) / "tokenizer.json").is_file():
+        raise ValueError(f"{Path(folder) / 'tokenizer.json'} is missing; prepare the text again")
+    return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir()) if file.is_file()}
+
+
+def _read_kind(folder: str | os.PathLike[str]) -> Any:
+    """The settings of a saved tokenizer, ``kind`` among them."""
     path = Path(folder) / "kind.json"
     try:
         saved = json.loads(path.read_text())
@@ -232,11 +253,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> AbstractTokenizer:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: wanted the kind of a saved tokenizer, got {error!r}") from error
     check_choice(f"kind in {path}", kind, ("bytes", "bpe", "ids"))
-    if kind == "bytes":
-        return ByteTokenizer()
-    if kind == "ids":
-        return IdTokenizer(saved.get("n_ids"))
-    return BPETokenizer(_load_bpe(Path(folder) / "tokenizer.json"))
+    return saved
 
 
 def _load_bpe(path: Path) -> "Tokenizer":

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from helmholtz._checks import check, check_choice, check_keys
 from helmholtz._files import atomic_folder, complete_folder, first_damage
+from helmholtz._hardware import usable_device
 from helmholtz.models import MODELS
 from helmholtz.models.base import AbstractDecoder, ModelConfig
 from helmholtz.models.tied import EMBED, UNEMBED, is_tied, local_part
@@ -75,9 +76,10 @@ def load_checkpoint(
     Args:
         dtype: convert floating-point weights; None keeps the saved dtypes, and then logits are bit-equal.
 
-    Raises: ValueError naming the file, and the tensor or key, if a file is missing, damaged or unfit.
+    Raises: ValueError naming the file, and the tensor or key, if a file is missing, damaged or unfit, or a device that
+        this machine does not have.
     """
-    folder = complete_folder(folder)
+    device, folder = usable_device("device", device), complete_folder(folder)
     architecture, config = read_config(folder)
     damage = first_damage(folder, (CONFIG, WEIGHTS))
     if damage:

@@ -6,7 +6,6 @@ and how long is beside it in ``timings/<name>.json``.
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import re
@@ -21,6 +20,7 @@ from typing import Any
 from helmholtz._checks import check, check_integer
 from helmholtz._files import write_atomically
 from helmholtz._hardware import describe_hardware, git_commit
+from helmholtz._locks import LockedError, locked
 from helmholtz.training.checkpoint import first_difference
 
 RESULTS, TIMINGS, LOCKS = "results", "timings", ".locks"
@@ -103,7 +103,7 @@ def work_off(
 
     Args:
         compute: gives the JSON values of a result, a function of the settings alone.
-        report: told of each run "done before", "in work elsewhere", "begins" or "done in ... s".
+        report: told of each run "done before", "in work elsewhere: ...", "begins" or "done in ... s".
 
     Raises: ValueError for two runs of one name, a result that is not finite JSON, or a file of other settings.
     """
@@ -112,9 +112,9 @@ def work_off(
     check(not twice, "runs", twice, "names that differ")
     computed = 0
     for run in runs:
-        with _claimed(folder, run) as free:
-            if not free:
-                report(run, "in work elsewhere")
+        with _claimed(folder, run) as other:
+            if other:
+                report(run, f"in work elsewhere: {other}")
             elif finished(folder, run) is not None:
                 report(run, "done before")
             else:
@@ -152,16 +152,16 @@ def _cpu_seconds() -> float:
 
 
 @contextlib.contextmanager
-def _claimed(folder: Path, run: QueuedRun) -> Iterator[bool]:
-    """Whether this process has the run to itself until the block ends."""
+def _claimed(folder: Path, run: QueuedRun) -> Iterator[str]:
+    """Who else is at the run; empty if this process has it to itself until the block ends."""
     (folder / LOCKS).mkdir(parents=True, exist_ok=True)
-    with (folder / LOCKS / run.name).open("w") as lock:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
+            stack.enter_context(locked(folder / LOCKS / run.name))
+        except LockedError as error:
+            yield str(error)
             return
-        yield True
+        yield ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,8 +110,10 @@ class JSONLMetrics(Callback):
             return False
 
     def _write(self, kind: str, values: dict[str, Any]) -> None:
+        record = (json.dumps({"kind": kind} | _finite(values)) + "\n").encode()
         try:
-            self.file.write((json.dumps({"kind": kind} | _finite(values)) + "\n").encode())
+            while record:  # a full disk takes a part first, and fails then
+                record = record[self.file.write(record) :]
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 

@@ -2,13 +2,14 @@
 
 ``best`` is a folder, ``last`` a link to the newest of the folders ``step-00000100``, of which some are kept. Each is
 written under another name, flushed and renamed, and carries checksums: what has its final name is complete, and what
-has been damaged since is noticed.
+has been damaged since is noticed. What can be resumed also carries the identity of its run.
 """
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,15 @@ from helmholtz._files import (
     write_atomically,
     write_checksums,
 )
-from helmholtz._run_folder import LAST, METRICS, RUN, SUMMARY, TOKENIZER
+from helmholtz._run_folder import BEST, LAST, METRICS, RUN, SUMMARY, TOKENIZER
 from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.checkpoint import checkpoint_weights, write_checkpoint
 from helmholtz.training.distributed import on_main, world
 from helmholtz.training.parallel import whole
-from helmholtz.training.state import Progress, save_training_state
+from helmholtz.training.state import Progress, load_progress, save_training_state, saved_identity
 
-TrainingState = tuple[torch.optim.Optimizer, torch.amp.GradScaler, Progress]
+TrainingState = tuple[torch.optim.Optimizer, torch.amp.GradScaler, Progress, dict[str, Any] | None]
+"""What resuming needs beside the weights; the last is the identity of the run, if it has one."""
 _STEP = re.compile(r"step-(\d{8,})")
 DAMAGED = ".damaged"
 
@@ -42,7 +44,9 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def save_run(folder: Path, model: AbstractDecoder, tokenizer: Path, state: TrainingState | None) -> None:
+def save_run(
+    folder: Path, model: AbstractDecoder, tokenizer: Mapping[str, bytes], state: TrainingState | None
+) -> None:
     """Make ``folder`` a checkpoint that stands on its own: model, tokenizer and, if given, training state.
 
     Called by all processes at once. A crash, of one or all, leaves the old checkpoint or the new one, not half of one.
@@ -52,7 +56,9 @@ def save_run(folder: Path, model: AbstractDecoder, tokenizer: Path, state: Train
 
     def finish() -> None:
         write_checkpoint(model, partial, weights)
-        shutil.copytree(tokenizer, partial / TOKENIZER)
+        (partial / TOKENIZER).mkdir()
+        for name, content in tokenizer.items():
+            (partial / TOKENIZER / name).write_bytes(content)
         write_checksums(partial)
         finish_folder(folder)
 
@@ -76,7 +82,7 @@ def _gathered(model: AbstractDecoder) -> dict[str, Tensor]:
 
 
 def save_last(
-    folder: Path, model: AbstractDecoder, tokenizer: Path, state: TrainingState, *, keep: int
+    folder: Path, model: AbstractDecoder, tokenizer: Mapping[str, bytes], state: TrainingState, *, keep: int
 ) -> Path:
     """Write the checkpoint of the run in ``folder`` after ``state``'s step and keep the ``keep`` newest ones."""
     target = step_folder(folder, state[2].step)
@@ -95,29 +101,82 @@ def save_last(
 def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest complete checkpoint of the run in ``folder``, which ``last`` then points at; None if there is none.
 
-    A damaged one is renamed to ``...damaged``, after a warning, and the one before it is taken.
+    Damaged ones that are newer are renamed to ``...damaged``, each after a warning. If none is complete, nothing is
+    renamed, so that one that is mended is found by the next call.
 
-    Raises: ValueError if there are checkpoints but all are damaged.
+    Raises: ValueError if there are, or were, checkpoints but none is complete.
     """
     for left in folder.glob(".step-*.previous"):  # one that was being written once more
         settle_folder(folder / left.stem[1:])
-    found = [path for _, path in sorted(_steps(folder), reverse=True)]
-    for path in found:
-        complete = (path / CHECKSUMS).exists()
-        damage = first_damage(path) if complete else f"{path / CHECKSUMS} is missing"
+    _settle_last(folder, warn)
+    damaged: list[tuple[Path, str]] = []
+    for _, path in sorted(_steps(folder), reverse=True):
+        damage = _damage(path)
         if not damage:
+            for other, reason in damaged:
+                _set_aside(other, reason, warn)
             point_at(folder / LAST, path)
             return path
-        aside = path.with_name(path.name + DAMAGED)
-        warn(f"{damage}; its checkpoint is set aside as {aside.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-    if found:
-        names = ", ".join(path.name for path in found)
-        raise ValueError(
-            f"train.resume: every checkpoint of {folder} is damaged ({names}); begin another run"
-        )
+        damaged.append((path, damage))
+    for _, reason in damaged:
+        warn(reason)
+    _check_never_saved(folder, [path.name for path, _ in damaged])
     return None
+
+
+def _damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint, in words; empty if nothing is."""
+    complete = (checkpoint / CHECKSUMS).exists()
+    return first_damage(checkpoint) if complete else f"{checkpoint / CHECKSUMS} is missing"
+
+
+def _set_aside(path: Path, damage: str, warn: Callable[[str], None]) -> None:
+    aside = path.with_name(path.name + DAMAGED)
+    warn(f"{damage}; its checkpoint is set aside as {aside.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+
+
+def _settle_last(folder: Path, warn: Callable[[str], None]) -> None:
+    """Make ``last`` no folder: a copy that resolved links (zip, rsync -L, object stores) has one in its place.
+
+    It is the copy of a step's folder, or, if that is missing or damaged, becomes it.
+    """
+    last = folder / LAST
+    if last.is_symlink() or not last.is_dir():
+        return
+    damage = _damage(last)
+    if damage:
+        _set_aside(last, damage, warn)
+        return
+    target = step_folder(folder, load_progress(last).step)
+    damage = _damage(target) if target.exists() else ""
+    if target.exists() and not damage:
+        shutil.rmtree(last)
+        return
+    if damage:
+        _set_aside(target, damage, warn)
+    last.rename(target)
+
+
+def _check_never_saved(folder: Path, damaged: list[str]) -> None:
+    """Raises: ValueError if there were checkpoints: to begin at step 0 would write over what is left of the run."""
+    damaged = damaged or sorted(path.name for path in folder.glob(f"*{DAMAGED}"))
+    remedy = "put a whole one back from a copy, or begin another run in another train.output_dir"
+    if damaged:
+        raise ValueError(
+            f"train.resume: every checkpoint of {folder} is damaged ({', '.join(damaged)}); {remedy}"
+        )
+    if os.path.lexists(folder / LAST) or _has_saved(folder / SUMMARY):
+        raise ValueError(f"train.resume: the checkpoints of {folder} are gone (step-...); {remedy}")
+
+
+def _has_saved(summary: Path) -> bool:
+    """Whether the run ended as one does that has saved its state. A damaged summary does not say."""
+    try:
+        return json.loads(summary.read_text())["status"] in ("finished", "interrupted")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:
@@ -130,26 +189,48 @@ def _steps(folder: Path) -> list[tuple[int, Path]]:
 def can_resume(folder: Path, identity: dict[str, Any], *, resume: bool) -> bool:
     """Whether ``folder`` holds the run that ``identity`` describes, begun before.
 
-    Raises: ValueError if the folder holds a run and ``resume`` is false, or if it holds a different run.
+    Raises: ValueError if the folder holds a run and ``resume`` is false, or if it or one of its checkpoints is of a
+        different run, or nothing tells of which.
     """
-    file = folder / RUN
-    if not file.exists():
+    checkpoints = [path for _, path in sorted(_steps(folder))]
+    if (folder / LAST).is_dir() and not (folder / LAST).is_symlink():
+        checkpoints.append(folder / LAST)
+    others = [folder / name for name in (BEST, LAST, METRICS, SUMMARY) if os.path.lexists(folder / name)]
+    described = (folder / RUN).exists()
+    if not (described or checkpoints or others):
         return False
     if not resume:
         raise ValueError(
             f"train.output_dir: {folder} already holds a run; go on with --train.resume=auto or name another folder"
         )
-    try:
-        old = json.loads(file.read_text())["identity"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error}); name another train.output_dir") from error
-    difference = first_difference(old, identity)
-    if difference:
-        raise ValueError(f"train.resume: {folder} holds a different run: {difference}")
+    if described:
+        _check_same(f"{folder} holds", _identity_of_run(folder / RUN), identity)
+    known = [(path, found) for path in checkpoints if (found := saved_identity(path)) is not None]
+    for path, found in known:
+        _check_same(f"{path} is a checkpoint of", found, identity)
+    if not described and not known:
+        names = ", ".join(path.name for path in checkpoints or others)
+        raise ValueError(
+            f"train.resume: {folder} holds {names} of a run, but no {RUN} that says of which; put it back, or name "
+            "another train.output_dir"
+        )
     for name in (METRICS, SUMMARY):
         if (folder / name).is_dir():
             raise ValueError(f"{folder / name} is a folder, wanted a file; move it away")
     return True
+
+
+def _identity_of_run(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())["identity"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error}); name another train.output_dir") from error
+
+
+def _check_same(what: str, found: Any, identity: dict[str, Any]) -> None:
+    difference = first_difference(found, identity)
+    if difference:
+        raise ValueError(f"train.resume: {what} a different run: {difference}")
 
 
 def claim(folder: Path, identity: dict[str, Any], data_folder: str) -> None:

@@ -1,5 +1,6 @@
 """The settings of a run."""
 
+import re
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -59,8 +60,8 @@ class TrainConfig:
     """Largest gradient norm (2-norm over all parameters)."""
     precision: Precision = "fp32"
     """All in fp32, or autocast to bf16, or autocast to fp16 with a gradient scaler."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes CUDA if there is one."""
+    device: str = "auto"
+    """Where to train: cpu, cuda or cuda:N; auto takes CUDA if there is one."""
     threads: int = 0
     """CPU threads of torch; 0 keeps torch's own choice."""
     seed: int = 0
@@ -109,7 +110,8 @@ class TrainConfig:
         for beta in self.betas:
             check_fraction("train.betas", beta)
         check_choice("train.precision", self.precision, get_args(Precision))
-        check_choice("train.device", self.device, ("auto", "cpu", "cuda"))
+        known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)) is not None
+        check(known, "train.device", self.device, "auto, cpu, cuda or cuda:N")
         check_choice("train.tracker", self.tracker, ("none", "wandb", "trackio"))
         check(bool(self.project), "train.project", self.project, "a name")
         check_choice("train.resume", self.resume, ("never", "auto"))
@@ -124,4 +126,4 @@ class TrainConfig:
         kept = {
             field.name: getattr(self, field.name) for field in fields(self) if field.name not in OPERATIONAL
         }
-        return kept | {"betas": list(self.betas)}
+        return kept | {"betas": list(self.betas), "device": self.device.partition(":")[0]}

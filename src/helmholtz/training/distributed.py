@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from helmholtz._checks import check
+from helmholtz._hardware import usable_device
 
 ResultT = TypeVar("ResultT")
 
@@ -57,6 +58,16 @@ def is_launched() -> bool:
 def is_main_process() -> bool:
     """Whether this process prints, also where no process group is: torchrun's first, or the only one."""
     return not is_launched() or os.environ["RANK"] == "0"
+
+
+def training_device(wanted: str) -> torch.device:
+    """The device that ``train.device`` asks for. Raises: ValueError if there is none."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable_device("train.device", wanted)
+    if is_launched() and device.index is not None:
+        check(False, "train.device", wanted, f"{device.type} under torchrun, whose processes take one each")
+    return device
 
 
 @contextlib.contextmanager

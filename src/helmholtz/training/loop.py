@@ -8,18 +8,19 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from helmholtz._files import write_atomically
+from helmholtz._files import complete_folder, write_atomically
 from helmholtz._hardware import peak_memory_bytes
 from helmholtz._run_folder import BEST, LAST, NON_FINITE
+from helmholtz.data.tokenizer import tokenizer_files
 from helmholtz.data.tokens import TokenDataset, bits_per_byte
 from helmholtz.layers.row_draws import drawn_by_row
 from helmholtz.models.base import AbstractDecoder
@@ -35,6 +36,7 @@ from helmholtz.training.distributed import (
     lost_rank_named,
     mean_over_ranks,
     on_main,
+    training_device,
     world,
 )
 from helmholtz.training.evaluation import AUTOCAST, Evaluator, autocast
@@ -80,9 +82,9 @@ class Trainer:
         parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (frozen)
     ) -> None:
         self.config = config
-        cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-        self.device = torch.device("cuda" if cuda else "cpu")
+        self.device = training_device(config.device)
         self.batches = Batches(train, validation, config, self.device)
+        self._tokenizer = tokenizer_files(train.tokenizer_folder)  # which may move while training
         if config.precision == "fp16" and parallel.strategy == "fsdp":
             raise ValueError("train.precision must be fp32 or bf16 with parallel.strategy=fsdp, got 'fp16'")
         self.model = model.to(self.device)
@@ -95,6 +97,8 @@ class Trainer:
         self.progress = Progress()
         self._signals: list[int] = []
         self._stopping = False
+        self._identity: dict[str, Any] | None = None
+        self._check_folder: Callable[[], None] = lambda: None
         self._step_share: float | None = None
         """Seconds that a step would take at the speed of a large matrix product."""
 
@@ -138,9 +142,10 @@ class Trainer:
             self._stop_for(str(error), self.batches.of_step(self.progress.windows))
 
     def _kept(self) -> str:
-        if not (self.folder / LAST).exists():
+        last = complete_folder(self.folder / LAST)
+        if not last.is_dir():
             return "no checkpoint had been written yet"
-        return f"the last checkpoint is kept in {(self.folder / LAST).resolve()}"
+        return f"the last checkpoint is kept in {last.resolve()}"
 
     def _failure(self, what: str) -> str:
         advice = "Try a lower train.lr or train.precision=fp32"
@@ -252,14 +257,15 @@ class Trainer:
 
     def _save(self, name: str, callbacks: Sequence[Callback]) -> None:
         self._note_memory()
-        tokenizer, folder = self.batches.train.tokenizer_folder, self.folder / name
+        folder = self.folder / name
         try:
             with lost_rank_named("while saving"):
+                on_main(self._check_folder)
                 if name == BEST:
-                    save_run(folder, self.model, tokenizer, None)
+                    save_run(folder, self.model, self._tokenizer, None)
                 else:
-                    state = (self.optimizer, self.scaler, self.progress)
-                    save_last(self.folder, self.model, tokenizer, state, keep=self.config.keep)
+                    state = (self.optimizer, self.scaler, self.progress, self._identity)
+                    save_last(self.folder, self.model, self._tokenizer, state, keep=self.config.keep)
         except OSError as error:
             raise OSError(
                 f"step {self.progress.step}: saving {folder} failed ({error}); {self._kept()}"
@@ -269,6 +275,8 @@ class Trainer:
 
     def _advance(self, callbacks: Sequence[Callback]) -> None:
         c, record = self.config, self.step()
+        if world().is_main:
+            self._check_folder()
         for callback in callbacks:
             callback.on_step(record)
         if record.skipped:
@@ -284,11 +292,23 @@ class Trainer:
         if final or record.step % c.save_every == 0:
             self._save(LAST, callbacks)
 
-    def fit(self, callbacks: Sequence[Callback] = ()) -> RunResult:
+    def fit(
+        self,
+        callbacks: Sequence[Callback] = (),
+        *,
+        identity: dict[str, Any] | None = None,
+        check_folder: Callable[[], None] = lambda: None,
+    ) -> RunResult:
         """Train to the last step, or until a signal asks to stop: then the step is finished and its state saved.
+
+        Args:
+            identity: JSON values that describe the run, for its checkpoints.
+            check_folder: called by the main process in each step and before each save; raises OSError if the folder of
+                the run is no longer where it was.
 
         Raises: NonFiniteError, naming the step, if a loss or gradient is not finite; checkpoints are not touched.
         """
+        self._identity, self._check_folder = identity, check_folder
         self.model.train()
         try:
             with stop_signals() as self._signals:
@@ -298,16 +318,20 @@ class Trainer:
                 if not finished:
                     self._save(LAST, callbacks)
         except BaseException:
-            with contextlib.suppress(OSError):  # of a full disk: the first error tells more
-                self._end("failed", callbacks)
+            for callback in callbacks:
+                with contextlib.suppress(
+                    OSError
+                ):  # of a full disk, or a lost folder: the first error tells more
+                    callback.on_end(self._result("failed"))
             raise
-        return self._end("finished" if finished else "interrupted", callbacks)
-
-    def _end(self, status: str, callbacks: Sequence[Callback]) -> RunResult:
-        result = self._result(status)
+        result = self._result("finished" if finished else "interrupted")
         for callback in callbacks:
             callback.on_end(result)
         return result
+
+    def check_folder(self) -> None:
+        """Raises: OSError if the folder of the run is no longer where it was when ``fit`` began."""
+        self._check_folder()
 
     def _asked_to_stop(self) -> bool:
         """Whether a signal came; several processes agree on it in their next step."""

@@ -12,8 +12,10 @@ import torch
 from rich.console import Console
 
 from helmholtz._checks import check, check_choice
-from helmholtz._files import check_free_space, owned, write_atomically
+from helmholtz._display import losable
+from helmholtz._files import check_free_space, write_atomically
 from helmholtz._hardware import describe_hardware, git_commit
+from helmholtz._locks import OwnedFolder, owned
 from helmholtz._run_folder import METRICS, SUMMARY
 from helmholtz.data.prepare import DataConfig
 from helmholtz.data.tokens import TokenDataset
@@ -25,7 +27,7 @@ from helmholtz.models.mamba_hopfield import MambaHopfield, MambaHopfieldConfig
 from helmholtz.training.callbacks import Callback, JSONLMetrics, ProgressBar, RunResult, TensorBoard
 from helmholtz.training.checkpoint import can_resume, claim, first_difference, newest_checkpoint
 from helmholtz.training.config import TrainConfig
-from helmholtz.training.distributed import on_main, process_group, world
+from helmholtz.training.distributed import on_main, process_group, training_device, world
 from helmholtz.training.equilibrium import EquilibriumObjective, EquilibriumObjectiveConfig
 from helmholtz.training.free_bits import FreeBitsConfig, FreeBitsObjective
 from helmholtz.training.loop import Trainer, seed_everything
@@ -102,6 +104,7 @@ class Summary(Callback):
 
     def on_end(self, result: RunResult) -> None:
         trainer, progress = self.trainer, self.trainer.progress
+        trainer.check_folder()
         values = {
             "status": result.status,
             "steps": progress.step,
@@ -125,7 +128,8 @@ def train(
 
     Args:
         callbacks: the caller's hooks, called after the built-in ones; with several processes, in each.
-        console: where progress is shown, by the main process; None shows nothing.
+        console: where progress is shown, by the main process; None shows nothing. One that cannot be written any more
+            does not end the run.
 
     Raises:
         ValueError: the folder holds a run (and ``resume`` is "never") or another run or is in use, or data and model
@@ -134,8 +138,14 @@ def train(
         NonFiniteError: training diverged; checkpoints written before are untouched.
         LostRankError: another process has gone.
     """
-    device = "cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu"
-    with process_group(device, config.parallel.timeout_seconds), contextlib.ExitStack() as stack:
+    device = training_device(config.train.device)
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    with (
+        process_group(device.type, config.parallel.timeout_seconds),
+        losable(console),
+        contextlib.ExitStack() as stack,
+    ):
         return _train(config, callbacks, console if world().is_main else None, stack)
 
 
@@ -149,7 +159,7 @@ def _train(
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     folder, identity = Path(config.train.output_dir), _identity(config, train_data)
-    begun = on_main(lambda: _enter(folder, identity, stack, resume=config.train.resume == "auto"))
+    begun, owner = on_main(lambda: _enter(folder, identity, stack, resume=config.train.resume == "auto"))
     checkpoint = on_main(lambda: newest_checkpoint(folder, _warning(console)) if begun else None)
     trainer = _trainer(config, _model(config, checkpoint), train_data, validation)
     on_main(lambda: check_free_space(folder, _bytes_needed(config.train, trainer.model, checkpoint)))
@@ -160,14 +170,16 @@ def _train(
     loggers = _loggers(config, trainer) if world().is_main else []
     on_main(lambda: claim(folder, identity, config.data.folder))
     built_in = _built_in(config.train, trainer, console) if world().is_main else []
-    return trainer.fit([*built_in, *loggers, *callbacks])
+    return trainer.fit([*built_in, *loggers, *callbacks], identity=identity, check_folder=owner.check)
 
 
-def _enter(folder: Path, identity: dict[str, Any], stack: contextlib.ExitStack, *, resume: bool) -> bool:
+def _enter(
+    folder: Path, identity: dict[str, Any], stack: contextlib.ExitStack, *, resume: bool
+) -> tuple[bool, OwnedFolder]:
     """Own the folder from here on; whether a run is to be gone on with there."""
     can_resume(folder, identity, resume=resume)  # a folder that is refused is not touched
-    stack.enter_context(owned(folder))
-    return can_resume(folder, identity, resume=resume)  # another process may have begun in between
+    owner = stack.enter_context(owned(folder))
+    return can_resume(folder, identity, resume=resume), owner  # another process may have begun in between
 
 
 def _warning(console: Console | None) -> Callable[[str], None]:

@@ -80,10 +80,14 @@ def save_training_state(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     progress: Progress,
+    identity: dict[str, Any] | None = None,
 ) -> None:
     """Write optimizer, gradient scaler, random number generators and progress into ``folder``; nothing pickled.
 
     Called by all processes at once: each writes the optimizer's shards that it holds, the main one the rest.
+
+    Args:
+        identity: JSON values that describe the run.
     """
     writer = HuggingFaceStorageWriter(str(folder / OPTIMIZER), save_distributed=True)
     try:
@@ -103,6 +107,7 @@ def save_training_state(
         },
         "scaler": scaler.state_dict(),
         "random": _random_values(),
+        "identity": identity,
     }
     (folder / VALUES).write_text(json.dumps(values))
 
@@ -136,6 +141,14 @@ def load_progress(folder: Path) -> Progress:
     with _values(folder) as values:
         progress = values["progress"]
         return Progress(**progress | {"best": math.inf if progress["best"] is None else progress["best"]})
+
+
+def saved_identity(folder: Path) -> Any:
+    """Of the run that saved ``folder``; None if it does not say: it is damaged, or older than this field."""
+    try:
+        return json.loads((folder / VALUES).read_text())["identity"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def load_training_state(

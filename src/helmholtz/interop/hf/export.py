@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from helmholtz._checks import check
 from helmholtz._files import atomic_folder
-from helmholtz._hardware import git_commit
+from helmholtz._hardware import git_commit, usable_device
 from helmholtz._run_folder import RUN, TOKENIZER
 from helmholtz.data.tokenizer import IdTokenizer, load_tokenizer
 from helmholtz.evals.runs import Run, find_checkpoint, read_run
@@ -88,7 +88,7 @@ def from_hf(
 
     Raises: ValueError if the folder has no model of this library, or its weights do not fit.
     """
-    config = Path(folder) / "config.json"
+    device, config = usable_device("device", device), Path(folder) / "config.json"
     check(config.is_file(), "folder", str(folder), "a local folder with a config.json")
     wrapper = HelmholtzForCausalLM.from_pretrained(
         str(folder), dtype="auto" if dtype is None else dtype, local_files_only=True, use_safetensors=True
