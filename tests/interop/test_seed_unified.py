@@ -134,12 +134,18 @@ def test_solver_attributes_can_be_assigned_and_are_checked():
         model.solver.max_iter = 0
     with pytest.raises(AttributeError):
         model.solver.max_iterations = 5
+    model.solver.tolerance = 0.5
+    assert (model.solver.tolerance, model.solver.tol_fixedpoint, model.solver.tol_energy) == (0.5, 0.5, 0.5)
+    model.solver.max_iter = 50
+    _, found = model(ids_of(), return_diagnostics=True)
+    assert found["solver_info"]["converged"] and found["solver_info"]["final_fp_residual"] <= 0.5
 
 
 def test_generation_counts_the_prompt():
     model, prompt = model_of().eval(), ids_of(2, 3)
     text = model.generate(prompt, max_length=8, top_k=1)
     assert text.shape == (2, 8) and torch.equal(text[:, :3], prompt)
+    assert torch.equal(model.generate(prompt, 8, 1.0, 1), text)
     torch.manual_seed(5)
     sampled = [model.generate(prompt, max_length=8, top_k=100)]
     torch.manual_seed(5)

@@ -145,7 +145,6 @@ class UnifiedMambaHopfieldDEQ(nn.Module):
     def generate(
         self,
         prompt_ids: Int[Tensor, "B P"],
-        *,
         max_length: int = 100,
         temperature: float = 1.0,
         top_k: int | None = 50,

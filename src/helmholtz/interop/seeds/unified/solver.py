@@ -32,6 +32,15 @@ class SolverView:
         """The settings in the library's own names."""
         return self._model.solver
 
+    @property
+    def tolerance(self) -> float:
+        """``tol_fixedpoint``; assigning sets ``tol_energy`` too, as an equilibrium is found when both are met."""
+        return self.config.rtol
+
+    @tolerance.setter
+    def tolerance(self, value: float) -> None:
+        self._model.solver = replace(self.config, rtol=value, energy_rtol=value)
+
     max_iter = _renamed("max_steps")
     tol_fixedpoint = _renamed("rtol")
     tol_energy = _renamed("energy_rtol")
