@@ -122,7 +122,8 @@ def prepare(config: DataConfig, *, overwrite: bool = False, console: Console | N
     """Tokenise the sources into ``config.folder``, unless it holds the same text with the same settings already.
 
     The folder appears complete or not at all. The sources are read three times (hash, check, encode; once more
-    for a BPE), a megabyte or one JSON line at a time.
+    for a BPE), a megabyte or one JSON line at a time and, for a BPE, what came since the last end of a word. A
+    document's tokens are those of ``encode`` of its whole text in a split.
 
     Args:
         overwrite: replace a folder prepared from other text or with other settings.

@@ -161,8 +161,8 @@ class BPETokenizer(AbstractTokenizer):
         counts = [0] * self.vocab_size
         for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
             counts[i] = len(token)  # its alphabet has one character per byte
-        for i, token in self._tokenizer.get_added_tokens_decoder().items():
-            counts[i] = len(token.content.encode())
+        for i, added in self._tokenizer.get_added_tokens_decoder().items():
+            counts[i] = len(added.content.encode())
         return counts
 
     def copy_of_backend(self) -> "Tokenizer":
