@@ -44,6 +44,14 @@ def test_a_single_line_is_cut_within_and_not_within_a_character():
     assert (train, validation) == ("日" * 2, "日" * 3)  # byte 8 of 15 is within the third
 
 
+@pytest.mark.parametrize("sizes", [(100,), (70, 30), (30,) * 3 + (10,)])
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_line_longer_than_a_piece_is_cut_where_the_fraction_falls(sizes, end):
+    pieces = ["x" * size for size in sizes]
+    train, _ = parts(SplitRule("tail", 0.5, 0), document("d", *pieces[:-1], pieces[-1] + end))
+    assert train == "x" * 50
+
+
 def test_documents_go_wholly_to_one_split_in_the_wanted_proportion():
     rule = SplitRule("document", 0.1, 3)
     chosen = 0

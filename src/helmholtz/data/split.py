@@ -50,11 +50,12 @@ class SplitRule:
 
 
 def _line_end(piece: str, n_bytes: int, *, is_last: bool) -> int:
-    """Characters up to the end of the line that byte ``n_bytes`` is in; in a last line, up to that byte."""
+    """Characters up to the end of the line that byte ``n_bytes`` is in; up to that byte in a last line, and in one
+    that goes on in the next piece."""
     encoded = piece.encode()
     if len(encoded) <= n_bytes:
         return len(piece)
     end = encoded.find(b"\n", n_bytes - 1) + 1 or len(encoded)
-    if is_last and end == len(encoded):
+    if end == len(encoded) and (is_last or not encoded.endswith(b"\n")):
         end = n_bytes
     return len(encoded[:end].decode(errors="ignore"))
