@@ -1,6 +1,7 @@
 """A display that cannot be written any more does not end the work that it tells of."""
 
 import errno
+import importlib
 import io
 import os
 import subprocess
@@ -68,6 +69,25 @@ def test_a_queue_goes_on_when_nobody_reads_it(tmp_path, capsys, number):
     assert work_off(runs, lambda run: {"x": 1}, tmp_path, report=report) == 3
     assert split_finished(tmp_path, runs)[1] == []
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["continual", "data", "recall", "synthetic"])
+def test_commands_whose_results_are_files_go_on(tmp_path, monkeypatch, command):
+    module = importlib.import_module(f"helmholtz.cli.{command}")
+    console = Console(file=BreaksAfter(errno.EPIPE))
+    reached = []
+
+    def work(*arguments, **options):
+        console.print("progress")
+        reached.append(command)
+        raise ValueError("far enough")
+
+    for name in ("cells_of", "pattern_results", "learn", "prepare"):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, work)
+    with pytest.raises(ValueError, match="far enough"):
+        module.run(["--data.folder=x"] if command == "data" else [], console)
+    assert reached == [command]
 
 
 def test_letters_that_the_terminal_does_not_have_are_replaced():

@@ -8,6 +8,7 @@ from helmholtz.cli.main import main
 from helmholtz.models.checkpoint import load_checkpoint, save_checkpoint
 from helmholtz.models.transformer import Transformer
 from helmholtz.training.config import TrainConfig
+from helmholtz.training.distributed import LAUNCHED, training_device
 from helmholtz.training.run import prepare, train
 from tiny_runs import prepare_text, tiny_run
 
@@ -34,6 +35,43 @@ def test_a_device_that_is_there_is_taken():
     assert (
         usable_device("device", "cpu") == usable_device("device", torch.device("cpu")) == torch.device("cpu")
     )
+
+
+def test_of_the_gpus_that_are_there_none_is_touched(monkeypatch):
+    """Every process of torchrun asks, before it knows its own: each would take memory of the first."""
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda")
+    )
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    asked = []
+
+    def allocate(size, device):
+        asked.append(device)
+        raise RuntimeError("invalid device ordinal\nand much more")
+
+    monkeypatch.setattr(torch, "empty", allocate)
+    assert [usable_device("device", name).index for name in ("cpu", "cuda", "cuda:0", "cuda:1")] == [
+        None,
+        None,
+        0,
+        1,
+    ]
+    assert not asked
+    message = r"of this machine \(cpu, cuda, cuda:0, cuda:1\), got 'cuda:2': invalid device ordinal$"
+    with pytest.raises(ValueError, match=message):
+        usable_device("device", "cuda:2")
+
+
+def test_torchrun_gives_each_process_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda")
+    )
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert training_device("cuda:1") == torch.device("cuda", 1)
+    monkeypatch.setenv(LAUNCHED, "id")
+    assert training_device("cuda") == torch.device("cuda")
+    with pytest.raises(ValueError, match="train.device must be cuda under torchrun, .* got 'cuda:1'"):
+        training_device("cuda:1")
 
 
 @pytest.mark.parametrize("device", ABSENT)

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -226,6 +227,17 @@ def test_older_checkpoints_do_not_know_their_run(data, copy, whole):
     assert records(copy) == records(whole)
 
 
+def test_a_checkpoint_of_another_model_that_does_not_know_its_run_is_refused(data, copy, tmp_path):
+    run = tiny_run(data, tmp_path / "other", **SETTINGS)
+    train(replace(run, model=replace(run.model, n_layers=2)))
+    change_identity(tmp_path / "other" / "step-00000006", None)
+    (tmp_path / "other" / "step-00000006").rename(copy / "step-00000006")
+    with pytest.raises(
+        ValueError, match=r"step-00000006 holds another model .*\(model.n_layers was 2, now 1\)"
+    ):
+        resume(data, copy)
+
+
 @pytest.mark.parametrize("left", ["best", "metrics.jsonl", "summary.json"])
 def test_what_is_left_of_a_run_is_not_written_over(data, copy, left):
     for path in copy.iterdir():
@@ -337,15 +349,11 @@ def test_prepared_text_may_be_moved_while_it_is_trained_on(data, whole, tmp_path
     text = tmp_path / "data"
     shutil.copytree(data.folder, text)
     moved = AtStep(1, lambda: text.rename(tmp_path / "elsewhere"))
-    config = tiny_run(type(data)(**{**vars_of(data), "folder": str(text)}), tmp_path / "run", **SETTINGS)
+    config = tiny_run(replace(data, folder=str(text)), tmp_path / "run", **SETTINGS)
     assert train(config, callbacks=[moved]).status == "finished"
     assert records(tmp_path / "run") == records(whole)
     kind = (tmp_path / "run" / "last" / "tokenizer" / "kind.json").read_bytes()
     assert kind == (whole / "last" / "tokenizer" / "kind.json").read_bytes()
-
-
-def vars_of(config):
-    return {name: getattr(config, name) for name in config.__slots__}
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
@@ -356,7 +364,7 @@ def test_a_missing_tokenizer_is_noticed_before_anything_is_written(data, tmp_pat
         name = "tokenizer.json"
         BPETokenizer.train(["to be or not to be"], 258).save(text / "tokenizer")
     (text / "tokenizer" / name).unlink()
-    config = tiny_run(type(data)(**{**vars_of(data), "folder": str(text)}), tmp_path / "run", **SETTINGS)
+    config = tiny_run(replace(data, folder=str(text)), tmp_path / "run", **SETTINGS)
     with pytest.raises(ValueError, match=f"tokenizer/{name}"):
         train(config)
     assert not (tmp_path / "run").exists()

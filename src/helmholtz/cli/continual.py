@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from helmholtz._checks import check_choice, check_integer
+from helmholtz._display import make_losable
 from helmholtz._files import write_atomically
 from helmholtz._hardware import describe_hardware, git_commit
 from helmholtz.cli.arguments import make_parser, parse
@@ -115,6 +116,7 @@ def options(arguments: list[str]) -> dict[str, Any]:
 
 
 def run(arguments: list[str], console: Console) -> int:
+    make_losable(console)
     values = options(arguments)
     torch.set_num_threads(values["threads"])
     task, folder = MapTask(n_tasks=values["tasks"], n_inputs=values["inputs"]), Path(values["output"])

@@ -2,6 +2,7 @@
 
 from rich.console import Console
 
+from helmholtz._display import make_losable
 from helmholtz.cli.arguments import parse
 from helmholtz.cli.runs import run_parser
 from helmholtz.data.prepare import DataConfig, prepare
@@ -17,6 +18,7 @@ def run(arguments: list[str], console: Console) -> int:
     parser = run_parser("data", DESCRIPTION, arguments)
     parser.add_argument("--overwrite", action="store_true", help="replace a folder of other text or settings")
     values = parse(parser, arguments)
+    make_losable(console)
     data, dataset = DataConfig(**values["data"]), DatasetConfig(**values["dataset"])
     if dataset.path is None:
         prepared = prepare(data, overwrite=values["overwrite"], console=console)

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from helmholtz._checks import check, check_choice
+from helmholtz._display import make_losable
 from helmholtz._files import write_atomically
 from helmholtz.cli.arguments import make_parser, parse
 from helmholtz.cli.queues import add_shard, add_threads, check_options, run_action
@@ -61,6 +62,7 @@ def runs_of(values: dict[str, Any]) -> list[MadRun]:
 
 def work(runs: Sequence[MadRun], share: str, folder: Path, console: Console) -> int:
     """Compute the share of this machine with a bar per queue and run; returns how many were computed."""
+    make_losable(console)
     by_name = {run.name: run for run in runs}
     queue = shard([run.queued() for run in runs], share)
     columns = (

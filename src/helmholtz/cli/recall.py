@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from helmholtz._checks import check_choice, check_integer
+from helmholtz._display import make_losable
 from helmholtz._files import write_atomically
 from helmholtz._hardware import describe_hardware, git_commit
 from helmholtz.cli.arguments import make_parser, parse
@@ -176,6 +177,7 @@ def options(arguments: list[str]) -> dict[str, Any]:
 
 
 def run(arguments: list[str], console: Console) -> int:
+    make_losable(console)
     values = options(arguments)
     torch.set_num_threads(values["threads"])
     profile, seed, folder = values["profile"], values["seed"], Path(values["output"])

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from helmholtz._checks import check_choice, check_integer, check_non_negative
+from helmholtz._display import make_losable
 from helmholtz._files import write_atomically
 from helmholtz._hardware import describe_hardware, git_commit
 from helmholtz.cli.arguments import make_parser, parse
@@ -194,6 +195,7 @@ def options(arguments: list[str]) -> dict[str, Any]:
 
 
 def run(arguments: list[str], console: Console) -> int:
+    make_losable(console)
     values = options(arguments)
     torch.set_num_threads(values["threads"])
     experiment, folder = PROFILES[values["profile"]], Path(values["output"])

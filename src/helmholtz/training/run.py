@@ -222,9 +222,23 @@ def _identity(config: RunConfig, data: TokenDataset) -> dict[str, Any]:
 
 def _model(config: RunConfig, checkpoint: Path | None) -> AbstractDecoder:
     if checkpoint is not None:
-        return load_checkpoint(checkpoint)
+        return _saved_model(config, checkpoint)
     seed_everything(config.train.seed)
     return MODELS[config.architecture](config.model)
+
+
+def _saved_model(config: RunConfig, checkpoint: Path) -> AbstractDecoder:
+    """Raises: ValueError if it is another than the run's, which an old checkpoint does not say by itself."""
+    model = load_checkpoint(checkpoint)
+    # whether the output matrix is the embedding is for the tensors to say
+    own = replace(config.model, tie_embeddings=model.config.tie_embeddings)
+    difference = first_difference(model.config.to_dict(), own.to_dict(), "model")
+    if type(model) is not MODELS[config.architecture] or difference:
+        raise ValueError(
+            f"train.resume: {checkpoint} holds another model than the run's ({difference or type(model).__name__}); "
+            "move it away"
+        )
+    return model
 
 
 def _trainer(

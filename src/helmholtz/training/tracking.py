@@ -60,7 +60,7 @@ class Profile(Callback):
         self.profiler.start()
 
     def _write(self, profiler: Any) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)  # never anew in the place of a run that was moved
         profiler.export_chrome_trace(str(self.folder / "trace.json"))
         table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
         (self.folder / "table.txt").write_text(table)
