@@ -1,5 +1,6 @@
 """What a measurement was taken on."""
 
+import os
 import platform
 import resource
 import subprocess
@@ -59,9 +60,20 @@ def describe_hardware() -> dict[str, str | int]:
     }
 
 
+SOURCES = Path(__file__).resolve().parents[2]
+"""Root of the checkout that this code is run from, if it is run from one."""
+
+
 def git_commit() -> str:
-    """Commit of the working directory, marked ``-dirty`` if tracked files differ from it; ``unknown`` outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """Commit of this library's sources, marked ``-dirty`` if tracked files differ; ``unknown`` outside a checkout.
+
+    The current folder is not asked: its git configuration may name programs to run, and it is not the code that ran.
+    """
+    if not (SOURCES / ".git").exists():
+        return "unknown"
+    command = ["git", "--no-optional-locks", f"--git-dir={SOURCES / '.git'}", f"--work-tree={SOURCES}"]
+    command += ["-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}"]
+    command += ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -76,6 +76,9 @@ def test_windows_that_cannot_be_are_refused(data, model):
         evaluate_language(model, data, seq_len=65)
     with pytest.raises(ValueError, match=r"overlap must be in \[0, seq_len = 32\), got 32"):
         evaluate_language(model, data, seq_len=32, overlap=32)
+    for size in (-1, 0):
+        with pytest.raises(ValueError, match=f"batch_size must be an integer of at least 1, got {size}"):
+            evaluate_language(model, data, seq_len=32, batch_size=size)
 
 
 def test_decoding_speed_counts_all_rows(model):

@@ -2,21 +2,35 @@
 
 import argparse
 import difflib
+import os
+import re
+import types
+from collections import Counter
 from collections.abc import Collection, Iterator
-from pathlib import Path
-from typing import Any, NoReturn
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 import jsonargparse
-import yaml
+
+from helmholtz._checks import check
+from helmholtz.cli.documents import Document, documents, read_documents
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+PATHS = {
+    "checkpoint", "data", "data_files", "folder", "folders", "output", "output_dir", "path", "picture", "plan", "runs",
+    "save", "source", "sources", "validation_files", "validation_sources",
+}  # fmt: skip
+"""Last names of the options that hold files or folders: a leading ``~`` is the home directory."""
+
+KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
 class Parser(jsonargparse.ArgumentParser):
     """A parser that raises ValueError instead of printing and exiting, so that every error is one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ValueError(" ".join(str(message).split())) from ex
+        raise ValueError(_readable(self, " ".join(str(message).split()))) from ex
 
 
 def make_parser(command: str, description: str) -> Parser:
@@ -38,20 +52,32 @@ def parse(parser: Parser, arguments: list[str]) -> dict[str, Any]:
             name = argument[2:].split("=", 1)[0]
             if f"--{name}" not in {option for options in known.values() for option in options}:
                 raise ValueError(f"unknown option --{name}{_suggestion(name, known)}")
-    for file in config_files(arguments):
-        for name in _keys(read_yaml(file), "", set(known)):
-            if name == "config":
-                raise ValueError(f"{file}: a config file names no other; give --config twice")
-            if name not in known:
-                raise ValueError(f"{file}: unknown key {name!r}{_suggestion(name, known)}")
-            if _is_group(name, known):
-                raise ValueError(f"{file}: {name} must be a mapping of names to values")
+    arguments = read_documents(arguments, [name for name in known if _is_group(name, known)])
+    for document in documents(arguments):
+        _check_names(document, known)
     try:
         values = parser.parse_args(arguments).as_dict()
     except argparse.ArgumentError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        parser.error(str(error), error)
+    except OverflowError as error:  # an integer that is no float
+        where = next(argument for argument in arguments if re.search(r"\d{300}", argument))
+        name = where.source if isinstance(where, Document) else where.split("=")[0]
+        raise ValueError(f"{name}: a number must have less than 300 digits") from error
     _check_nulls(parser, values)
-    return values
+    return {name: _finished(name, value) for name, value in values.items()}
+
+
+def _check_names(document: Document, known: dict[str, list[str]]) -> None:
+    names = Counter(_keys(document.content, "", set(known)))
+    for name, count in names.items():
+        if name == "config":
+            raise ValueError(f"{document.source}: a config file names no other; give --config twice")
+        if name not in known:
+            raise ValueError(f"{document.source}: unknown key {name!r}{_suggestion(name, known)}")
+        if _is_group(name, known):
+            raise ValueError(f"{document.source}: {name} must be a mapping of names to values")
+        if count > 1:
+            raise ValueError(f"{document.source}: key {name!r} is given twice, nested and with dots")
 
 
 def _check_nulls(parser: Parser, values: dict[str, Any]) -> None:
@@ -64,30 +90,61 @@ def _check_nulls(parser: Parser, values: dict[str, Any]) -> None:
             raise ValueError(f"{action.dest} must not be null, its default is {action.default!r}")
 
 
-def config_files(arguments: list[str]) -> list[Path]:
-    """The files given with ``--config``."""
-    files = [argument.split("=", 1)[1] for argument in arguments if argument.startswith("--config=")]
-    files += [after for flag, after in zip(arguments, arguments[1:], strict=False) if flag == "--config"]
-    return [Path(file) for file in files]
+def _finished(name: str, value: Any) -> Any:
+    """A value with ``~`` expanded in paths.
+
+    Raises: ValueError for what no option means: an integer that 64 bits do not hold, a text that is no UTF-8, a path
+    without a name (it would be the current folder).
+    """
+    if isinstance(value, dict):
+        return {key: _finished(f"{name}.{key}", inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_finished(name, inner) for inner in value)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must be an integer of 64 bits, got {value}")
+    if isinstance(value, str):
+        check_utf8(name, value)
+        if name.split(".")[-1] in PATHS:
+            check(value != "", name, value, "the name of a file or folder")
+            return os.path.expanduser(value)
+    return value
 
 
-def read_yaml(file: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises: ValueError naming the file if there is none."""
+def check_utf8(name: str, text: str) -> None:
+    """Raises: ValueError if bytes came that are no UTF-8, which Python reads as lone surrogates."""
     try:
-        content = yaml.safe_load(file.read_text())
-    except OSError as error:
-        raise ValueError(f"--config {file}: {error.strerror}") from error
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # no UTF-8, no such date, brackets within brackets
-        raise ValueError(f"--config {file}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"--config {file}: wanted a mapping of names to values, got {type(content).__name__}"
-        )
-    return content
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: not UTF-8 at character {error.start}, got {text[:100]!r}") from error
+
+
+def _readable(parser: Parser, message: str) -> str:
+    """The parser's complaint about a type in words: which option, what was wanted, what came."""
+    message = message.removeprefix('Parser key "config": ')
+    found = re.match(r'Parser key "([^"]+)"', message)
+    action = next((action for action in parser._actions if found and action.dest == found[1]), None)
+    if found is None or action is None:
+        return message
+    got = re.search(r".*\b(?:Got|Given) value: ?(.*)$", message)
+    each = " each" if isinstance(action.nargs, str) else ""
+    text = f"{found[1]} must{each} be {_wanted(getattr(action, '_typehint', action.type))}"
+    return text if got is None else f"{text}, got {got[1]!r}"
+
+
+def _wanted(hint: Any) -> str:
+    """A type in words."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if origin in (Union, types.UnionType):
+        return " or ".join(_wanted(part) for part in inner)
+    if origin is tuple and ... not in inner:
+        return f"a list of {len(inner)}: {', '.join(_wanted(part) for part in inner)}"
+    if origin in (tuple, list):
+        return f"a list, each {_wanted(inner[0])}"
+    if is_dataclass(hint):
+        return f"a mapping of {', '.join(field.name for field in fields(hint))}"
+    return KINDS.get(hint, str(hint))
 
 
 def _keys(values: dict[str, Any], prefix: str, known: set[str]) -> Iterator[str]:

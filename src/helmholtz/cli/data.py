@@ -4,7 +4,7 @@ from rich.console import Console
 
 from helmholtz._display import make_losable
 from helmholtz.cli.arguments import parse
-from helmholtz.cli.runs import run_parser
+from helmholtz.cli.runs import read_model_documents, run_parser
 from helmholtz.data.prepare import DataConfig, prepare
 from helmholtz.data.split import SPLITS
 from helmholtz.interop.datasets import DatasetConfig, prepare_dataset
@@ -15,6 +15,7 @@ DESCRIPTION = (
 
 
 def run(arguments: list[str], console: Console) -> int:
+    arguments = read_model_documents(arguments)
     parser = run_parser("data", DESCRIPTION, arguments)
     parser.add_argument("--overwrite", action="store_true", help="replace a folder of other text or settings")
     values = parse(parser, arguments)

@@ -73,7 +73,7 @@ def run(arguments: list[str], console: Console) -> int:
     )
     parser.add_argument(
         "--data",
-        type=str | None,
+        type=str,
         default=None,
         help="folder of prepared text; default: what the run was trained on",
     )

@@ -52,9 +52,7 @@ def run(arguments: list[str], console: Console) -> int:
     parser.add_argument(
         "--checkpoint", type=str, required=True, help="a run (its best weights) or a checkpoint"
     )
-    parser.add_argument(
-        "--prompt", type=str | None, default=None, help="text to continue; default: standard input"
-    )
+    parser.add_argument("--prompt", type=str, default=None, help="text to continue; default: standard input")
     parser.add_class_arguments(SamplingSettings, "sampling", skip={"stop_tokens"})
     values = parse(parser, arguments)
     checkpoint = find_checkpoint(values["checkpoint"])

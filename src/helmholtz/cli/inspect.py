@@ -131,11 +131,11 @@ def run(arguments: list[str], console: Console) -> int:
     )
     parser.add_argument(
         "--text",
-        type=str | None,
+        type=str,
         default=None,
         help="show how the mixers read this text, or how its tokens come to rest",
     )
-    parser.add_argument("--picture", type=str | None, default=None, help="file for a picture of the reading")
+    parser.add_argument("--picture", type=str, default=None, help="file for a picture of the reading")
     values = parse(parser, arguments)
     checkpoint, text, picture = find_checkpoint(values["checkpoint"]), values["text"], values["picture"]
     if picture and text is None:

@@ -30,7 +30,7 @@ def make_landscape_parser() -> Parser:
     parser = make_parser("landscape", DESCRIPTION)
     option = parser.add_argument
     option("--checkpoint", type=str, required=True, help="a run (its best weights) or a checkpoint")
-    option("--text", type=str | None, default=None, help="the text whose tokens have the energies")
+    option("--text", type=str, default=None, help="the text whose tokens have the energies")
     option("--ids", type=list[int] | None, default=None, help="or its ids, such as [5,17,3]")
     option("--token", type=int, default=-1, help="whose energy to draw; negative ones count from the end")
     option("--basis", type=Basis, default="memory", help="what spans the plane of slice and basins")

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import platform
 import sys
 
 from rich.console import Console
@@ -31,6 +32,11 @@ COMMANDS = {
 }
 
 
+MIN_WIDTH = 80
+"""Columns for tables where the terminal says 0, and at least where there is no terminal."""
+INTERRUPTED = 130
+
+
 def usage() -> str:
     lines = [f"  {name:<10}{summary}" for name, summary in COMMANDS.items()]
     return "\n".join(
@@ -38,24 +44,58 @@ def usage() -> str:
     )
 
 
+def version() -> str:
+    import torch
+
+    import helmholtz
+
+    return (
+        f"helmholtz {helmholtz.__version__} (torch {torch.__version__}, python {platform.python_version()})"
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    console = Console(highlight=False, emoji=False, soft_wrap=True)
-    errors = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        console.print(usage(), markup=False)
-        return 0 if arguments else 2
-    command, *rest = arguments
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     try:
-        check_choice("command", command, COMMANDS)
-        return importlib.import_module(f"helmholtz.cli.{command}").run(rest, console)
-    except (ValueError, OSError, ImportError) as error:
-        errors.print(f"helmholtz {command}: error: {_line(error)}{_rank()}", markup=False)
-        return 2
-    except RuntimeError as error:
-        errors.print(f"helmholtz {command}: {_line(error)}{_rank()}", markup=False)
+        try:
+            return _run(command, rest)
+        finally:
+            _flush()
+    except BrokenPipeError:  # the reader of the output has what it wants, as with "| head"
         return 1
+    except KeyboardInterrupt:
+        text, code = "interrupted", INTERRUPTED
+    except (ValueError, OSError, ImportError) as error:
+        text, code = f"error: {_line(error)}", 2
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        text, code = _line(error), 1
+    errors = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+    errors.print(f"helmholtz {command}: {text}{_rank()}", markup=False)
+    return code
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    console = Console(highlight=False, emoji=False, soft_wrap=True)
+    if console.width < 1 or not console.is_terminal:
+        console.width = max(console.width, MIN_WIDTH)
+    if command in ("", "-h", "--help", "--version"):
+        console.print(version() if command == "--version" else usage(), markup=False)
+        return 0 if command else 2
+    check_choice("command", command, COMMANDS)
+    return importlib.import_module(f"helmholtz.cli.{command}").run(arguments, console)
+
+
+def _flush() -> None:
+    """Write what is still buffered. Raises: OSError if nobody takes it; then nothing tries again at exit."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise OSError(f"standard output: {error.strerror}") from error
+        raise
 
 
 def _line(error: Exception) -> str:
@@ -69,4 +109,6 @@ def _rank() -> str:
 
 
 if __name__ == "__main__":
+    if not sys.flags.safe_path:
+        del sys.path[0]  # "python -m" puts the current folder there, whose modules are not ours to import
     sys.exit(main())

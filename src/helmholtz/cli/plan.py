@@ -45,14 +45,10 @@ def make_plan_parser() -> Parser:
     parser = make_parser("plan", DESCRIPTION)
     option = parser.add_argument
     option("--checkpoint", type=str, required=True, help="a run (its best weights) or a checkpoint")
-    option("--encode", type=str | None, default=None, help="show the encoder's plan of this text")
-    option(
-        "--save", type=str | None, default=None, help="file for the plan that --encode reads, edits included"
-    )
-    option("--prompt", type=str | None, default=None, help="sample continuations of this text")
-    option(
-        "--plan", type=str | None, default=None, help="a saved plan, used from the prompt's first token on"
-    )
+    option("--encode", type=str, default=None, help="show the encoder's plan of this text")
+    option("--save", type=str, default=None, help="file for the plan that --encode reads, edits included")
+    option("--prompt", type=str, default=None, help="sample continuations of this text")
+    option("--plan", type=str, default=None, help="a saved plan, used from the prompt's first token on")
     option(
         "--edit", type=str, action="append", default=[], metavar="POSITION:BIT=VALUE",
         help="change the plan, or with POSITION=CODE a whole code of it; may be repeated",
@@ -69,7 +65,7 @@ def make_plan_parser() -> Parser:
     option("--n_samples", type=int, default=5, help="samples of a group")
     option("--n_plans", type=int, default=8, help="groups of each kind to measure")
     option("--bit_effects", action="store_true", help="measure what each bit changes")
-    option("--picture", type=str | None, default=None, help="file for a picture of which samples share what")
+    option("--picture", type=str, default=None, help="file for a picture of which samples share what")
     option("--json", action="store_true", help="print JSON")
     parser.add_class_arguments(SamplingSettings, "sampling", skip={"stop_tokens"})
     return parser

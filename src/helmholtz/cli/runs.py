@@ -4,7 +4,8 @@ from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 from helmholtz._checks import check_choice
-from helmholtz.cli.arguments import Parser, config_files, make_parser, parse, read_yaml
+from helmholtz.cli.arguments import Parser, make_parser, parse
+from helmholtz.cli.documents import documents, read_documents
 from helmholtz.data.prepare import DataConfig
 from helmholtz.data.tokens import TokenDataset
 from helmholtz.interop.datasets import DatasetConfig
@@ -16,6 +17,11 @@ from helmholtz.training.run import ObjectiveConfig, RunConfig, objective_class
 
 DEFAULT_ARCHITECTURE = "fem_lm"
 ARCHITECTURE = "--model.architecture"
+
+
+def read_model_documents(arguments: list[str]) -> list[str]:
+    """``arguments`` with those documents read that may name the architecture, for a pipe can be read only once."""
+    return read_documents(arguments, ["model"])
 
 
 def run_parser(command: str, description: str, arguments: list[str]) -> Parser:
@@ -79,8 +85,9 @@ def _objective(architecture: str, values: dict[str, Any]) -> ObjectiveConfig:
 def _architecture(arguments: list[str]) -> str:
     """The architecture asked for; its config's fields become the options of the group ``model``."""
     chosen: Any = DEFAULT_ARCHITECTURE
-    for file in config_files(arguments):
-        model = read_yaml(file).get("model")
+    arguments = read_model_documents(arguments)
+    for document in documents(arguments):
+        model = document.content.get("model")
         chosen = model.get("architecture", chosen) if isinstance(model, dict) else chosen
     for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
         if argument.startswith(f"{ARCHITECTURE}="):

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from helmholtz._display import make_losable
-from helmholtz.cli.runs import run_config, run_parser
+from helmholtz.cli.runs import read_model_documents, run_config, run_parser
 from helmholtz.data.tokenizer import load_tokenizer
 from helmholtz.training.budget import matmul_peak
 from helmholtz.training.callbacks import Callback
@@ -26,7 +26,8 @@ SHOWN_TOKENS = 64
 
 
 def run(arguments: list[str], console: Console) -> int:
-    parser = run_parser("train", DESCRIPTION, arguments)
+    read = read_model_documents(arguments)
+    parser = run_parser("train", DESCRIPTION, read)
     parser.add_argument(
         "--dry_run",
         "--dry-run",
@@ -38,7 +39,7 @@ def run(arguments: list[str], console: Console) -> int:
         action="store_true",
         help="record where the time of some early steps goes, into <output_dir>/profile",
     )
-    config, options = run_config(parser, arguments)
+    config, options = run_config(parser, read)
     if options["dry_run"]:
         dry_run(config, console)
         return 0

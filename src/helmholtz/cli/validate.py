@@ -31,13 +31,13 @@ FRESH = {"vocab_size": 256, "d_model": 64, "d_state": 64, "d_head": 32, "n_layer
 def make_validate_parser() -> Parser:
     parser = make_parser("validate", DESCRIPTION)
     option = parser.add_argument
-    option("--checkpoint", type=str | None, default=None, help="a run (its best weights) or a checkpoint")
+    option("--checkpoint", type=str, default=None, help="a run (its best weights) or a checkpoint")
     option("--fresh", action="store_true", help="a new model instead, of the sizes under model")
-    option("--text", type=str | None, default=None, help="text to test on; default: random tokens")
+    option("--text", type=str, default=None, help="text to test on; default: random tokens")
     option("--batch", type=int, default=2, help="sequences of random tokens")
     option("--time", type=int, default=16, help="random tokens of a sequence")
     option("--seed", type=int, default=0, help="of a new model, of random tokens and of disturbances")
-    option("--output", type=str | None, default=None, help="file for all that was measured, as JSON")
+    option("--output", type=str, default=None, help="file for all that was measured, as JSON")
     option("--json", action="store_true", help="print JSON instead of the table")
     option("--threads", type=int, default=1, help="CPU threads")
     parser.add_class_arguments(MambaHopfieldConfig, "model", skip={"solver"})

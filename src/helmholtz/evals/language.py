@@ -71,6 +71,7 @@ def stream_nats(
     """
     check_window(model, seq_len)
     check(0 <= overlap < seq_len, "overlap", overlap, f"in [0, seq_len = {seq_len})")
+    check_integer("batch_size", batch_size)
     device, nats = model.embed.weight.device, 0.0
     with evaluation_mode(model), one_convergence_warning(model):
         for tokens, targets in _windows(stream, seq_len, overlap, batch_size):
