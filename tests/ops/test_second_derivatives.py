@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import helmholtz
 from derivative_cases import REFUSAL, WARNINGS, assert_right_or_refused
@@ -214,3 +215,14 @@ def test_every_route_refuses_with_the_reason_or_is_right(name: str) -> None:
         return f(*(part.view_as(y) for part, y in zip(parts, case.inputs, strict=True))).square()
 
     assert_right_or_refused(of_all, x, v)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED & CASES.keys()))
+def test_under_checkpointing_too(name: str) -> None:
+    f, inputs = weighted(CASES[name]), [x.clone().requires_grad_() for x in CASES[name].inputs]
+    expected = torch.autograd.grad(f(*inputs), inputs)
+    total = checkpoint(f, *inputs, use_reentrant=False)
+    first = torch.autograd.grad(total, inputs, create_graph=True)
+    torch.testing.assert_close(first, expected)
+    with pytest.raises(RuntimeError, match=REFUSAL):
+        torch.autograd.grad(sum(x.square().sum() for x in first), inputs)

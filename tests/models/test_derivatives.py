@@ -1,0 +1,67 @@
+"""Derivatives of whole models: second ones are right or refused, `torch.func` gives the first or says why not."""
+
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from decoder_cases import SIZES, liven, plan_by_tokens, tokens_of
+from derivative_cases import REFUSAL, WARNINGS, assert_right_or_refused
+from helmholtz.layers.equilibrium_config import AdjointName
+from helmholtz.layers.fem_config import PRIORS
+from helmholtz.models import MODELS
+from helmholtz.models.base import AbstractDecoder
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in MODELS},
+    **{f"fem_lm, {prior}": ("fem_lm", {"prior": prior}) for prior in PRIORS},
+    **{f"mamba_hopfield, {name}": ("mamba_hopfield", {"adjoint": name}) for name in get_args(AdjointName)},
+}
+every_model = pytest.mark.parametrize("name", CASES)
+pytestmark = WARNINGS
+
+
+def make(name: str) -> AbstractDecoder:
+    architecture, options = CASES[name]
+    config = MODELS[architecture].config_class
+    known = {field.name for field in fields(config)}
+    return liven(MODELS[architecture](config(**{k: v for k, v in SIZES.items() if k in known} | options)))
+
+
+def projection(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """A linear function of a model's logits by its embedding: second derivatives come through the model alone."""
+    plan_by_tokens(monkeypatch)
+    torch.manual_seed(1)
+    model = make(name).double()
+    tokens, generator = tokens_of(2, 5), torch.Generator().manual_seed(0)
+    weights = torch.randn(2, 5, 37, generator=generator, dtype=torch.float64)
+
+    def call(embedding: Tensor) -> Tensor:
+        given = {"embed.weight": embedding}
+        return (torch.func.functional_call(model, given, (tokens,)).logits * weights).sum()
+
+    return call, model.embed.weight.detach().clone().requires_grad_()
+
+
+@every_model
+def test_second_derivatives_are_right_or_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    f, x = projection(name, monkeypatch)
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    assert_right_or_refused(f, x, v)
+
+
+@every_model
+def test_torch_func_gives_the_first_derivative_or_says_why_not(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    f, x = projection(name, monkeypatch)
+    try:
+        found = torch.func.grad(f)(x)
+    except RuntimeError as error:
+        assert not name.startswith("transformer") and re.search(REFUSAL, str(error)), error
+    else:
+        torch.testing.assert_close(found, torch.autograd.grad(f(x), x)[0])
