@@ -2,13 +2,15 @@
 
 import math
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from helmholtz import ops
-from helmholtz.layers.hopfield import AssociativeProblem, HopfieldMemory, MarginWarning
+from helmholtz.layers.hopfield import RECALL, AssociativeProblem, HopfieldMemory, MarginWarning
 from helmholtz.layers.slots import Slots, hash_below
 from helmholtz.solvers import SolverConfig
 
@@ -199,10 +201,53 @@ def test_recall_of_noisy_patterns():
     stored = memory.patterns()[:160].detach()
     noise = F.normalize(rows_of(160, 64, seed=2), dim=-1)
     solution = memory.retrieve(stored + 0.8 * memory.radius * noise)
-    assert solution.converged.all() and not solution.value.requires_grad
+    assert solution.converged.all()
     assert (solution.value - stored).norm(dim=-1).max() < 0.1 * memory.radius
     energy = ops.hopfield_energy(solution.value, memory.patterns(), 2.0, memory.log_prior())
-    torch.testing.assert_close(solution.energy + memory.radius**2 / 2, energy.detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(solution.energy + memory.radius**2 / 2, energy, atol=1e-4, rtol=1e-4)
+
+
+def recall(memory: HopfieldMemory, solver: SolverConfig) -> Callable[..., Tensor]:
+    """A function of queries and learned patterns: random sums of what is recalled and of its energy."""
+    weights = rows_of(5, memory.d_model, 9).double()
+
+    class Recall(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.memory = memory
+
+        def forward(self, query: Tensor) -> Tensor:
+            solution = self.memory.retrieve(query, solver)
+            return (solution.value * weights).sum() + solution.energy.square().sum()
+
+    module = Recall()
+    name = "memory.memory_patterns"
+    return lambda query, patterns: torch.func.functional_call(module, {name: patterns}, (query,))
+
+
+@pytest.mark.filterwarnings("ignore::helmholtz.layers.hopfield.MarginWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("mode", ["picard", "simultaneous"])
+def test_recall_is_differentiable_in_queries_and_patterns(mode):
+    memory = HopfieldMemory(8, 3, n_slots=4, beta=0.5).double()
+    memory.write(rows_of(2, 8, 3).double())
+    tight = SolverConfig(mode=mode, max_steps=200, rtol=1e-10, energy_rtol=1e-10, on_nonconvergence="raise")
+    f = recall(memory, RECALL if mode == "picard" else tight)
+    points = rows_of(5, 8).double(), memory.memory_patterns.detach()
+    leaves = [x.clone().requires_grad_() for x in points]
+    found = torch.autograd.grad(f(*leaves), leaves, materialize_grads=True)
+    assert found[1].norm() > 0.1 and (found[0].norm() > 1e-4) == (mode == "picard")
+    for i, gradient in enumerate(found):
+        v = rows_of(*gradient.shape, 4).double()
+        ends = [f(*(x + s * v if k == i else x for k, x in enumerate(points))) for s in (1e-6, -1e-6)]
+        expected = (ends[0] - ends[1]) / 2e-6
+        torch.testing.assert_close((gradient * v).sum(), expected, rtol=1e-6, atol=1e-7)
+    if mode == "picard":
+        torch.testing.assert_close(torch.func.grad(f, argnums=(0, 1))(*points), found)
+        tangent = torch.func.jvp(f, points, tuple(map(torch.ones_like, points)))[1]
+        torch.testing.assert_close(tangent, sum(x.sum() for x in found))
+    with torch.no_grad():
+        assert not memory.retrieve(points[0]).value.requires_grad
 
 
 def test_recall_from_nothing_is_nothing():

@@ -193,6 +193,48 @@ def test_unrolling_starts_at_the_start_and_ends_where_it_ends():
     assert torch.equal(value, problem.map(problem.map(start)))
 
 
+def test_unrolling_is_differentiated_back_to_the_start():
+    problem = random_patterns(5, 6, 10)
+    start = torch.randn_like(problem.u).requires_grad_()
+    value = Unrolled(n_steps=2).attach(problem, solve(problem, start, TIGHT))
+    (found,) = torch.autograd.grad(value.sin().sum(), start)
+    (expected,) = torch.autograd.grad(problem.map(problem.map(start)).sin().sum(), start)
+    assert torch.equal(found, expected) and found.norm() > 0.01
+    half = start.detach().bfloat16().requires_grad_()  # widened on the way
+    problem = Patterns(problem.u.float(), problem.patterns.float(), problem.strength.float(), problem.beta)
+    value = Unrolled(n_steps=1).attach(problem, solve(problem, half, SolverConfig(max_steps=100)))
+    assert torch.autograd.grad(value.sum(), half)[0].norm() > 0.01
+
+
+def test_unrolling_the_solvers_own_steps_ends_at_its_value():
+    problem, inputs = differentiable(random_patterns(30, 12, 20, contraction=1.5))
+    settings = SolverConfig(mode="picard", rtol=1e-3, max_steps=100)
+    solution = solve(problem, problem.u.detach(), settings)
+    assert len(solution.num_steps.unique()) > 2
+    value = Unrolled().attach(problem, solution)
+    torch.testing.assert_close(value, solution.value, rtol=1e-12, atol=1e-12)
+    one = solution.num_steps.argmin()
+    alone = Unrolled(n_steps=int(solution.num_steps[one])).attach(problem, solution)[one]
+    for a, b in zip(*(torch.autograd.grad(x.sin().sum(), inputs) for x in (value[one], alone)), strict=True):
+        torch.testing.assert_close(a, b)
+    nothing = solve(problem.take(torch.arange(0)), problem.u[:0], settings)
+    assert len(Unrolled().attach(problem.take(torch.arange(0)), nothing)) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("adjoint", [Phantom(n_steps=80), Unrolled(n_steps=80)], ids=["phantom", "unrolled"])
+def test_forward_mode_is_right(adjoint):
+    plain = random_patterns(5, 6, 10)
+
+    def total(u):
+        problem = replace(plain, u=u)
+        return adjoint.attach(problem, solve(problem, plain.u, TIGHT)).sin().sum()
+
+    tangent = torch.randn_like(plain.u)
+    found = torch.func.jvp(total, (plain.u,), (tangent,))[1]
+    torch.testing.assert_close(found, (torch.func.grad(total)(plain.u) * tangent).sum(), rtol=1e-6, atol=0)
+
+
 def test_autocast_does_not_reach_the_map():
     seen = []
 

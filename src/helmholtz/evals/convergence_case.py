@@ -145,7 +145,7 @@ def validation_case(model: MambaHopfield, tokens: Int[Tensor, "B T"], *, seed: i
         model=model,
         tokens=tokens,
         problem=problem,
-        start=equilibrium.solution.start,
+        start=equilibrium.solution.start.detach(),
         z=solve(problem, equilibrium.solution.value, tight(model.solver)).value,
         found=equilibrium.solution.converged,
         contractive=model.config.stability == "contractive",

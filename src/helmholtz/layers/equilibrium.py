@@ -39,6 +39,7 @@ from helmholtz.solvers import (
     Unrolled,
     solve,
 )
+from helmholtz.solvers.loop import relative_residual
 
 
 @final
@@ -79,7 +80,8 @@ class Equilibrium:
     """Context plus what was read from equilibrium and memory; 0 at pads, as are the next three."""
     z: Float[Tensor, "B T D"]
     z_init: Float[Tensor, "B T D"]
-    """Where the iteration started; differentiable, but no equilibrium depends on it."""
+    """Where the iteration started; differentiable. An equilibrium does not depend on it, and neither implicit nor
+    phantom adjoint passes it a gradient; the unrolled one does, as the end of its steps depends on where they start."""
     retrieved: Float[Tensor, "B T D"]
     """The patterns' average at ``z`` under the retrieval weights, in units of their norm."""
     problem: TokenProblem
@@ -120,12 +122,23 @@ class Equilibrium:
 
     @property
     def residual(self) -> Float[Tensor, "B T"]:
-        """Relative residual of each token's fixed-point equation."""
-        return self.scatter(self.solution.residual)
+        r"""Relative residual :math:`|f(z) - z| / |f(z)|` of each token's fixed-point equation at ``z``.
+
+        Computed when asked for, by one evaluation of the map; ``solution.residual`` is the solver's, without gradient.
+        It is differentiable as ``z`` is. Under the implicit adjoint its derivative is 0 up to tolerances: wherever the
+        parameters move, there is an equilibrium, at which it is 0. Under the unrolled one it says how to come closer.
+        """
+        z = self.rows(self.z)
+        return self.scatter(relative_residual(z, self.problem.map(z)))
 
     @property
     def energy(self) -> Float[Tensor, "B T"]:
-        return self.scatter(self.solution.energy)
+        r"""Energy of each token at ``z``, differentiable.
+
+        Computed when asked for, by one evaluation; ``solution.energy`` is the solver's, without gradient. At an
+        equilibrium :math:`\nabla E(z) = 0`, so that its gradient is that of the coefficients at a fixed ``z``.
+        """
+        return self.scatter(self.problem.energy(self.rows(self.z)))
 
     def components(self) -> EnergyComponents:
         """The terms of each row's energy at its equilibrium; their sum is the energy."""

@@ -1,7 +1,7 @@
 """A Hopfield memory: patterns that are learned and patterns that are written, and plain recall from both."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, final, get_args
 
 import torch
@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from helmholtz._checks import check, check_choice, check_integer, check_positive
+from helmholtz._once import is_traced
 from helmholtz.layers.slots import Slots, check_rows
 from helmholtz.ops._compute import compute_dtype, full_precision
 from helmholtz.ops.hopfield import (
@@ -20,7 +21,15 @@ from helmholtz.ops.hopfield import (
     retrieval_margin,
     weights_of_scores,
 )
-from helmholtz.solvers import AbstractProblem, Solution, SolverConfig, solve
+from helmholtz.solvers import (
+    AbstractAdjoint,
+    AbstractProblem,
+    Implicit,
+    Solution,
+    SolverConfig,
+    Unrolled,
+    solve,
+)
 
 MemoryPolicy = Literal["fifo", "reservoir", "merge"]
 
@@ -183,13 +192,19 @@ class HopfieldMemory(nn.Module):
         ``value`` holds the recalled rows, at norm close to ``radius`` where a single pattern was found; ``energy`` is
         :math:`\tfrac12 |z|^2 - \phi(z)`. A query should be of the patterns' scale. An empty memory recalls 0.
 
+        Both are differentiable, in the query and in the learned patterns, by the steps each row took. Recall is close
+        to constant inside a pattern's basin: the gradient of the query is small there. It costs as much again, and one
+        evaluation's memory per step; under ``torch.no_grad`` nothing. Another ``solver`` than plain steps ("picard")
+        has the implicit gradient, which is 0 for the query.
+
         Raises: ValueError for a query that is not finite. Warns: MarginWarning if the memory holds more patterns than
             can be told apart, were their directions random.
         """
         check(bool(query.isfinite().all()), "query", "NaN or infinity", "finite")
         self._warn_of_a_small_margin()
-        problem = AssociativeProblem(self.patterns().detach(), self.beta, self.log_prior())
-        return solve(problem, query.to(problem.patterns.dtype), solver)
+        problem = AssociativeProblem(self.patterns(), self.beta, self.log_prior())
+        solution = solve(problem, query.to(problem.patterns.dtype), solver)
+        return _with_gradient(problem, solution, solver)
 
     def margin(self) -> float:
         """``ops.retrieval_margin`` of what the memory holds; infinite when it holds nothing."""
@@ -205,3 +220,15 @@ class HopfieldMemory(nn.Module):
                 MarginWarning,
                 stacklevel=3,
             )
+
+
+def _with_gradient(problem: AssociativeProblem, solution: Solution, solver: SolverConfig) -> Solution:
+    """The same value and energy, with a graph if one is wanted."""
+    tracked = problem.patterns.requires_grad or solution.start.requires_grad or is_traced()
+    if not (tracked and torch.is_grad_enabled()):
+        return solution
+    plain = solver.mode == "picard" and solver.damping == 1
+    adjoint: AbstractAdjoint = Unrolled() if plain else Implicit(on_nonconvergence="ignore")
+    z = adjoint.attach(problem, solution)
+    value = solution.value + (z - z.detach())
+    return replace(solution, value=value, energy=problem.map_and_energy(value)[1])

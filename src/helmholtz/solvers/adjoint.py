@@ -42,7 +42,8 @@ class Implicit(AbstractAdjoint):
     ``g`` goes backward through one evaluation of the map at :math:`z^*`. The Jacobian is symmetric, and below 1 at a
     minimum. ``solution.backward`` then holds steps and residuals.
 
-    Nothing of the iterations is kept: memory is that of one evaluation. The value is the solver's, bit for bit.
+    Nothing of the iterations is kept: memory is that of one evaluation. The value is the solver's, bit for bit. The
+    start gets no gradient, as the equilibrium does not move with it.
 
     Raises: in the backward pass, ConvergenceError if the system of a row is not solved (unless
         ``on_nonconvergence`` says otherwise: the best ``g`` found is used, ``v`` where curvature is negative), and
@@ -117,8 +118,8 @@ def _report(solved: LinearSolution, adjoint: Implicit) -> None:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phantom(AbstractAdjoint):
     """The gradient of ``n_steps`` plain steps from the equilibrium (Geng et al. 2021): as if earlier ones did not
-    depend on the parameters. Its error shrinks with the contraction rate to the power of ``n_steps``. The value is the
-    solver's, bit for bit; memory is that of ``n_steps`` evaluations."""
+    depend on the parameters, nor the equilibrium on the start. Its error shrinks with the contraction rate to the
+    power of ``n_steps``. The value is the solver's, bit for bit; memory is that of ``n_steps`` evaluations."""
 
     n_steps: int
 
@@ -135,16 +136,23 @@ class Phantom(AbstractAdjoint):
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unrolled(AbstractAdjoint):
-    """``n_steps`` plain steps from the start, differentiated as they are: for tests and small problems. The value is
-    where these steps end, not the solver's; memory is that of all of them."""
+    """``n_steps`` plain steps from the start, differentiated as they are, by the start as well: for tests and small
+    problems. The value is where these steps end, not the solver's; memory is that of all of them."""
 
-    n_steps: int
+    n_steps: int | None = None
+    """None: as many as the solver took, row by row."""
 
     def __post_init__(self) -> None:
-        check_integer("n_steps", self.n_steps)
+        if self.n_steps is not None:
+            check_integer("n_steps", self.n_steps)
 
     def attach(self, problem: AbstractProblem, solution: Solution) -> Float[Tensor, "N D"]:
-        return _plain_steps(problem, solution.start, self.n_steps)
+        if self.n_steps is not None:
+            return _plain_steps(problem, solution.start, self.n_steps)
+        z, num_steps = solution.start, solution.num_steps
+        for step in range(max(num_steps.tolist(), default=0)):
+            z = torch.where((num_steps > step).unsqueeze(1), _plain_steps(problem, z, 1), z)
+        return z
 
 
 def _plain_steps(problem: AbstractProblem, z: Float[Tensor, "N D"], n_steps: int) -> Float[Tensor, "N D"]:

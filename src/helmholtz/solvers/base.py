@@ -110,7 +110,7 @@ class BackwardInfo:
 
 @dataclass(slots=True, kw_only=True)
 class Solution:
-    """Where the rows ended, without gradient, in at least float32; always finite where the start was.
+    """Where the rows ended, in at least float32; always finite where the start was. Only ``start`` has a gradient.
 
     What a row says depends on that row alone, but for rounding. A row that has not converged is given where its
     residual was smallest.
@@ -118,6 +118,7 @@ class Solution:
 
     value: Float[Tensor, "N D"]
     start: Float[Tensor, "N D"]
+    """Where they started, as given: an unrolled iteration is differentiated back to it."""
     status: Int[Tensor, "N"]
     """A ``Status`` per row."""
     num_steps: Int[Tensor, "N"]

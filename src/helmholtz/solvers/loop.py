@@ -86,10 +86,14 @@ class Point(NamedTuple):
 def evaluate(rows: Rows, z: Float[Tensor, "n D"], before: Point | None, *, energies: bool = True) -> Point:
     """Map, and energy if wanted, at ``z``; ``before`` is the iterate to which the energy is compared."""
     f, energy = rows.map_and_energy(z) if energies else (rows.map(z), z.new_full((len(z),), torch.inf))
-    residual = row_norm(f - z) / (row_norm(f) + TINY)
-    residual = residual.nan_to_num(nan=torch.inf)
+    residual = relative_residual(z, f)
     change = energy - before.energy if before is not None else energy.new_full((len(z),), torch.inf)
     return Point(z, f, energy, change.abs().nan_to_num(nan=torch.inf), residual)
+
+
+def relative_residual(z: Float[Tensor, "n D"], f: Float[Tensor, "n D"]) -> Float[Tensor, "n"]:
+    """``|f - z| / |f|``; infinite where that is not a number."""
+    return (row_norm(f - z) / (row_norm(f) + TINY)).nan_to_num(nan=torch.inf)
 
 
 def row_norm(x: Float[Tensor, "n D"]) -> Float[Tensor, "n"]:

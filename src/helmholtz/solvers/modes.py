@@ -59,11 +59,12 @@ class Alternating(AbstractRule):
         self._mixing.take(rows)
 
 
-@torch.no_grad()
 def solve(
     problem: AbstractProblem, z0: Float[Tensor, "N D"], config: SolverConfig, *, record: bool = False
 ) -> Solution:
-    r"""Find an equilibrium of every row from ``z0``, in at least float32 also under autocast, without gradient.
+    r"""Find an equilibrium of every row from ``z0``, in at least float32 also under autocast.
+
+    The value comes without gradient; an adjoint's ``attach`` gives it one.
 
     A row has converged if :math:`|r| / (|f| + 10^{-9}) \le` ``rtol`` and :math:`|E_k - E_{k-1}| \le` ``energy_rtol``
     :math:`(1 + |E_k|)`; it is then frozen. Rows never meet: what others change is a row's place in
@@ -77,21 +78,23 @@ def solve(
     """
     check(z0.is_floating_point(), "z0", z0.dtype, "of a floating-point dtype")
     check(bool(z0.isfinite().all()), "z0", "NaN or infinity", "finite")
-    with torch.autocast(z0.device.type, enabled=False):
-        z0 = z0.detach().to(torch.promote_types(z0.dtype, torch.float32))
+    start = z0.to(torch.promote_types(z0.dtype, torch.float32))
+    with torch.no_grad(), torch.autocast(z0.device.type, enabled=False):
+        z0 = start.detach()
         rows, trace = Rows.of(problem, z0), Trace(record=record)
         outcome = _run(rows, z0, config, trace) if len(z0) else _nothing(z0)
         unstable = _saddles(rows, outcome)
+    point = Point(*(x.detach() for x in outcome.point))  # forward mode goes through no_grad
     solution = Solution(
-        value=outcome.point.z,
-        start=z0,
+        value=point.z,
+        start=start,
         status=outcome.status,
         num_steps=outcome.num_steps,
         num_evaluations=rows.counts.evaluations,
         num_products=rows.counts.products,
-        residual=outcome.point.residual,
-        energy=outcome.point.energy,
-        energy_change=outcome.point.change,
+        residual=point.residual,
+        energy=point.energy,
+        energy_change=point.change,
         unstable=unstable,
         energy_history=trace.energy_history,
         residual_history=trace.residual_history,

@@ -50,8 +50,8 @@ def _solver_info(equilibrium: Equilibrium, mode: str) -> dict[str, Any]:
         "per_token": {
             "converged": converged,
             "iterations": equilibrium.num_steps,
-            "energy": equilibrium.energy,
-            "residual": equilibrium.residual,
+            "energy": equilibrium.scatter(solution.energy),
+            "residual": equilibrium.scatter(solution.residual),
         },
     }
 
