@@ -51,3 +51,13 @@ def test_messages(call, message):
     with pytest.raises(ValueError) as caught:
         call()
     assert str(caught.value) == message
+
+
+def test_a_value_that_is_a_bomb_is_shown_in_brief():
+    bomb = ["x"] * 10
+    for _ in range(20):
+        bomb = [bomb] * 10
+    for value in (bomb, {"a": bomb}, "x" * 10**6):
+        with pytest.raises(ValueError, match="name must be small") as caught:
+            _checks.check(False, "name", value, "small")
+        assert len(str(caught.value)) < 3_000

@@ -141,3 +141,85 @@ def test_a_write_that_fails_leaves_the_old_folder(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert (target / "x").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_files_have_the_mode_that_the_umask_asks_for(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        with files.atomic_folder(tmp_path / "a") as partial:
+            (partial / "inner").mkdir()
+            for name in ("plain", "secret", "inner/secret"):
+                (partial / name).write_text("x")
+                if "secret" in name:
+                    (partial / name).chmod(0o600)  # as safetensors writes
+        files.write_atomically(tmp_path / "b", "x")
+    finally:
+        os.umask(before)
+    found = [path for path in (*(tmp_path / "a").rglob("*"), tmp_path / "b") if path.is_file()]
+    assert len(found) == 4
+    assert {path.stat().st_mode & 0o777 for path in found} == {0o666 & ~mask}
+
+
+def numbered(folder, number):
+    with files.atomic_folder(folder) as partial:
+        for name in ("a", "b"):
+            (partial / name).write_text(str(number))
+
+
+class Writer:
+    """Replaces the folder, in whole or up to between the two renames, before chosen reads of a file."""
+
+    def __init__(self, folder):
+        self.folder, self.number, self.plan = folder, 0, []
+        numbered(folder, 0)
+
+    def read(self, folder):
+        values = []
+        for name in ("a", "b"):
+            values.append((folder / name).read_text())
+            step = self.plan.pop(0) if self.plan else None
+            if step == "replace":
+                self.number += 1
+                numbered(self.folder, self.number)
+            elif step == "half":
+                self.folder.rename(self.folder.with_name(".x.previous"))
+            elif step == "rest":
+                numbered(self.folder, self.number)
+        assert values[0] == values[1], "two states in one"
+        return values[0]
+
+
+@pytest.mark.parametrize(
+    "plan", [["replace"], ["replace", "replace", "replace"], ["half"], ["half", "rest"], [None, "replace"]]
+)
+def test_a_reader_beside_a_writer_sees_one_state(tmp_path, plan):
+    writer = Writer(tmp_path / "x")
+    writer.plan = list(plan)
+
+    def read(folder):
+        try:
+            return writer.read(folder)
+        except AssertionError as error:
+            raise ValueError("damaged") from error
+
+    assert files.read_complete(tmp_path / "x", read) == str(writer.number)
+
+
+def test_a_reader_gives_up_in_words_and_passes_damage_on(tmp_path):
+    numbered(tmp_path / "x", 0)
+
+    def replaced(folder):
+        numbered(tmp_path / "x", 1)
+
+    with pytest.raises(ValueError, match="it was replaced 10 times while it was read"):
+        files.read_complete(tmp_path / "x", replaced)
+    reads = []
+
+    def damaged(folder):
+        reads.append(folder)
+        raise ValueError("damaged")
+
+    with pytest.raises(ValueError, match="damaged"):
+        files.read_complete(tmp_path / "x", damaged)
+    assert len(reads) == 1

@@ -2,29 +2,49 @@
 
 import difflib
 import math
+import reprlib
 from collections.abc import Collection, Iterable
+
+LARGEST = 2**64
+"""No size, seed or count is larger, and torch's own messages about such a one name nothing."""
+
+
+_BRIEF = reprlib.Repr()
+"""A few aliases in a file make a value of a billion parts."""
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, 300, 300
+_BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxdict = _BRIEF.maxset = 12
 
 
 def check(condition: bool, name: str, got: object, wanted: str) -> None:
     """``ValueError`` unless ``condition``; ``wanted`` completes "name must be ..."."""
     if not condition:
-        raise ValueError(f"{name} must be {wanted}, got {got!r}")
+        shown = _BRIEF.repr(got) if isinstance(got, str | list | tuple | dict | set) else repr(got)
+        raise ValueError(f"{name} must be {wanted}, got {shown}")
 
 
 def check_integer(name: str, value: object, *, minimum: int = 1) -> None:
     """An int (not a bool) of at least ``minimum``."""
     is_int = isinstance(value, int) and not isinstance(value, bool)
     check(is_int and value >= minimum, name, value, f"an integer of at least {minimum}")  # type: ignore[operator]
+    assert isinstance(value, int)
+    check(value < LARGEST, name, f"one of {value.bit_length()} bits", "an integer below 2**64")
 
 
 def check_positive(name: str, value: float) -> None:
     """A finite number above 0."""
-    check(math.isfinite(value) and value > 0, name, value, "a finite number above 0")
+    check(_is_finite(value) and value > 0, name, value, "a finite number above 0")
 
 
 def check_non_negative(name: str, value: float) -> None:
     """A finite number of at least 0."""
-    check(math.isfinite(value) and value >= 0, name, value, "a finite number of at least 0")
+    check(_is_finite(value) and value >= 0, name, value, "a finite number of at least 0")
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # of an int that no float can hold
+        return False
 
 
 def check_fraction(name: str, value: float, *, below_one: bool = True) -> None:

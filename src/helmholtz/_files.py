@@ -6,8 +6,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
+
+from helmholtz._json import parse_json
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -46,12 +51,22 @@ def finish_folder(path: Path) -> None:
     """The second half of ``atomic_folder``: flush what was begun and put it in its place."""
     path = path.absolute()
     partial, previous = _beside(path, "partial"), _beside(path, "previous")
+    _open_to_others(partial)
     _flush(partial)
     if path.exists():
         path.rename(previous)
     partial.rename(path)
     _flush_one(path.parent)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def _open_to_others(folder: Path) -> None:
+    """Give the files of a folder that was made here the mode that the umask asks for: safetensors writes 0600."""
+    wanted = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o777 != wanted:
+            with contextlib.suppress(PermissionError):  # of a file system that has no modes
+                path.chmod(wanted)
 
 
 def complete_folder(path: str | os.PathLike[str]) -> Path:
@@ -62,6 +77,40 @@ def complete_folder(path: str | os.PathLike[str]) -> Path:
     path = _pointed_at(Path(path))
     previous = _beside(path.absolute(), "previous")
     return previous if not path.exists() and previous.exists() else path
+
+
+READS = 10
+"""Before a reader gives up on a folder that is replaced again and again."""
+
+
+def read_complete(path: str | os.PathLike[str], read: Callable[[Path], T]) -> T:
+    """What ``read`` gives of the folder at ``path``, in one state: once more if it was replaced meanwhile.
+
+    A run that trains replaces ``best`` and ``last`` while others read them.
+
+    Raises: what ``read`` does; ValueError if the folder is replaced faster than it can be read.
+    """
+    for _ in range(READS):
+        folder, before = complete_folder(path), _state(path)
+        try:
+            result = read(folder)
+        except (ValueError, OSError):
+            if before == _state(path):
+                raise
+        else:
+            if before == _state(path):
+                return result
+    raise ValueError(f"{path}: it was replaced {READS} times while it was read")
+
+
+def _state(path: str | os.PathLike[str]) -> tuple[Path, int, int] | None:
+    """Tells a folder from the one that replaces it, and its places before and after the first of two renames."""
+    folder = complete_folder(path)
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return folder, found.st_ino, found.st_mtime_ns
 
 
 def _beside(path: Path, suffix: str) -> Path:
@@ -154,20 +203,22 @@ def write_checksums(folder: Path) -> None:
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
 
 
-def first_damage(folder: Path, names: tuple[str, ...] = ()) -> str:
+def first_damage(folder: Path, names: tuple[str, ...] = (), *, below: str = "") -> str:
     """What is wrong with a folder that has checksums, in words; empty if nothing is, or it never had any.
 
     Args:
         names: look at these files only; none means all.
+        below: look only at the files of this subfolder.
     """
     if not (folder / CHECKSUMS).exists():
         return ""
     try:
-        sums = json.loads((folder / CHECKSUMS).read_text())
+        sums = parse_json((folder / CHECKSUMS).read_text())
         wanted = {str(name): str(value) for name, value in sums.items()}
     except (ValueError, AttributeError):
         return f"{folder / CHECKSUMS} is damaged"
-    for name in names or tuple(wanted):
+    inside = [name for name in wanted if name.startswith(f"{below}/" if below else "")]
+    for name in names or inside:
         if not (folder / name).is_file():
             return f"{folder / name} is missing"
         if name in wanted and _sha256(folder / name) != wanted[name]:

@@ -7,7 +7,7 @@ import pytest
 
 from helmholtz.evals.compare import Row, compare, inequalities, is_bounded, leaders, model_label, same_model
 from helmholtz.evals.plots import plot_loss_curves
-from helmholtz.evals.runs import Run, read_run
+from helmholtz.evals.runs import Run, read_run, training_data
 from helmholtz.training.run import train
 from tiny_runs import prepare_text, tiny_run
 
@@ -157,6 +157,10 @@ DESCRIPTION = {
         ("summary.json", {"status": "finished", "steps": 2}, "tokens must be int, got 'nothing'"),
         ("metrics.jsonl", '{"kind": "step", "tokens": 1}\n{"kind"', "Expecting"),
         ("metrics.jsonl", {"tokens": 1}, "kind must be str"),
+        ("metrics.jsonl", {"kind": "step", "step": 1, "tokens": 1}, "it ends at step 1 of 2"),
+        ("metrics.jsonl", "", "it ends at step 0 of 2"),
+        ("run.json", "[" * 100_000, "too deeply nested"),
+        ("summary.json", '{"steps": 1' + "0" * 30 + "}", "an integer of 31 digits"),
         ("run.json", {"identity": DESCRIPTION}, "data_folder must be str"),
         (
             "run.json",
@@ -176,7 +180,7 @@ def test_a_file_that_says_something_else_is_named(tmp_path, file, content, messa
     good = {
         "run.json": {"identity": DESCRIPTION, "data_folder": "d"},
         "summary.json": FINISHED,
-        "metrics.jsonl": {"kind": "step", "tokens": 1},
+        "metrics.jsonl": {"kind": "step", "step": 2, "tokens": 1},
     }
     for name, value in good.items():
         (tmp_path / name).write_text(json.dumps(value))
@@ -186,6 +190,13 @@ def test_a_file_that_says_something_else_is_named(tmp_path, file, content, messa
     (tmp_path / file).write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError, match=f"{file} is damaged: .*{message}"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"data_folder": 1}', "[" * 100_000, '"\udcff'])
+def test_a_damaged_description_is_named_where_the_data_are_looked_up(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"run\.json is damaged"):
+        training_data(tmp_path)
 
 
 def test_a_picture_without_matplotlib_names_the_extra(monkeypatch, tmp_path):

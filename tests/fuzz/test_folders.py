@@ -23,12 +23,12 @@ SAFE = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(-3, 9),
+    st.sampled_from([10**6, 10**9, 10**18, 10**30]),
     st.floats(),
     st.text(max_size=5),
     st.lists(st.integers(0, 3), max_size=3),
     st.dictionaries(st.text(max_size=3), st.integers(0, 3), max_size=2),
 )
-"""No large integer: a width of a billion is honoured, memory permitting."""
 MODEL = ["--model.architecture=transformer", "--model.d_model=16", "--model.n_layers=1", "--model.n_heads=2",
          "--model.max_seq_len=16", "--data.tokenizer=bytes", "--data.validation_fraction=0.1"]  # fmt: skip
 TRAIN = {

@@ -110,3 +110,14 @@ def test_spread_is_mean_range_and_sample_deviation():
     assert spread([4.0]).deviation is None
     with pytest.raises(ValueError, match="number of values"):
         spread([])
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "[" * 100_000, '{"seconds": 1' + "0" * 30 + "}"])
+def test_a_damaged_timing_is_named(tmp_path, content):
+    work_off(RUNS[:1], square, tmp_path)
+    file = tmp_path / "timings" / "task-0.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"timings/task-0.json: damaged .*delete it"):
+        finished(tmp_path, RUNS[0])
+    file.unlink()
+    assert finished(tmp_path, RUNS[0]).timing == {}

@@ -2,9 +2,15 @@
 
 from pathlib import Path
 
+from helmholtz._files import read_complete
+
 
 def check_same_tokenizer(ours: Path, theirs: Path) -> None:
     """Raises: ValueError if two tokenizer folders differ: the ids of one would mean nothing to the other."""
+    read_complete(ours.parent, lambda around: _compare(around / ours.name, theirs))
+
+
+def _compare(ours: Path, theirs: Path) -> None:
     names = sorted({path.name for folder in (ours, theirs) for path in folder.iterdir()})
     for name in names:
         one, two = ours / name, theirs / name

@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from helmholtz._files import read_complete
+from helmholtz._json import parse_json
 from helmholtz._run_folder import TOKENIZER
 from helmholtz.cli.arguments import make_parser, parse
 from helmholtz.data.tokenizer import load_tokenizer
@@ -93,6 +96,10 @@ def equilibrium_table(model: MambaHopfield, text: str | None, checkpoint: Path) 
     return table
 
 
+def _description(checkpoint: Path) -> Any:
+    return parse_json((checkpoint / "config.json").read_text())
+
+
 def _read(text: str, checkpoint: Path) -> list[int]:
     tokens = load_tokenizer(checkpoint / TOKENIZER).encode(text)
     if len(tokens) < 2:
@@ -143,7 +150,7 @@ def run(arguments: list[str], console: Console) -> int:
     model = load_checkpoint(checkpoint)
     if picture and isinstance(model, MambaHopfield):
         raise ValueError("picture: helmholtz landscape draws the equilibria of a mamba_hopfield")
-    console.print(json.dumps(json.loads((checkpoint / "config.json").read_text()), indent=2), markup=False)
+    console.print(json.dumps(read_complete(checkpoint, _description), indent=2), markup=False)
     console.print(parameter_table(model))
     for line in budget_lines(model):
         console.print(line)

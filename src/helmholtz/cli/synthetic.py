@@ -17,6 +17,7 @@ from helmholtz._checks import check_choice, check_integer, check_non_negative
 from helmholtz._display import make_losable
 from helmholtz._files import write_atomically
 from helmholtz._hardware import describe_hardware, git_commit
+from helmholtz._json import parse_json
 from helmholtz.cli.arguments import make_parser, parse
 from helmholtz.data.plan_letters import LetterLaw, letters_to_text, noise_floor, vanilla_floor
 from helmholtz.evals.plan_letters import (
@@ -94,7 +95,7 @@ def read_cell(file: Path, experiment: LetterExperiment) -> Cell | None:
     if not file.exists():
         return None
     try:
-        cell: Cell = json.loads(file.read_text())
+        cell: Cell = parse_json(file.read_text())
         LetterResult.from_dict(cell["result"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: damaged result ({error!r}); delete it to compute it again") from error

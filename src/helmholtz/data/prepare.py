@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from helmholtz._checks import check, check_choice, check_fraction, check_integer
-from helmholtz._files import atomic_folder, complete_folder
+from helmholtz._files import atomic_folder, complete_folder, write_checksums
 from helmholtz.data.corpus import Document, SourceFile, documents, find_files, shakespeare_files
 from helmholtz.data.split import SPLITS, Split, SplitRule
 from helmholtz.data.tokenizer import (
     BYTES,
+    LARGEST_BPE,
     AbstractTokenizer,
     BPETokenizer,
     ByteTokenizer,
@@ -31,6 +32,7 @@ from helmholtz.data.tokens import (
     Metadata,
     SplitWriter,
     TokenDataset,
+    check_contents,
     token_dtype,
 )
 
@@ -81,6 +83,7 @@ class DataConfig:
             check(self.vocab_size == BYTES + 1, "vocab_size", self.vocab_size, "257 for tokenizer=bytes")
         else:
             check_integer("vocab_size", self.vocab_size, minimum=BYTES + 2)
+            check(self.vocab_size <= LARGEST_BPE, "vocab_size", self.vocab_size, f"at most {LARGEST_BPE}")
 
     def _check_unused(self, names: Sequence[str], reason: str) -> None:
         for field in fields(self):
@@ -160,6 +163,7 @@ def _existing(folder: Path, config: DataConfig, fingerprint: str, *, overwrite: 
         metadata = Metadata.load(folder)
         for split in SPLITS:
             TokenDataset(folder, split)
+        check_contents(folder)
         changed = _differences(metadata, config, fingerprint)
         if changed:
             raise ValueError(f"folder: {str(folder)!r} was prepared differently: {', '.join(changed)}")
@@ -298,4 +302,5 @@ def _write(folder: Path, config: DataConfig, corpus: _Corpus, fingerprint: str) 
     )
     tokenizer.save(folder / TOKENIZER)
     metadata.save(folder)
+    write_checksums(folder)
     return metadata

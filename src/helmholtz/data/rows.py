@@ -9,11 +9,19 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from helmholtz._checks import check
-from helmholtz._files import atomic_folder, complete_folder
+from helmholtz._files import atomic_folder, complete_folder, write_checksums
 from helmholtz.data.prepare import DataConfig
 from helmholtz.data.split import SPLITS
 from helmholtz.data.tokenizer import IdTokenizer
-from helmholtz.data.tokens import FORMAT, METADATA, TOKENIZER, Metadata, SplitWriter, token_dtype
+from helmholtz.data.tokens import (
+    FORMAT,
+    METADATA,
+    TOKENIZER,
+    Metadata,
+    SplitWriter,
+    check_contents,
+    token_dtype,
+)
 
 
 def write_rows(
@@ -64,6 +72,7 @@ def write_rows(
         )
         tokenizer.save(partial / TOKENIZER)
         metadata.save(partial)
+        write_checksums(partial)
     return metadata
 
 
@@ -90,9 +99,13 @@ def _existing(folder: Path, fingerprint: str, *, overwrite: bool) -> Metadata | 
         return None
     if not (folder / METADATA).is_file():
         raise ValueError(f"folder: {str(folder)!r} holds something else than tokens; name another")
-    metadata = Metadata.load(folder)
-    if metadata.fingerprint == fingerprint:
-        return metadata
-    if not overwrite:
-        raise ValueError(f"folder: {str(folder)!r} holds other tokens; name another, or allow overwriting")
-    return None
+    try:
+        metadata = Metadata.load(folder)
+        if metadata.fingerprint != fingerprint:
+            raise ValueError(f"folder: {str(folder)!r} holds other tokens")
+        check_contents(folder)
+    except ValueError as error:
+        if overwrite:
+            return None
+        raise ValueError(f"{error}; name another, or allow overwriting") from error
+    return metadata

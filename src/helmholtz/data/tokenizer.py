@@ -10,11 +10,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from helmholtz._checks import check, check_choice, check_integer
+from helmholtz._files import first_damage, read_complete
+from helmholtz._json import parse_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BYTES = 256
+LARGEST_BPE = 1 << 24
+"""Tokens. The trainer reserves room for as many, and ends the process if there is none."""
 INSTALL = "pip install 'helmholtz-nn[data]'"
 LONGEST_WORD = 256
 """Characters. The time of merging grows with the square of a word's length, and runs of spaces are words."""
@@ -128,6 +132,7 @@ class BPETokenizer(AbstractTokenizer):
         No token is longer than ``LONGEST_WORD`` characters and a space.
         """
         check_integer("vocab_size", vocab_size, minimum=BYTES + 2)
+        check(vocab_size <= LARGEST_BPE, "vocab_size", vocab_size, f"at most {LARGEST_BPE}")
         library = _library()
         before, byte_level = library.pre_tokenizers, library.pre_tokenizers.ByteLevel
         tokenizer = library.Tokenizer(library.models.BPE())
@@ -183,6 +188,7 @@ class IdTokenizer(AbstractTokenizer):
 
     def __init__(self, n_ids: int) -> None:
         check_integer("n_ids", n_ids)
+        check(n_ids < 2**32, "n_ids", n_ids, "below 2**32")
         self.vocab_size = n_ids + 1
 
     def parts(self, pieces: Iterable[str]) -> Iterator[str]:
@@ -223,22 +229,34 @@ def cut_between_words(pieces: Iterable[str]) -> Iterator[str]:
 def load_tokenizer(folder: str | os.PathLike[str]) -> AbstractTokenizer:
     """The tokenizer that ``save`` wrote into ``folder``.
 
-    Raises: ValueError if the folder holds none, or a damaged one.
+    Raises: ValueError if the folder holds none, or a damaged one: also if it is readable, but not what the checksums of
+        the checkpoint or of the prepared text around it say.
     """
+    place = Path(folder).absolute()
+    return read_complete(place.parent, lambda around: _load(around, place.name))
+
+
+def _load(around: Path, name: str) -> AbstractTokenizer:
+    if damage := first_damage(around, below=name):
+        raise ValueError(damage)
+    folder = around / name
     saved = _read_kind(folder)
     kind = saved["kind"]
     if kind == "bytes":
         return ByteTokenizer()
     if kind == "ids":
         return IdTokenizer(saved.get("n_ids"))
-    return BPETokenizer(_load_bpe(Path(folder) / "tokenizer.json"))
+    return BPETokenizer(_load_bpe(folder / "tokenizer.json"))
 
 
 def tokenizer_files(folder: str | os.PathLike[str]) -> dict[str, bytes]:
     """What ``save`` wrote into ``folder``, by name, for a copy of it; the package tokenizers is not needed.
 
-    Raises: ValueError if the folder holds no tokenizer.
+    Raises: ValueError if the folder holds no tokenizer, or a damaged one.
     """
+    place = Path(folder).absolute()
+    if damage := first_damage(place.parent, below=place.name):
+        raise ValueError(damage)
     if _read_kind(folder)["kind"] == "bpe" and not (Path(folder) / "tokenizer.json").is_file():
         raise ValueError(f"{Path(folder) / 'tokenizer.json'} is missing; prepare the text again")
     return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir()) if file.is_file()}
@@ -248,7 +266,7 @@ def _read_kind(folder: str | os.PathLike[str]) -> Any:
     """The settings of a saved tokenizer, ``kind`` among them."""
     path = Path(folder) / "kind.json"
     try:
-        saved = json.loads(path.read_text())
+        saved = parse_json(path.read_text())
         kind = saved["kind"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: wanted the kind of a saved tokenizer, got {error!r}") from error
@@ -259,9 +277,13 @@ def _read_kind(folder: str | os.PathLike[str]) -> Any:
 def _load_bpe(path: Path) -> "Tokenizer":
     library = _library()
     try:
-        return library.Tokenizer.from_file(str(path))
+        found = library.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path}: not a readable tokenizer ({error})") from error
+    ids = sorted(found.get_vocab().values())
+    if ids != list(range(len(ids))):
+        raise ValueError(f"{path}: damaged, its {len(ids)} tokens do not have the ids 0 to {len(ids) - 1}")
+    return found
 
 
 def _save_kind(folder: str | os.PathLike[str], kind: str, **values: int) -> None:

@@ -17,13 +17,16 @@ from jaxtyping import Int, Int32, Int64
 from torch import Tensor
 
 from helmholtz._checks import check, check_choice, check_integer
-from helmholtz._files import complete_folder
+from helmholtz._files import first_damage, read_complete
+from helmholtz._json import parse_json
 from helmholtz.data.split import SPLITS, Split
 from helmholtz.data.tokenizer import load_tokenizer
 
 METADATA = "metadata.json"
 TOKENIZER = "tokenizer"
 FORMAT = 1
+CHECKED_BYTES = 1 << 26
+"""Tokens that are hashed when a split is opened, which takes a tenth of a second."""
 WriterT = TypeVar("WriterT", bound="SplitWriter")
 
 
@@ -63,7 +66,7 @@ class Metadata:
         if not path.is_file():
             raise ValueError(f"{os.fspath(folder)!r} is no folder of prepared text ({METADATA} is missing)")
         try:
-            values = json.loads(path.read_text())
+            values = parse_json(path.read_text())
             if values["format"] != FORMAT:
                 raise ValueError(f"format must be {FORMAT}, got {values['format']}")
             found = cls(**values | {split: SplitCounts(**values[split]) for split in SPLITS})
@@ -149,17 +152,24 @@ class TokenDataset:
 
     The tokens stay on disk; a read touches the pages it needs and checks that its ids are in the vocabulary.
 
-    Raises: ValueError if the folder is not prepared text, or a file does not have the size its metadata says.
+    Raises: ValueError if the folder is not prepared text, or a file does not have the size its metadata says; up to
+        ``CHECKED_BYTES`` of tokens also if they are not those that were written (``check_contents`` checks any number).
     """
 
     def __init__(self, folder: str | os.PathLike[str], split: str) -> None:
         check_choice("split", split, SPLITS)
-        self.folder, self.split = complete_folder(folder), cast(Split, split)
+        self.split = cast(Split, split)
+        read_complete(folder, self._open)
+
+    def _open(self, folder: Path) -> None:
+        self.folder = folder
         self.metadata = Metadata.load(self.folder)
-        self.counts: SplitCounts = getattr(self.metadata, split)
+        self.counts: SplitCounts = getattr(self.metadata, self.split)
         self._path = _tokens_path(self.folder, self.split)
         dtype = np.dtype(self.metadata.dtype).newbyteorder("<")
         _check_size(self._path, self.counts.n_tokens * dtype.itemsize)
+        if self._path.stat().st_size <= CHECKED_BYTES:
+            _check_sums(folder, (METADATA, self._path.name, _starts_path(folder, self.split).name))
         self._tokens = np.memmap(self._path, dtype=dtype, mode="r")
         self.document_starts = self._read_starts()
 
@@ -265,6 +275,20 @@ def bits_per_byte(nats: float, n_bytes: float) -> float:
         n_bytes: of the very tokens that cost the nats (``TokenDataset.count_bytes``). Infinite bits if it is 0.
     """
     return nats / math.log(2) / n_bytes if n_bytes else math.inf
+
+
+def check_contents(folder: str | os.PathLike[str]) -> None:
+    """Read all of a folder of prepared text once and hold it to its checksums, which old folders do not have.
+
+    Raises: ValueError naming the first file that is not what was written, or if the tokenizer is missing or damaged.
+    """
+    read_complete(folder, _check_sums)
+    load_tokenizer(Path(folder) / TOKENIZER)
+
+
+def _check_sums(folder: Path, names: tuple[str, ...] = ()) -> None:
+    if damage := first_damage(folder, names):
+        raise ValueError(f"{damage}; prepare the text again")
 
 
 def _tokens_path(folder: Path, split: Split) -> Path:

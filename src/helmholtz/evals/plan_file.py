@@ -14,6 +14,7 @@ from torch import Tensor
 
 from helmholtz._checks import check, check_integer, check_keys
 from helmholtz._files import write_atomically
+from helmholtz._json import parse_json
 from helmholtz.models.base import evaluation_mode
 from helmholtz.models.free_transformer import FreeTransformer
 from helmholtz.ops.binary_latent import MAX_LATENT_BITS, kl_per_token
@@ -61,7 +62,7 @@ def load_plan(file: str | os.PathLike[str], model: FreeTransformer) -> PlanFile:
     Raises: ValueError naming the file if it is missing, not a plan, or of a model with other bits or other weights.
     """
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+        content = parse_json(Path(file).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}") from error
     except ValueError as error:

@@ -1,6 +1,5 @@
 """Trained runs, read back from their folders."""
 
-import json
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from helmholtz._files import complete_folder
+from helmholtz._json import parse_json
 from helmholtz._run_folder import BEST, METRICS, RUN, SUMMARY
 
 
@@ -29,7 +29,7 @@ class Run:
     @property
     def checkpoint(self) -> Path:
         """The weights of lowest validation loss."""
-        return complete_folder(self.folder / BEST)
+        return self.folder / BEST
 
     def series(self, kind: str, value: str) -> tuple[list[int], list[float]]:
         """Tokens seen and ``value``, from the records of one kind ("step" or "eval") in which it was finite."""
@@ -57,10 +57,10 @@ SUMMARY_FIELDS: Fields = {
 
 def _read(file: Path, fields: Fields, *, lines: bool = False) -> list[dict[str, Any]]:
     """The JSON object of a file, or that of each line. Raises: ValueError naming the file if it is damaged."""
-    text = file.read_text()
     try:
-        found = [json.loads(part) for part in (text.splitlines() if lines else [text])]
-    except (ValueError, RecursionError) as error:
+        text = file.read_text()
+        found = [parse_json(part) for part in (text.splitlines() if lines else [text])]
+    except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     for content in found:
         _check_fields(file, content, fields)
@@ -99,7 +99,10 @@ def read_run(folder: str | Path) -> Run:
     if summary["status"] != "finished":
         raise ValueError(f"{folder}: the run is {summary['status']} at step {summary['steps']}, not finished")
     _check_fields(folder / SUMMARY, summary, SUMMARY_FIELDS)
-    metrics = _read(folder / METRICS, {"kind": str, "tokens": int}, lines=True)
+    metrics = _read(folder / METRICS, {"kind": str, "step": int, "tokens": int}, lines=True)
+    last = max((record["step"] for record in metrics), default=0)
+    if last < summary["steps"]:
+        raise ValueError(f"{folder / METRICS} is damaged: it ends at step {last} of {summary['steps']}")
     (run,) = _read(folder / RUN, {"identity": dict, "data_folder": str})
     _check_description(folder / RUN, run["identity"])
     return Run(folder, run["identity"], run["data_folder"], summary, metrics)
@@ -108,9 +111,9 @@ def read_run(folder: str | Path) -> Run:
 def find_checkpoint(path: str | Path) -> Path:
     """A checkpoint folder itself, or the best checkpoint of a run. Raises: ValueError if ``path`` is neither."""
     path = Path(path)
-    for folder in (complete_folder(path), complete_folder(path / BEST)):
-        if (folder / "config.json").exists():
-            return folder
+    for folder in (path, path / BEST):
+        if (complete_folder(folder) / "config.json").exists():
+            return folder  # not what it is called while it is replaced
     raise ValueError(
         f"{path}: neither a checkpoint (config.json) nor a run that has one ({BEST}/config.json)"
     )
@@ -123,5 +126,6 @@ def training_data(run: str | Path) -> str:
         raise ValueError(
             f"data: {run} is a checkpoint that knows no training data; name a folder with --data"
         )
-    folder: str = json.loads(description.read_text())["data_folder"]
+    (found,) = _read(description, {"data_folder": str})
+    folder: str = found["data_folder"]
     return folder

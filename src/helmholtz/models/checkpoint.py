@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helmholtz._checks import check, check_choice, check_keys
-from helmholtz._files import atomic_folder, complete_folder, first_damage
+from helmholtz._files import atomic_folder, complete_folder, first_damage, read_complete
 from helmholtz._hardware import usable_device
+from helmholtz._json import parse_json
 from helmholtz.models import MODELS
 from helmholtz.models.base import AbstractDecoder, ModelConfig
 from helmholtz.models.tied import EMBED, UNEMBED, is_tied, local_part
@@ -79,7 +80,11 @@ def load_checkpoint(
     Raises: ValueError naming the file, and the tensor or key, if a file is missing, damaged or unfit, or a device that
         this machine does not have.
     """
-    device, folder = usable_device("device", device), complete_folder(folder)
+    device = usable_device("device", device)
+    return read_complete(folder, _load).to(device=device, dtype=dtype).eval()
+
+
+def _load(folder: Path) -> AbstractDecoder:
     architecture, config = read_config(folder)
     damage = first_damage(folder, (CONFIG, WEIGHTS))
     if damage:
@@ -91,7 +96,7 @@ def load_checkpoint(
     _check_weights(folder / WEIGHTS, weights, model.state_dict())
     # each in memory of its own: in the file they start anywhere, and how a product rounds may depend on it
     model.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
-    return model.to(device=device, dtype=dtype).eval()
+    return model
 
 
 def _empty_model(source: object, architecture: str, config: ModelConfig) -> AbstractDecoder:
@@ -107,15 +112,27 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[str, ModelConfig]:
     """Architecture and config of a checkpoint. Raises: ValueError naming the file if missing or wrong."""
     file = complete_folder(folder) / CONFIG
     try:
-        description = json.loads(file.read_text())
+        description = parse_json(file.read_text())
     except FileNotFoundError as error:
         raise ValueError(f"{file}: no such file; a checkpoint folder holds {CONFIG} and {WEIGHTS}") from error
     except ValueError as error:
         raise ValueError(f"{file}: not valid JSON ({error})") from error
     try:
+        _check_layers(description, file.with_name(WEIGHTS))
         return _parse(description)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def _check_layers(description: Any, weights: Path) -> None:
+    """No more layers than tensors, each of which would cost time even without memory."""
+    config = description.get("config") if isinstance(description, dict) else None
+    n_layers = config.get("n_layers") if isinstance(config, dict) else None
+    if isinstance(n_layers, int) and weights.is_file():
+        n_tensors = len(_read_weights(weights))
+        check(
+            n_layers <= n_tensors, "n_layers", n_layers, f"at most {n_tensors}, the tensors of {weights.name}"
+        )
 
 
 def _parse(description: Any) -> tuple[str, ModelConfig]:

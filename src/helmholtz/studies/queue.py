@@ -20,6 +20,7 @@ from typing import Any
 from helmholtz._checks import check, check_integer
 from helmholtz._files import write_atomically
 from helmholtz._hardware import describe_hardware, git_commit
+from helmholtz._json import parse_json
 from helmholtz._locks import LockedError, locked
 from helmholtz.training.checkpoint import first_difference
 
@@ -73,15 +74,25 @@ def finished(folder: Path, run: QueuedRun) -> FinishedRun | None:
     if not file.exists():
         return None
     try:
-        content = json.loads(file.read_text())
+        content = parse_json(file.read_text())
         settings, result = content["settings"], dict(content["result"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: damaged result ({error!r}); delete it to compute it again") from error
     difference = first_difference(settings, dict(run.settings), "settings")
     if difference:
         raise ValueError(f"{file} is a result of other settings: {difference}; choose another folder")
-    beside = folder / TIMINGS / file.name
-    return FinishedRun(run, result, json.loads(beside.read_text()) if beside.exists() else {})
+    return FinishedRun(run, result, _timing(folder / TIMINGS / file.name))
+
+
+def _timing(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        return dict(parse_json(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{file}: damaged ({error}); delete it: only how long the run took is lost"
+        ) from error
 
 
 def split_finished(folder: Path, runs: Sequence[QueuedRun]) -> tuple[list[FinishedRun], list[QueuedRun]]:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from helmholtz._files import write_atomically
+from helmholtz._json import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,28 +89,20 @@ class Callback:
 class JSONLMetrics(Callback):
     """One JSON object per line in ``metrics.jsonl``; ``kind`` is ``step`` or ``eval``, what is not finite is null.
 
-    A resumed run drops the records after its checkpoint, so that the file reads as if nothing had happened.
+    A resumed run drops the records after its checkpoint, so that the file reads as if nothing had happened; if records
+    before it have been lost, it says so and goes on.
     """
 
-    def __init__(self, path: Path, *, start: int, log_every: int) -> None:
+    def __init__(
+        self, path: Path, *, start: int, log_every: int, warn: Callable[[str], None] = warnings.warn
+    ) -> None:
         self.log_every = log_every
-        kept = []
-        if start > 0 and path.exists():
-            lines = path.read_text(errors="replace").splitlines()
-            kept = [line for line in lines if self._until(line, start)]
+        lines = path.read_text(errors="replace").splitlines() if start > 0 and path.exists() else []
+        kept = [line for line in lines if _step(line) <= start]
+        if start > 0:
+            _warn_of_loss(path, lines, start, log_every, warn)
         write_atomically(path, "".join(line + "\n" for line in kept))
         self.path, self.file = path, path.open("ab", buffering=0)
-
-    @staticmethod
-    def _until(line: str, step: int) -> bool:
-        try:
-            return bool(json.loads(line)["step"] <= step)
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-        ):  # the line that was being written when the process was killed
-            return False
 
     def _write(self, kind: str, values: dict[str, Any]) -> None:
         record = (json.dumps({"kind": kind} | _finite(values)) + "\n").encode()
@@ -129,6 +124,33 @@ class JSONLMetrics(Callback):
 
     def on_end(self, result: RunResult) -> None:
         self.file.close()
+
+
+def _step(line: str) -> float:
+    """Of a record; infinity for a line that is none, as the last one if the process was killed while writing it."""
+    try:
+        return float(parse_json(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _warn_of_loss(
+    path: Path, lines: list[str], start: int, log_every: int, warn: Callable[[str], None]
+) -> None:
+    """Say it if records before the checkpoint are missing at the end, or unreadable in between."""
+    steps = [_step(line) for line in lines]
+    while steps and steps[-1] > start:  # what came after the checkpoint is done again
+        steps.pop()
+    damaged = [number for number, step in enumerate(steps, start=1) if math.isinf(step)]
+    if damaged:
+        warn(f"{path}: line {damaged[0]} is damaged and dropped ({len(damaged)} such lines)")
+    logged = sorted({step for step in steps if step <= start})
+    # the run may have logged more rarely before
+    interval = max(log_every, logged[-1] - logged[-2] if len(logged) > 1 else 0)
+    last = logged[-1] if logged else 0
+    if last + interval <= start:
+        until = f"ends at step {last:.0f}" if lines else "is empty or missing"
+        warn(f"{path} {until}, the checkpoint is of step {start}: the records between are lost")
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from helmholtz._files import (
     write_atomically,
     write_checksums,
 )
+from helmholtz._json import parse_json
 from helmholtz._run_folder import BEST, LAST, METRICS, RUN, SUMMARY, TOKENIZER
 from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.checkpoint import checkpoint_weights, write_checkpoint
@@ -174,7 +175,7 @@ def _check_never_saved(folder: Path, damaged: list[str]) -> None:
 def _has_saved(summary: Path) -> bool:
     """Whether the run ended as one does that has saved its state. A damaged summary does not say."""
     try:
-        return json.loads(summary.read_text())["status"] in ("finished", "interrupted")
+        return parse_json(summary.read_text())["status"] in ("finished", "interrupted")
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -222,7 +223,7 @@ def can_resume(folder: Path, identity: dict[str, Any], *, resume: bool) -> bool:
 
 def _identity_of_run(file: Path) -> Any:
     try:
-        return json.loads(file.read_text())["identity"]
+        return parse_json(file.read_text())["identity"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error}); name another train.output_dir") from error
 

@@ -18,7 +18,7 @@ from helmholtz._hardware import describe_hardware, git_commit
 from helmholtz._locks import OwnedFolder, owned
 from helmholtz._run_folder import METRICS, SUMMARY
 from helmholtz.data.prepare import DataConfig
-from helmholtz.data.tokens import TokenDataset
+from helmholtz.data.tokens import TokenDataset, check_contents
 from helmholtz.models import MODELS
 from helmholtz.models.base import AbstractDecoder, ModelConfig
 from helmholtz.models.checkpoint import load_checkpoint
@@ -152,6 +152,7 @@ def train(
 def _train(
     config: RunConfig, callbacks: Sequence[Callback], console: Console | None, stack: contextlib.ExitStack
 ) -> RunResult:
+    on_main(lambda: check_contents(config.data.folder))
     train_data, validation = open_data(config.data)
     vocabulary = train_data.vocab_size
     wanted = f"{vocabulary}, the vocabulary of {config.data.folder}"
@@ -271,7 +272,9 @@ def _trainer(
 def _built_in(config: TrainConfig, trainer: Trainer, console: Console | None) -> list[Callback]:
     start = trainer.progress.step
     path = Path(config.output_dir) / METRICS
-    callbacks: list[Callback] = [JSONLMetrics(path, start=start, log_every=config.log_every)]
+    callbacks: list[Callback] = [
+        JSONLMetrics(path, start=start, log_every=config.log_every, warn=_warning(console))
+    ]
     if console is not None:
         callbacks.append(ProgressBar(console, start=start, total=config.steps))
     return [*callbacks, Summary(trainer)]

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
+from helmholtz._json import parse_json
 from helmholtz.training.distributed import world
 
 OPTIMIZER, VALUES = "optimizer", "training_state.json"
@@ -124,7 +125,7 @@ def _alone_is_meant() -> Iterator[None]:
 def _values(folder: Path) -> Iterator[dict[str, Any]]:
     """What ``VALUES`` holds. Raises: ValueError naming the file for whatever its reader trips over."""
     try:
-        yield json.loads((folder / VALUES).read_text())
+        yield parse_json((folder / VALUES).read_text())
     except (
         ValueError,
         KeyError,
@@ -146,7 +147,7 @@ def load_progress(folder: Path) -> Progress:
 def saved_identity(folder: Path) -> Any:
     """Of the run that saved ``folder``; None if it does not say: it is damaged, or older than this field."""
     try:
-        return json.loads((folder / VALUES).read_text())["identity"]
+        return parse_json((folder / VALUES).read_text())["identity"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 

@@ -1,6 +1,5 @@
 """JSON files read in such a way that every value knows where it lies."""
 
-import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
 from helmholtz._checks import check
+from helmholtz._json import parse_json
 
 Rule = Literal["value", "mean", "sum", "set"]
 """How a cell comes from its sources: the one value, mean and sample deviation, sum, or all values that differ."""
@@ -51,7 +51,7 @@ class Node:
 def read_node(file: Path) -> Node:
     """The whole file. Raises: ValueError if it is not JSON."""
     try:
-        content = json.loads(file.read_text())
+        content = parse_json(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file}: not JSON ({error})") from error
     absolute, here = file.absolute(), Path.cwd()

@@ -175,7 +175,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The mapping in a YAML file. Raises: ValueError naming the file if there is none."""
     try:
         values = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{os.fspath(path)}: no readable YAML ({error})") from error
     check(isinstance(values, dict), os.fspath(path), values, "a mapping of names to values")
     return dict(values)

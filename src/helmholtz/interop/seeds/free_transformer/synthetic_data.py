@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int, Shaped
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from helmholtz._checks import check, check_integer
-from helmholtz.interop.seeds.free_transformer.config import DataConfig
+from helmholtz.interop.seeds.free_transformer.config import DataConfig, read_yaml
 
 TOPICS, EXPONENT, COPY, LAG = 8, 1.5, 0.5, 2
 CHUNK = 1024
@@ -110,7 +110,7 @@ class SyntheticDataGenerator:
         """
         path = _safetensors(output_path)
         rows = self.generate_dataset(num_samples)
-        save_file({ROWS: rows}, path)
+        path.write_bytes(save({ROWS: rows}))  # save_file would make it readable by its owner alone
         values = describe(self, rows)
         (path.parent / f"{path.stem}_metadata.json").write_text(json.dumps(values, indent=2) + "\n")
 
@@ -140,7 +140,7 @@ class SyntheticDataset(Dataset[tuple[Tensor, Tensor]]):
         except (OSError, SafetensorError, KeyError) as error:
             raise ValueError(f"data_path: {path} holds no sequences ({error!r})") from error
         beside = path.parent / f"{path.stem}_metadata.json"
-        self.metadata: dict[str, float] = json.loads(beside.read_text()) if beside.exists() else {}
+        self.metadata: dict[str, float] = read_yaml(beside) if beside.exists() else {}  # JSON is YAML
 
     def __len__(self) -> int:
         return len(self.data)
