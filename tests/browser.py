@@ -13,7 +13,8 @@ from pathlib import Path
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe",
          "--no-first-run", "--disable-background-networking", "--hide-scrollbars")  # fmt: skip
-SECONDS = 120
+SECONDS = 600
+"""After which a browser that says nothing hangs."""
 
 
 def find_chromium():

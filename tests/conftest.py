@@ -38,9 +38,13 @@ if SHAPE_CHECKS:
         _hooked_modules(), "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
     )
 
-hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50, database=None)
+BUSY = [hypothesis.HealthCheck.too_slow]
+"""What another process on the machine can make fail."""
 hypothesis.settings.register_profile(
-    "thorough", deadline=None, max_examples=1000, database=None, print_blob=True
+    "tests", deadline=None, derandomize=True, max_examples=50, database=None, suppress_health_check=BUSY
+)
+hypothesis.settings.register_profile(
+    "thorough", deadline=None, max_examples=1000, database=None, print_blob=True, suppress_health_check=BUSY
 )
 hypothesis.settings.load_profile("tests")
 

@@ -145,11 +145,11 @@ def torchrun_command(arguments, *, size, options, **environment):
     return command, os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"} | environment
 
 
-def torchrun(arguments, *, size=2, timeout=800, options=(), **environment):
+def torchrun(arguments, *, size=2, options=(), **environment):
     """Start ``size`` processes on this machine; the completed launcher with what it printed."""
     options = ["--rdzv-endpoint=localhost:0", *options]
     command, environment = torchrun_command(arguments, size=size, options=options, **environment)
-    return subprocess.run(command, env=environment, timeout=timeout, capture_output=True, text=True)
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 def run_cases(folder, data, cases, *, size=2):

@@ -188,7 +188,7 @@ def test_generate_continues_a_prompt_reproducibly(workspace, capsys):
 def test_generate_reads_standard_input_in_its_own_process(workspace):
     command = [sys.executable, "-m", "helmholtz.cli.main", "generate", f"--checkpoint={workspace / 'run'}"]
     result = subprocess.run(
-        [*command, "--sampling.max_new_tokens=5"], input="love and war", capture_output=True, text=True, timeout=60,
+        [*command, "--sampling.max_new_tokens=5"], input="love and war", capture_output=True, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True,
     )  # fmt: skip
     assert result.stdout.startswith("love and war")

@@ -57,9 +57,9 @@ def spoil_evaluation(module, inputs, output):
 
 def main(data_folder: str, output: str) -> None:
     data = DataConfig(folder=data_folder, tokenizer="bytes", validation_fraction=0.1)
-    sharded = {"strategy": "fsdp", "timeout_seconds": 30}
+    sharded = {"strategy": "fsdp", "timeout_seconds": 600}
     settings = {"steps": 6, "max_skipped": 1, "eval_every": 3, "save_every": 2}
-    with process_group("cpu", 30):
+    with process_group("cpu", 600):
         for place in PLACES:
             folder = Path(output) / place
             run = distributed_run(

@@ -24,7 +24,6 @@ def completed_step(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_killed_process_ends_the_run_and_a_restart_goes_on_exactly(tmp_path):
     data, folder = prepare_text(tmp_path), tmp_path / "run"
     changes = json.dumps(SETTINGS)
@@ -40,7 +39,6 @@ def test_a_killed_process_ends_the_run_and_a_restart_goes_on_exactly(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_numbers_of_one_process_that_are_not_finite_end_both_with_their_place(tmp_path):
     data = prepare_text(tmp_path)
     done = torchrun([TESTS / "distributed" / "poisoned.py", data.folder, tmp_path])

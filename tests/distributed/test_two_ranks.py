@@ -18,7 +18,7 @@ from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.training.run import train
 from tiny_runs import prepare_text
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first test makes all runs
+pytestmark = pytest.mark.slow  # the first test makes all runs
 N_STEPS = 6
 ARCHITECTURES = ("free_transformer", "mamba_hopfield")
 """Those that draw plans, and that write a memory; both have dropout or equilibria besides what a plain decoder has."""

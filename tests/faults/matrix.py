@@ -242,7 +242,7 @@ class Matrix:
             command = [sys.executable, TESTS / "faults" / "rank.py", self.data.folder, folder, "0", "0", "9"]
             command.append(json.dumps(SETTINGS))
             environment = os.environ | {"RANK": "0"}
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
             second.append(done.stderr.strip().splitlines()[-1])
             print(second[0], flush=True)
 

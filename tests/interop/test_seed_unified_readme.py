@@ -101,7 +101,6 @@ def test_associative_recall():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_continual_learning():
     history = run(6, model=small(d_model=16, n_layers=1, memory_size=8))["history"]
     assert len(history) == 5

@@ -42,21 +42,21 @@ def check(results):
 
 
 @pytest.mark.learn
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(4 * 3600)
 @pytest.mark.parametrize("seed", [3, 4, 5])
 def test_forgetting_and_its_cure(seed):
     check({name: learn(name, seed) for name in RUNS})
 
 
 @pytest.mark.learn
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(4 * 3600)
 def test_all_maps_at_once_can_be_learned():
     model = build_learner("transformer", vocab_size=TASK.vocab_size, n_tokens=2, seed=3)
     assert min(joint_accuracy(model, RUNS["no memory"], seed=3)) >= 0.9
 
 
 @pytest.mark.learn
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(4 * 3600)
 @pytest.mark.parametrize("learner", ["mamba", "mamba_hopfield"])
 def test_four_pairs_in_a_context_are_learned(learner):
     task = PairTask(n_pairs=4)

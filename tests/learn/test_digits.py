@@ -7,7 +7,7 @@ from helmholtz.studies.vision import compute_vision, vision_runs
 
 
 @pytest.mark.learn
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(4 * 3600)
 @pytest.mark.parametrize("model", ["attention", "fem"])
 @pytest.mark.parametrize("seed", [3, 4, 5])
 def test_digits_are_learnt(model, seed):

@@ -51,14 +51,13 @@ def steps(folder):
 
 
 def wait_for(condition, machine):
-    end = time.monotonic() + 240
     while not condition():
-        assert machine.process.poll() is None and time.monotonic() < end, machine.output.read_text()
+        assert machine.process.poll() is None, machine.output.read_text()
         time.sleep(0.1)
 
 
 @pytest.mark.learn
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(4 * 3600)
 def test_a_machine_that_joins_and_is_lost_costs_no_step(tmp_path):
     data, folder = prepare_text(tmp_path), tmp_path / "run"
     first = Machine(data, folder, tmp_path / "first.txt")
@@ -68,7 +67,7 @@ def test_a_machine_that_joins_and_is_lost_costs_no_step(tmp_path):
     before = len(steps(folder))
     wait_for(lambda: len(steps(folder)) >= before + 20, second)
     second.lose()
-    assert first.process.wait(timeout=600) == 0, first.output.read_text()
+    assert first.process.wait() == 0, first.output.read_text()
     said = first.output.read_text()
     assert re.search("rank [01] of 2 lost another rank in step", said), said
     assert lost(folder) == "" and completed(folder)["last"] == SETTINGS["steps"]

@@ -8,7 +8,7 @@ SEEDS = (3, 4, 5)
 
 
 @pytest.mark.learn
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(8 * 3600)
 @pytest.mark.parametrize("kappa", KAPPAS)
 def test_row(kappa, record_property):
     results = []

@@ -6,7 +6,7 @@ from letter_table import LAW, check_bounds, check_cell, row, run_cell
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(4 * 3600)
 @pytest.mark.parametrize("kappa", [None, 4.0])
 def test_cell(kappa, record_property):
     result = run_cell(kappa, 3)

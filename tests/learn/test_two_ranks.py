@@ -17,7 +17,7 @@ N_STEPS = 20
 
 
 @pytest.mark.learn
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(4 * 3600)
 def test_two_processes_make_the_run_of_one_whole_and_resumed(tmp_path):
     data = prepare_text(tmp_path)
     folder, settings = make_runs(tmp_path, data, N_STEPS)

@@ -242,9 +242,7 @@ print(peak() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_sixteen_bits_at_8_x_1024_tokens_stay_under_500_mb():
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=200, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert 40 < int(done.stdout) / 1000 < 500  # 34 MB of them the gradient of the table
 
 

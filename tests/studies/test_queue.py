@@ -58,7 +58,7 @@ def slow_square(run):
 def test_two_processes_share_a_folder_without_computing_anything_twice(tmp_path):
     with multiprocessing.get_context("fork").Pool(2) as pool:
         jobs = [pool.apply_async(work_off, (RUNS, slow_square, tmp_path)) for _ in range(2)]
-        counts = [job.get(timeout=30) for job in jobs]
+        counts = [job.get() for job in jobs]
     assert sum(counts) == len(RUNS)
     assert len(contents(tmp_path)) == len(RUNS)
 

@@ -142,7 +142,7 @@ def run_and_kill(data, output, step, number):
         str(step),
         str(int(number)),
     ]
-    return subprocess.run(command, env=environment, timeout=120).returncode
+    return subprocess.run(command, env=environment).returncode
 
 
 def test_a_killed_process_can_be_resumed(data, tmp_path):
