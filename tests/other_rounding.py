@@ -54,7 +54,7 @@ class OtherRounding(TorchDispatchMode):
             return func(*args, **kwargs)
         out = func(*args, **kwargs)
         whole = out[0] if isinstance(out, tuple) else out
-        if whole.dtype in (torch.float32, torch.float64) and whole.numel():
+        if not whole.is_meta and whole.dtype in (torch.float32, torch.float64) and whole.numel():
             self._move(whole, size, fixed)
         return out
 

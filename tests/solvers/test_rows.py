@@ -106,7 +106,9 @@ def test_two_answers_are_no_further_apart_than_their_residuals_say(mode, max_ste
 def test_in_float64_neighbours_change_nothing_that_is_seen(mode, max_steps, rounding):
     """Far from a contraction too, in values, energies, steps and gradients; and other values of other rows."""
     n, settings = 80, quiet(mode, max_steps)
-    problem = random_patterns(n, 64, 128, contraction=6.0)
+    # without a guard, mixing makes more of a rounding with every step it does not contract
+    wild = max_steps == 3 or mode in ("alternating", "simultaneous", "picard")
+    problem = random_patterns(n, 64, 128, contraction=6.0 if wild else CONTRACTION)
     start = 2 * torch.randn_like(problem.u)
     changed, elsewhere, first = problem.u.clone(), start.clone(), torch.arange(n // 2)
     changed[n // 2 :], elsewhere[n // 2 :] = torch.randn(2, n // 2, 64, dtype=torch.float64)
