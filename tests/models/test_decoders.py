@@ -9,6 +9,7 @@ from torch import Tensor
 
 from helmholtz.layers.state import map_state
 from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.mamba_hopfield import MambaHopfield
 from helmholtz.ops.losses import cross_entropy
 
 VOCABULARY, TOLERANCE = 37, 1e-5
@@ -122,19 +123,30 @@ def test_rows_of_a_state_can_be_reordered(model: AbstractDecoder) -> None:
     assert_close(picked, model.step(tokens, state).logits[rows])
 
 
+def unchanged(model: AbstractDecoder, one: Tensor, other: Tensor, places: tuple) -> None:
+    """Logits of two texts at ``places``: equal, as the same places in the same products.
+
+    But in float64's rounding where a solver drops the tokens that have converged, and the others stand elsewhere.
+    """
+    if not isinstance(model, MambaHopfield):
+        assert torch.equal(model(one).logits[places], model(other).logits[places])
+        return
+    model = copy.deepcopy(model).double()
+    torch.testing.assert_close(model(one).logits[places], model(other).logits[places], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("border", [1, 8, 16])
 def test_the_future_changes_nothing_at_all(model: AbstractDecoder, border: int) -> None:
     tokens, other = tokens_of(2, 17), tokens_of(2, 17, seed=1)
     changed = torch.cat([tokens[:, :border], other[:, border:]], dim=1)
-    before, after = model(tokens).logits, model(changed).logits
-    assert torch.equal(before[:, :border], after[:, :border])
-    assert not torch.equal(before[:, border:], after[:, border:])
+    unchanged(model, tokens, changed, (slice(None), slice(border)))
+    assert not torch.equal(model(tokens).logits[:, border:], model(changed).logits[:, border:])
 
 
 def test_neighbours_in_the_batch_change_nothing(model: AbstractDecoder) -> None:
     tokens, other = tokens_of(3, 12), tokens_of(3, 12, seed=1)
     other[1] = tokens[1]
-    assert torch.equal(model(tokens).logits[1], model(other).logits[1])
+    unchanged(model, tokens, other, (1,))
     assert_close(model(tokens).logits[1:2], model(tokens[1:2]).logits)
 
 
