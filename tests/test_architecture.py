@@ -32,7 +32,7 @@ WITHOUT_REFERENCE = {
     "pattern_scores": "first half of hopfield_weights and hopfield_potential",
     "weights_of_scores": "second half of hopfield_weights",
     "potential_of_scores": "second half of hopfield_potential",
-    "retrieval_margin": "a formula; its test states what retrieval does on either side of it",
+    "retrieval_margin": "a formula; held to the median of pattern_margins over random patterns",
     "energy_components": "the summands of token_energy",
     "token_map_and_energy": "token_map and token_energy at once; held to both, bit for bit",
     "hidden_temperature": "float64 bisection already; held to the equation it solves",

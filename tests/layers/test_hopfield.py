@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helmholtz import ops
-from helmholtz.layers.hopfield import RECALL, AssociativeProblem, HopfieldMemory, MarginWarning
+from helmholtz.layers.hopfield import (
+    RECALL,
+    AssociativeProblem,
+    HopfieldMemory,
+    MarginWarning,
+    NoveltyWarning,
+    WriteResult,
+)
 from helmholtz.layers.slots import Slots, hash_below
 from helmholtz.solvers import SolverConfig
 
@@ -42,11 +49,12 @@ def test_learned_patterns_have_the_radius_and_come_first():
 def test_a_row_close_to_a_stored_one_is_not_novel(policy):
     memory = HopfieldMemory(16, 0, n_slots=8, policy=policy)
     first, other = rows_of(2)
-    assert memory.write(torch.stack([first, 5 * first, first + 0.05 * other])) == (
-        3 if policy == "merge" else 1
-    )
+    result = memory.write(torch.stack([first, 5 * first, first + 0.05 * other]), warn=False)
+    alike = {"merged": 2, "dropped": 0} if policy == "merge" else {"merged": 0, "dropped": 2}
+    assert result == WriteResult(stored=1, replaced=0, **alike)
+    assert result.changed == (3 if policy == "merge" else 1)
     assert int(memory.occupied.sum()) == 1
-    assert memory.write(other.unsqueeze(0)) == 1
+    assert memory.write(other.unsqueeze(0)).stored == 1
     expected = F.normalize(first, dim=0)
     if policy == "merge":
         expected = F.normalize(2 * expected + F.normalize(first + 0.05 * other, dim=0), dim=0)
@@ -57,7 +65,8 @@ def test_a_row_close_to_a_stored_one_is_not_novel(policy):
 def test_fifo_gives_up_the_oldest():
     memory = HopfieldMemory(16, 0, n_slots=4)
     rows = rows_of(6)
-    assert memory.write(rows[:3]) + memory.write(rows[3:]) == 6
+    assert memory.write(rows[:3]) == WriteResult(stored=3, merged=0, dropped=0, replaced=0)
+    assert memory.write(rows[3:]) == WriteResult(stored=3, merged=0, dropped=0, replaced=2)
     torch.testing.assert_close(directions(memory), F.normalize(rows[[4, 5, 2, 3]], dim=-1))
 
 
@@ -125,7 +134,8 @@ def test_many_rows_at_once_are_written_as_one_by_one(policy, novelty):
     rows = torch.cat([rows[:100], rows[again] + 0.1 * rows_of(300, 8, 2), rows[100:]])
     slots, counts, changed = one_by_one(rows.double(), 20, policy, novelty)
     memory = HopfieldMemory(8, 0, n_slots=20, policy=policy, novelty=novelty).double()
-    assert memory.write(rows.double()) == changed
+    result = memory.write(rows.double(), warn=False)
+    assert result.changed == changed and result.changed + result.dropped == len(rows)
     assert memory.store.counts.tolist() == counts
     torch.testing.assert_close(memory.slots / memory.radius, slots)
 
@@ -134,9 +144,9 @@ def test_only_real_rows_are_written():
     memory = HopfieldMemory(16, 0, n_slots=8)
     rows = rows_of(3)
     rows[1] = torch.nan
-    assert memory.write(rows, torch.tensor([1, 0, 1])) == 2
+    assert memory.write(rows, torch.tensor([1, 0, 1])).stored == 2
     torch.testing.assert_close(directions(memory), F.normalize(rows[[0, 2]], dim=-1))
-    assert memory.write(rows[:0]) == 0
+    assert memory.write(rows[:0]) == WriteResult(stored=0, merged=0, dropped=0, replaced=0)
 
 
 def test_evaluation_does_not_write_unless_asked():
@@ -144,7 +154,7 @@ def test_evaluation_does_not_write_unless_asked():
     with pytest.raises(ValueError, match="in_eval must be true to write in evaluation mode, got False"):
         memory.write(rows_of(1))
     assert not memory.occupied.any()
-    assert memory.write(rows_of(1), in_eval=True) == 1
+    assert memory.write(rows_of(1), in_eval=True).stored == 1
 
 
 def test_written_rows_carry_no_gradient():
@@ -197,7 +207,7 @@ def test_a_memory_without_slots_refuses_to_be_written():
 
 def test_recall_of_noisy_patterns():
     memory = HopfieldMemory(64, 100, n_slots=100)
-    memory.write(rows_of(60, 64))
+    memory.write(rows_of(60, 64, seed=3))
     stored = memory.patterns()[:160].detach()
     noise = F.normalize(rows_of(160, 64, seed=2), dim=-1)
     solution = memory.retrieve(stored + 0.8 * memory.radius * noise)
@@ -257,13 +267,82 @@ def test_recall_from_nothing_is_nothing():
 
 def test_a_memory_beyond_its_margin_warns_and_a_wide_one_does_not():
     crowded = HopfieldMemory(32, 4096)
-    assert crowded.margin() == pytest.approx(1.0, abs=0.05)
-    with pytest.warns(MarginWarning, match=r"the retrieval margin is 1\.00 nats.*take a larger beta"):
+    margins = ops.pattern_margins(crowded.patterns().detach(), 2.0)
+    assert crowded.margin() == margins.min() < margins.median() < 1.2
+    with pytest.warns(MarginWarning, match=r"the retrieval margin is [01]\.\d\d nats.*take a larger beta"):
         value = crowded.retrieve(crowded.patterns()[:8].detach()).value
     assert value.norm(dim=-1).max() < 0.5 * crowded.radius  # the mean of all
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         HopfieldMemory(64, 512).retrieve(rows_of(2, 64))
+
+
+@pytest.mark.parametrize("beta", [16.0, 50.0, 200.0])
+def test_a_large_beta_recalls_and_does_not_warn(beta):
+    memory = HopfieldMemory(64, 0, n_slots=100, beta=beta)
+    memory.write(rows_of(100, 64))
+    value = memory.retrieve(memory.slots + 0.5 * rows_of(100, 64, seed=1)).value
+    assert torch.equal((value @ memory.slots.T).argmax(-1), torch.arange(100))
+    assert memory.margin() > 50
+
+
+def test_only_what_is_recalled_is_warned_of():
+    memory = HopfieldMemory(64, 0, n_slots=8, novelty=1.0)
+    rows = rows_of(6, 64)
+    memory.write(torch.cat([rows, rows[:1] + 0.05 * rows[1:2]]))
+    assert memory.margin() < 1  # of the first and its twin
+    memory.retrieve(memory.slots[1:6])
+    with pytest.warns(MarginWarning, match="below 3 of 1 of the 2 patterns recalled"):
+        memory.retrieve(memory.slots[:2])
+
+
+def raw_rows(n=5, width=256):
+    """Positive rows in 0..255 that share a large mean, as images do; cosines about .91."""
+    rows = torch.linspace(40, 220, width) + 46 * rows_of(n, width)
+    rows = rows.clamp(0, 255).round()
+    cosine = F.normalize(rows, dim=-1) @ F.normalize(rows, dim=-1).T
+    assert cosine.min() > 0.88 and cosine.fill_diagonal_(0).max() < 0.93
+    return rows
+
+
+def test_rows_that_are_dropped_are_told_once():
+    memory = HopfieldMemory(256, 0, n_slots=8)
+    rows = torch.cat([raw_rows(), 0.5 * raw_rows()[:2] + 10 * rows_of(2, 256, 1)])
+    with pytest.warns(NoveltyWarning, match=r"[2-6] of 7 rows were not stored.*subtract it first"):
+        result = memory.write(rows)
+    assert result.dropped >= 2 and result.stored == int(memory.occupied.sum()) == 7 - result.dropped
+    assert memory.write(rows).dropped >= 2  # told before
+    assert memory.write(rows - rows.mean(0), warn=False).stored >= 5
+    full = HopfieldMemory(256, 0, n_slots=2, policy="reservoir")
+    assert full.write(rows_of(50, 256)).dropped > 30  # the sample's choice: nothing was too close
+
+
+def test_rows_that_are_nearly_parallel_have_a_small_margin_until_their_mean_is_taken_off():
+    raw, memory = raw_rows(), HopfieldMemory(256, 0, n_slots=5, novelty=0.99)
+    assert memory.write(raw).stored == 5
+    assert ops.retrieval_margin(256, 5, 2.0, memory.radius) > 25 and memory.margin() < 3
+    masked = raw * (torch.arange(256) < 128)
+    with pytest.warns(MarginWarning, match="patterns recalled: they blend.*subtract the mean"):
+        memory.retrieve(masked)
+    centred = HopfieldMemory(256, 0, n_slots=5)
+    centred.write(raw - raw.mean(0))
+    assert centred.margin() > 25
+    value = centred.retrieve((raw - raw.mean(0)) * (torch.arange(256) < 128)).value
+    assert torch.equal((value @ centred.slots.T).argmax(-1), torch.arange(5))
+
+
+def test_queries_too_small_for_the_patterns_are_told():
+    memory = HopfieldMemory(64, 100)
+    query = memory.patterns().detach()[:3]
+    with pytest.warns(MarginWarning, match=r"3 of 3 queries .*\(down to 0\.1 of their norm, 2\.83\)"):
+        value = memory.retrieve(0.1 * query).value
+    assert value.isfinite().all()
+
+
+def test_margins_of_empty_and_lone_memories_are_infinite():
+    assert HopfieldMemory(16, 0, n_slots=4).margin() == math.inf
+    assert HopfieldMemory(16, 1, n_slots=4).margin() == math.inf
+    assert HopfieldMemory(16, 0).margin() == math.inf
 
 
 def test_recall_refuses_what_is_not_finite():

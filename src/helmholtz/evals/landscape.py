@@ -23,7 +23,7 @@ from helmholtz.evals.landscape_flow import (
 )
 from helmholtz.layers.equilibrium import Equilibrium
 from helmholtz.models.mamba_hopfield import MambaHopfield
-from helmholtz.ops.hopfield import hopfield_weights, retrieval_margin
+from helmholtz.ops.hopfield import hopfield_weights, pattern_margins
 from helmholtz.solvers import SolverConfig
 from helmholtz.solvers.base import Mode
 
@@ -75,7 +75,7 @@ class MemoryOrganisation:
     token_entropy: float
     """Mean entropy of one token's weights: how many patterns it retrieves at once."""
     margin: float
-    """``retrieval_margin``, in nats; below 3 retrieval is unreliable."""
+    """The smallest of ``ops.pattern_margins``, in nats; below 3 a pattern blends into others."""
 
     @property
     def largest_cosine(self) -> float:
@@ -187,9 +187,7 @@ class EnergyLandscapeAnalyzer:
             usage=usage,
             usage_entropy=torch.special.entr(usage).sum().item(),
             token_entropy=torch.special.entr(weights).sum(-1).mean().item(),
-            margin=retrieval_margin(
-                patterns.shape[1], len(patterns), parameters.beta, patterns.norm(dim=-1).amax().item()
-            ),
+            margin=pattern_margins(patterns, parameters.beta).amin().item(),
         )
 
 

@@ -64,9 +64,9 @@ class RecallResult:
     n_trials: int
     n_sets: int
     margin: float
-    """``ops.retrieval_margin``."""
+    """The smallest of all patterns, in nats (``HopfieldMemory.margin``)."""
     warned: bool
-    """Whether the memory said that its margin is small."""
+    """Whether the memory said that a pattern it recalled has a small margin."""
     accuracy: float
     """Share of trials whose equilibrium is closest to the pattern that was spoilt."""
     strict: float
@@ -131,7 +131,7 @@ def recall_patterns(
         corruption=corruption,
         n_trials=len(hit),
         n_sets=n_sets,
-        margin=parts[0][7],
+        margin=min(part[7] for part in parts),
         warned=any(part[8] for part in parts),
         accuracy=hit.mean().item(),
         strict=strict.mean().item(),

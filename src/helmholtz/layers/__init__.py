@@ -10,7 +10,7 @@ from helmholtz.layers.fem_config import FreeEnergyMixerConfig, fem_widths
 from helmholtz.layers.fem_reading import Reading, inspect_read, read_statistics
 from helmholtz.layers.free_energy_attention import FreeEnergyAttention
 from helmholtz.layers.free_energy_gate import FreeEnergyGate
-from helmholtz.layers.hopfield import HopfieldMemory, MarginWarning
+from helmholtz.layers.hopfield import HopfieldMemory, MarginWarning, NoveltyWarning, WriteResult
 from helmholtz.layers.key_value_memory import KeyValueMemory, NGramKeys
 from helmholtz.layers.mamba import MambaCell, MambaMixer, MambaState
 from helmholtz.layers.mlp import SwiGLU
@@ -35,6 +35,8 @@ __all__ = [
     "MambaMixer",
     "MambaState",
     "MarginWarning",
+    "NoveltyWarning",
+    "WriteResult",
     "MixerState",
     "NGramKeys",
     "Reading",

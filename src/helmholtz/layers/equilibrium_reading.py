@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from helmholtz.layers.equilibrium import Equilibrium, EquilibriumLayer
-from helmholtz.ops.hopfield import hopfield_potential, retrieval_margin
+from helmholtz.ops.hopfield import hopfield_potential
 from helmholtz.solvers.spectrum import local_lipschitz
 
 SMALL = 1e-3
@@ -48,18 +48,17 @@ def learned_strengths(layer: EquilibriumLayer) -> dict[str, float]:
     """The factors that all tokens share, and how many patterns there are.
 
     ``contraction_bound`` bounds the map's Lipschitz constant whatever the text is; ``margin`` is
-    ``ops.retrieval_margin``.
+    that of the pattern which is told apart worst, ``HopfieldMemory.margin``.
     """
     memory, parameters = layer.memory, layer.dynamics.energy_parameters(layer.memory)
     norm = torch.linalg.matrix_norm(parameters.weight.double(), 2).item()
     kappa, strength = parameters.kappa.item(), parameters.strength.item()
     n_active = active_patterns(layer)
-    margin = retrieval_margin(layer.config.d_model, n_active, memory.beta, memory.radius)
     return {
         "kappa": kappa,
         "strength": strength,
         "contraction_bound": kappa * norm**2 + strength * memory.beta * memory.radius**2,
-        "margin": margin,
+        "margin": memory.margin(),
         "slots_used": float(n_active - layer.config.n_patterns),
     }
 

@@ -1,6 +1,9 @@
 """A Hopfield memory: patterns that are learned and patterns that are written, and plain recall from both."""
 
+import functools
+import math
 import warnings
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Literal, final, get_args
 
@@ -16,9 +19,9 @@ from helmholtz.ops._compute import compute_dtype, full_precision
 from helmholtz.ops.hopfield import (
     hopfield_retrieve,
     hopfield_weights,
+    pattern_margins,
     pattern_scores,
     potential_of_scores,
-    retrieval_margin,
     weights_of_scores,
 )
 from helmholtz.solvers import (
@@ -34,14 +37,39 @@ from helmholtz.solvers import (
 MemoryPolicy = Literal["fifo", "reservoir", "merge"]
 
 SAFE_MARGIN = 3.0
-"""Nats by which a pattern should outweigh the others at its own place (``ops.retrieval_margin``)."""
+"""Nats by which a pattern should outweigh the others at its own place (``ops.pattern_margins``)."""
+SMALL_QUERY = 0.25
+"""Norm of a query over the patterns' below which ``retrieve`` warns."""
 
 RECALL = SolverConfig(mode="picard", max_steps=100, rtol=1e-4, energy_rtol=1e-4, on_nonconvergence="ignore")
 """The update as it is, which alone decides in which pattern's basin a query lies."""
 
 
 class MarginWarning(UserWarning):
-    """The memory holds more patterns than its width and temperature tell apart."""
+    """The memory's width and temperature do not tell patterns apart, or a query is too small to tell them apart."""
+
+
+class NoveltyWarning(UserWarning):
+    """Rows that were to be written are too close to stored ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class WriteResult:
+    """What became of the rows of one ``write``; ``stored + merged + dropped`` are all that were real."""
+
+    stored: int
+    """Rows that took a slot."""
+    merged: int
+    """Rows that moved the closest slot (policy "merge")."""
+    dropped: int
+    """Rows that left no trace: not novel ("fifo", "reservoir"), or not chosen by the reservoir."""
+    replaced: int
+    """Slots whose pattern was given up for one of the stored rows."""
+
+    @property
+    def changed(self) -> int:
+        """Rows that changed the memory."""
+        return self.stored + self.merged
 
 
 @final
@@ -89,6 +117,8 @@ class HopfieldMemory(nn.Module):
     * "reservoir": it is dropped; every novel row so far is kept with the same probability.
     * "merge": it moves the closest slot, to the mean direction of all rows merged there; the oldest slot goes.
 
+    Rows that share a large mean, such as raw images or counts, are all close to each other: subtract it first.
+
     Attributes:
         memory_patterns: the learned block, of any norm: only directions count. The only parameter of any model whose
             name contains "memory".
@@ -118,6 +148,7 @@ class HopfieldMemory(nn.Module):
         self.d_model, self.beta, self.policy, self.novelty = d_model, beta, policy, novelty
         self.radius = d_model**0.25
         self.memory_patterns = nn.Parameter(torch.randn(n_patterns, d_model))
+        self._has_warned = False
         self.store = Slots(d_model, n_slots, "reservoir" if policy == "reservoir" else "fifo")
 
     @property
@@ -150,15 +181,21 @@ class HopfieldMemory(nn.Module):
 
     @torch.no_grad()
     def write(
-        self, rows: Float[Tensor, "..."], mask: Shaped[Tensor, "..."] | None = None, *, in_eval: bool = False
-    ) -> int:
+        self,
+        rows: Float[Tensor, "..."],
+        mask: Shaped[Tensor, "..."] | None = None,
+        *,
+        in_eval: bool = False,
+        warn: bool = True,
+    ) -> WriteResult:
         """Store rows in their order, detached and at norm ``radius``; each is compared with those before it too.
 
         Args:
             mask: non-zero where a row is real; the others are neither looked at nor stored.
             in_eval: allow it in evaluation mode, in which a memory does not change by accident.
+            warn: False where rows that are not novel are expected, as the states of a model are.
 
-        Returns: rows that changed the memory.
+        Warns: NoveltyWarning, once per memory, if rows that are not novel are dropped.
         Raises: ValueError if there are no slots, in evaluation mode without ``in_eval``, for rows of another width
             and for a real row that is not finite or has no direction; nothing is written then.
         """
@@ -171,20 +208,43 @@ class HopfieldMemory(nn.Module):
         check_rows("rows", rows, self.d_model)
         # a merged row moves its slot, so that none can be left out
         known = torch.inf if self.policy == "merge" else self.novelty * self.radius**2
-        return self.store.write(self.radius * F.normalize(rows, dim=-1), known, self._place)
+        tally = Counter[str]()
+        place = functools.partial(self._place, tally)
+        self.store.write(self.radius * F.normalize(rows, dim=-1), known, place)
+        dropped = len(rows) - tally["stored"] - tally["merged"]
+        if warn:
+            self._warn_of_known_rows(dropped - tally["passed over"], len(rows))
+        return WriteResult(tally["stored"], tally["merged"], dropped, tally["replaced"])
 
-    def _place(self, row: Float[Tensor, "D"], products: Float[Tensor, "S"]) -> int | None:
+    def _place(
+        self, tally: Counter[str], row: Float[Tensor, "D"], products: Float[Tensor, "S"]
+    ) -> int | None:
         """Puts a novel row into a slot of its own, merges another into the closest."""
         store, closest = self.store, int(products.argmax())
         if products[closest] < self.novelty * self.radius**2:
             slot = store.next_slot()
-            if slot is not None:
-                store.put(slot, row)
+            if slot is None:
+                tally["passed over"] += 1
+                return None
+            tally.update({"stored": 1, "replaced": int(store.counts[slot] > 0)})
+            store.put(slot, row)
             return slot
+        tally["merged"] += 1
         count = int(store.counts[closest])
         mean = F.normalize(count * store.rows[closest] + row, dim=0)
         store.put(closest, self.radius * mean, count=count + 1)
         return closest
+
+    def _warn_of_known_rows(self, n_known: int, n_rows: int) -> None:
+        if n_known and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{n_known} of {n_rows} rows were not stored: their cosine to a stored row is novelty = "
+                f"{self.novelty:g} or more. Rows that share a large mean (raw images, counts) are all alike: subtract "
+                "it first; or take a larger novelty, or policy='merge'",
+                NoveltyWarning,
+                stacklevel=3,
+            )
 
     def retrieve(self, query: Float[Tensor, "N D"], solver: SolverConfig = RECALL) -> Solution:
         r"""Plain associative recall, without projections: where the retrieval steps from each query end.
@@ -197,26 +257,51 @@ class HopfieldMemory(nn.Module):
         evaluation's memory per step; under ``torch.no_grad`` nothing. Another ``solver`` than plain steps ("picard")
         has the implicit gradient, which is 0 for the query.
 
-        Raises: ValueError for a query that is not finite. Warns: MarginWarning if the memory holds more patterns than
-            can be told apart, were their directions random.
+        Raises: ValueError for a query that is not finite.
+        Warns: MarginWarning if a pattern that was recalled has a margin below ``SAFE_MARGIN``, or if the norm of a
+            query is below ``SMALL_QUERY`` of theirs. A larger one acts like a larger ``beta`` in the first step.
         """
         check(bool(query.isfinite().all()), "query", "NaN or infinity", "finite")
-        self._warn_of_a_small_margin()
         problem = AssociativeProblem(self.patterns(), self.beta, self.log_prior())
         solution = solve(problem, query.to(problem.patterns.dtype), solver)
+        self._warn_of_the_scale(query.detach())
+        self._warn_of_a_small_margin(problem, solution.value.detach())
         return _with_gradient(problem, solution, solver)
 
+    @torch.no_grad()
     def margin(self) -> float:
-        """``ops.retrieval_margin`` of what the memory holds; infinite when it holds nothing."""
-        held = len(self.memory_patterns) + int(self.store.occupied.sum())
-        return retrieval_margin(self.d_model, held, self.beta, self.radius) if held else float("inf")
+        """The smallest of ``ops.pattern_margins``, in nats: of the pattern that is told apart worst.
 
-    def _warn_of_a_small_margin(self) -> None:
-        margin = self.margin()
-        if margin < SAFE_MARGIN:
+        Infinite when there are no two. Cost: the square of the number of patterns.
+        """
+        margins = pattern_margins(self.patterns(), self.beta, self.log_prior())
+        return margins.amin().item() if len(margins) else math.inf
+
+    @torch.no_grad()
+    def _warn_of_a_small_margin(self, problem: AssociativeProblem, recalled: Float[Tensor, "N D"]) -> None:
+        if not len(problem.patterns):
+            return
+        scores = pattern_scores(recalled, problem.patterns, problem.beta, problem.log_prior)
+        closest = scores.argmax(-1).unique()
+        margins = pattern_margins(problem.patterns, problem.beta, problem.log_prior, chosen=closest)
+        small = margins[margins < SAFE_MARGIN]
+        if len(small):
             warnings.warn(
-                f"the retrieval margin is {margin:.2f} nats: below {SAFE_MARGIN:g} patterns blend into each other; "
-                "take a larger beta, a larger d_model or fewer patterns",
+                f"the retrieval margin is {small.amin():.2f} nats, and below {SAFE_MARGIN:g} of {len(small)} of the "
+                f"{len(closest)} patterns recalled: they blend into others; take a larger beta, fewer patterns or a "
+                "larger d_model, and subtract the mean of rows that share one (raw images, counts) before writing",
+                MarginWarning,
+                stacklevel=3,
+            )
+
+    def _warn_of_the_scale(self, query: Float[Tensor, "N D"]) -> None:
+        ratio = query.norm(dim=-1) / self.radius
+        small = ratio[(ratio < SMALL_QUERY) & (ratio > 0)]
+        if len(small):
+            warnings.warn(
+                f"{len(small)} of {len(ratio)} queries are of a smaller scale than the patterns (down to "
+                f"{small.amin():.2g} of their norm, {self.radius:.2f}), and are drawn to the mean of many; scale them: "
+                "memory.radius * torch.nn.functional.normalize(query, dim=-1)",
                 MarginWarning,
                 stacklevel=3,
             )

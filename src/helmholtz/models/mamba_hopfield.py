@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from helmholtz.layers.equilibrium import Equilibrium, EquilibriumLayer, EquilibriumState
 from helmholtz.layers.equilibrium_config import EquilibriumConfig, EquilibriumSettings
-from helmholtz.layers.hopfield import HopfieldMemory
+from helmholtz.layers.hopfield import HopfieldMemory, WriteResult
 from helmholtz.layers.mamba import MambaCell, MambaMixer
 from helmholtz.layers.norm import RMSNorm
 from helmholtz.models.base import AbstractDecoder, LMOutput, LMState, ModelConfig
@@ -159,7 +159,7 @@ class MambaHopfield(AbstractDecoder):
 
     def write_memory(
         self, equilibrium: Equilibrium, mask: Bool[Tensor, "B T"] | None = None, *, in_eval: bool = False
-    ) -> int:
+    ) -> WriteResult:
         """Store the equilibria of a call in the memory's slots, detached; between calls, never within one.
 
         Pads and tokens that have not converged are not stored.
@@ -168,13 +168,13 @@ class MambaHopfield(AbstractDecoder):
             mask: tokens to store; None means all.
             in_eval: allow it in evaluation mode, in which the memory does not change by accident.
 
-        Returns: rows that changed the memory; those that are not novel may not.
+        Returns: what became of the rows; those that are not novel are dropped or merged.
         Raises: ValueError without slots, and in evaluation mode without ``in_eval``.
         """
         chosen = equilibrium.solution.converged
         if mask is not None:
             chosen = chosen & equilibrium.rows(mask)
-        return self.memory.write(equilibrium.rows(equilibrium.z), chosen, in_eval=in_eval)
+        return self.memory.write(equilibrium.rows(equilibrium.z), chosen, in_eval=in_eval, warn=False)
 
 
 def small(vocab_size: int) -> MambaHopfieldConfig:

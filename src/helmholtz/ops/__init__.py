@@ -27,6 +27,7 @@ from helmholtz.ops.hopfield import (
     hopfield_potential,
     hopfield_retrieve,
     hopfield_weights,
+    pattern_margins,
     retrieval_margin,
 )
 from helmholtz.ops.linear_attention import linear_attention, recurrent_linear_attention
@@ -87,6 +88,7 @@ __all__ = [
     "modulated_linear",
     "posterior",
     "recurrent_linear_attention",
+    "pattern_margins",
     "retrieval_margin",
     "rms_norm",
     "rnn_softmax",

@@ -29,6 +29,7 @@ from helmholtz.reference.hopfield import (
     hopfield_potential,
     hopfield_retrieve,
     hopfield_weights,
+    pattern_margins,
 )
 from helmholtz.reference.recurrences import (
     causal_conv,
@@ -66,6 +67,7 @@ __all__ = [
     "hopfield_potential",
     "hopfield_retrieve",
     "hopfield_weights",
+    "pattern_margins",
     "kl_per_bit",
     "kl_per_token",
     "linear_attention",

@@ -73,3 +73,20 @@ def hopfield_energy(
     norms = [m.square().sum() for m, _ in _active(patterns, log_prior)]
     largest = torch.stack(norms).amax() if norms else 0.0
     return z.double().square().sum(-1) / 2 - hopfield_potential(z, patterns, beta, log_prior) + largest / 2
+
+
+def pattern_margins(
+    patterns: Float[Tensor, "K D"], beta: float, log_prior: Float[Tensor, "K"] | None = None
+) -> Float[Tensor, "K"]:
+    """``beta m_i . m_i + b_i - log(sum over j != i of e^{beta m_i . m_j + b_j})``; infinite without others."""
+    rows = patterns.double()
+    prior = torch.zeros(len(rows)) if log_prior is None else log_prior.double()
+    margins = torch.full((len(rows),), math.inf, dtype=torch.float64)
+    for i, m in enumerate(rows):
+        if prior[i] > -math.inf:
+            others = torch.tensor(-math.inf, dtype=torch.float64)
+            for j, n in enumerate(rows):
+                if j != i:
+                    others = torch.logaddexp(others, beta * (m * n).sum() + prior[j])
+            margins[i] = beta * (m * m).sum() + prior[i] - others
+    return margins

@@ -124,7 +124,7 @@ class EquilibriumObjective:
             loss = loss + weight * term
         if model.training and c.writes(step):
             rows, chosen = found.rows(found.z).detach(), found.solution.converged
-            model.memory.write(gather_rows(rows), gather_rows(chosen))
+            model.memory.write(gather_rows(rows), gather_rows(chosen), warn=False)
         terms = {"cross_entropy": nats} | {name: term for name, (_, term) in weighted.items()}
         terms["num_steps"] = found.solution.num_steps.float().mean()
         terms["unconverged"] = (~found.solution.converged).float().mean()

@@ -140,7 +140,7 @@ class UnifiedMambaHopfieldDEQ(nn.Module):
         """
         rows = z.detach().flatten(0, -2)
         mask = None if should_store is None else should_store.flatten().bool()
-        return self.model.memory.write(rows, mask)
+        return self.model.memory.write(rows, mask, warn=False).changed
 
     def generate(
         self,
