@@ -1,9 +1,15 @@
-"""A device that this machine does not have is an error in one line, wherever it is named."""
+"""Devices that this machine does not have, and what a peak of memory counts."""
 
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
 import pytest
 import torch
 
-from helmholtz._hardware import usable_device
+from helmholtz._hardware import INTERVAL, STATM, PeakMemory, usable_device
 from helmholtz.cli.main import main
 from helmholtz.models.checkpoint import load_checkpoint, save_checkpoint
 from helmholtz.models.transformer import Transformer
@@ -107,3 +113,65 @@ def test_training_by_the_library_says_the_same(data, tmp_path):
 def test_a_run_may_go_on_on_another_gpu():
     one, two = (TrainConfig(device=f"cuda:{n}").numerics() for n in (0, 1))
     assert one == two == TrainConfig(device="cuda").numerics()
+
+
+MIB = 1 << 20
+on_linux = pytest.mark.skipif(not STATM.exists(), reason="a system without /proc")
+
+
+@on_linux
+def test_a_memory_map_is_no_memory_and_a_tensor_that_is_gone_was(tmp_path):
+    file = tmp_path / "tokens.bin"
+    with file.open("wb") as out:
+        out.truncate(256 * MIB)
+    with PeakMemory() as memory:
+        before = memory.read()
+        assert int(np.memmap(file, dtype=np.uint8, mode="r").sum()) == 0  # reads every page
+        assert memory.read() - before < 32 * MIB
+        tensor = torch.zeros(64 * MIB // 4) + 1
+        time.sleep(5 * INTERVAL)
+        del tensor
+        assert 60 * MIB < memory.read() - before < 128 * MIB
+    after = memory.read()
+    kept = torch.zeros(256 * MIB // 4) + 1
+    assert memory.read() == after and kept.any()  # closed
+
+
+@on_linux
+def test_a_small_child_of_a_big_parent_is_small():
+    ballast = torch.zeros(512 * MIB // 4) + 1
+    code = (
+        "import importlib.util, sys, types; sys.modules['torch'] = types.ModuleType('torch'); "
+        "sys.modules['torch'].device = object; "
+        "spec = importlib.util.spec_from_file_location('hardware', sys.argv[1]); "
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); "
+        "memory = module.PeakMemory().__enter__(); print(memory.read())"
+    )
+    path = sys.modules[PeakMemory.__module__].__file__
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, check=True, close_fds=False
+    )
+    assert ballast.any() and 0 < int(done.stdout) < 64 * MIB
+
+
+def test_what_cannot_be_measured_is_not_a_number(monkeypatch, tmp_path):
+    monkeypatch.setattr("helmholtz._hardware.STATM", tmp_path / "absent")
+    with PeakMemory() as memory:
+        assert memory.read() is None
+    assert memory.read() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_of_a_cuda_device_its_allocations_count():
+    with PeakMemory(torch.device("cuda")) as memory:
+        before = memory.read()
+        tensor = torch.zeros(64 * MIB // 4, device="cuda")
+        del tensor
+        assert memory.read() - before >= 64 * MIB
+
+
+def test_a_run_reports_its_peak(data, tmp_path):
+    train(tiny_run(data, tmp_path, steps=5))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (30 * MIB < summary["peak_memory_bytes"] < 4096 * MIB) if STATM.exists() else None

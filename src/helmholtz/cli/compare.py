@@ -38,9 +38,13 @@ def comparison_table(comparison: Comparison) -> Table:
             _number(row, row.validation_bits_per_byte) + (" *" if row.name in best else "  "),
             f"{row.train_tokens_per_second:,.0f}",
             f"{row.decode_tokens_per_second:,.0f}",
-            f"{row.peak_memory_bytes / 2**20:,.0f} MiB",
+            _mebibytes(row.peak_memory_bytes),
         )
     return table
+
+
+def _mebibytes(n_bytes: int | None) -> str:
+    return "unknown" if n_bytes is None else f"{n_bytes / 2**20:,.0f} MiB"
 
 
 def _number(of: Row | Group, value: float) -> str:

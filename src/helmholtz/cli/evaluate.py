@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from helmholtz._hardware import peak_memory_bytes
+from helmholtz._hardware import PeakMemory
 from helmholtz._run_folder import TOKENIZER
 from helmholtz.cli.arguments import make_parser, parse
 from helmholtz.cli.checkpoints import check_same_tokenizer
@@ -60,7 +60,9 @@ def _lines(result: dict[str, Any]) -> list[str]:
         elif isinstance(value, tuple):
             lines.append(f"{name:<37}{' '.join(f'{item:.4f}' for item in value)}")
         else:
-            number = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
+            number = (
+                f"{value:,.4f}" if isinstance(value, float) else "unknown" if value is None else f"{value:,}"
+            )
             note = f"({NOTES[name]})" if name in NOTES else ""
             lines.append(f"{name:<37}{number:<10}{note}".rstrip())
     return lines
@@ -107,10 +109,12 @@ def run(arguments: list[str], console: Console) -> int:
     model, data = load_checkpoint(checkpoint), TokenDataset(folder, values["split"])
     check_same_tokenizer(checkpoint / TOKENIZER, data.tokenizer_folder)
     n_tokens = min(128, model.config.max_seq_len // 2)
-    result = _quality(model, data, values) | {
+    with PeakMemory(model.embed.weight.device) as memory:
+        quality = _quality(model, data, values)
+    result = quality | {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "decode_tokens_per_second": decode_tokens_per_second(model, n_tokens=n_tokens),
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": memory.read(),
     }
     if values["json"]:
         console.print(json.dumps(result), markup=False)

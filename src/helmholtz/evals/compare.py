@@ -48,8 +48,8 @@ class Row:
     train_tokens_per_second: float
     decode_tokens_per_second: float
     """Greedy, one sequence."""
-    peak_memory_bytes: int
-    """Of the training process."""
+    peak_memory_bytes: int | None
+    """Of the training process (``PeakMemory``); None if its system does not say."""
     parts: dict[str, int]
     """Where the parameters are: embedding, blocks, and encoder and table of a plan."""
 

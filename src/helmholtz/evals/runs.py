@@ -50,7 +50,7 @@ SUMMARY_FIELDS: Fields = {
     "tokens": int,
     "seconds": (int, float),
     "parameters": int,
-    "peak_memory_bytes": int,
+    "peak_memory_bytes": (int, type(None)),
     "commit": str,
 }
 

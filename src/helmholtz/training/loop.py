@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from helmholtz._files import complete_folder, write_atomically
-from helmholtz._hardware import peak_memory_bytes
+from helmholtz._hardware import PeakMemory
 from helmholtz._run_folder import BEST, LAST, NON_FINITE
 from helmholtz.data.tokenizer import tokenizer_files
 from helmholtz.data.tokens import TokenDataset, bits_per_byte
@@ -275,6 +275,7 @@ class Trainer:
 
     def _advance(self, callbacks: Sequence[Callback]) -> None:
         c, record = self.config, self.step()
+        self._note_memory()
         if world().is_main:
             self._check_folder()
         for callback in callbacks:
@@ -311,7 +312,7 @@ class Trainer:
         self._identity, self._check_folder = identity, check_folder
         self.model.train()
         try:
-            with stop_signals() as self._signals:
+            with stop_signals() as self._signals, PeakMemory(self.device) as self._memory:
                 while self.progress.step < self.config.steps and not self._asked_to_stop():
                     self._advance(callbacks)
                 finished = self.progress.step == self.config.steps
@@ -338,10 +339,9 @@ class Trainer:
         return self._stopping or (world().size == 1 and bool(self._signals))
 
     def _note_memory(self) -> None:
-        self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, peak_memory_bytes())
+        self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, self._memory.read() or 0)
 
     def _result(self, status: str) -> RunResult:
-        self._note_memory()
         return RunResult(
             status=status,
             step=self.progress.step,

@@ -112,7 +112,7 @@ class Summary(Callback):
             "tokens": result.tokens,
             "seconds": progress.seconds,
             "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-            "peak_memory_bytes": progress.peak_memory_bytes,
+            "peak_memory_bytes": progress.peak_memory_bytes or None,
             "commit": git_commit(),
             "hardware": describe_hardware(),
         }

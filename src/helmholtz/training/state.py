@@ -43,7 +43,7 @@ class Progress:
     seconds: float = 0.0
     """Time spent in training steps, over all resumptions; evaluations and checkpoints not counted."""
     peak_memory_bytes: int = 0
-    """Largest resident size of the processes that trained."""
+    """``PeakMemory`` of the processes that trained, the largest; 0 where it cannot be measured."""
 
 
 def _random_values() -> dict[str, Any]:
