@@ -165,7 +165,7 @@ def test_writing_stores_equilibria_in_training_mode_only() -> None:
         model.write_memory(found)
     generate(model, [[1, 2]], SamplingSettings(max_new_tokens=3))
     assert all(torch.equal(buffer, kept[name]) for name, buffer in model.named_buffers())
-    assert model.train().write_memory(found) == 14
+    assert model.train().write_memory(found).stored == 14
     assert int(model.memory.occupied.sum()) == 14
     directions = nn.functional.normalize(found.z[mask].detach(), dim=-1)
     stored = nn.functional.normalize(model.memory.store.rows[model.memory.occupied], dim=-1)
@@ -181,9 +181,9 @@ def test_a_mask_chooses_what_is_written_and_evaluation_may_ask() -> None:
     found = model(tokens_of(2, 9)).equilibrium
     last = torch.zeros(2, 9, dtype=torch.bool)
     last[:, -1] = True
-    assert model.write_memory(found, last, in_eval=True) == 2
+    assert model.write_memory(found, last, in_eval=True).stored == 2
     model.solver = replace(model.solver, max_steps=1, rtol=1e-6, on_nonconvergence="ignore")
-    assert model.write_memory(model(tokens_of(2, 9)).equilibrium, in_eval=True) == 0
+    assert model.write_memory(model(tokens_of(2, 9)).equilibrium, in_eval=True).changed == 0
 
 
 def test_a_written_memory_does_not_disturb_a_gradient_under_way() -> None:
@@ -205,7 +205,7 @@ def test_a_checkpoint_holds_what_was_written(tmp_path: Path) -> None:
         assert torch.equal(buffers[name], buffer) and buffers[name].dtype == buffer.dtype, name
     tokens = tokens_of(2, 9)
     assert torch.equal(loaded(tokens).logits, model.eval()(tokens).logits)
-    assert loaded.write_memory(loaded(tokens).equilibrium, in_eval=True) > 0, "buffers can be written"
+    assert loaded.write_memory(loaded(tokens).equilibrium, in_eval=True).stored > 0, "buffers can be written"
     narrow = load_checkpoint(tmp_path / "a", dtype=torch.bfloat16)
     assert narrow.memory.store.counts.dtype == torch.int64
 
