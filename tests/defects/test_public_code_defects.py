@@ -40,7 +40,7 @@ linear = import_module("helmholtz.ops.linear_attention")  # the package exports 
 def average(mixer, features, signals):
     """What the prior makes of ``B H T S V``."""
     layout = sequence_layout(torch.zeros(signals.shape[0], signals.shape[2], 1))
-    return mixer.prior.mix(features, signals[:, :, :, 0], lambda _: signals, layout, layout, None)[0]
+    return mixer.prior(features, signals[:, :, :, 0], lambda _: signals, layout, layout, None)[0]
 
 
 def read(mixer, features, v, beta):

@@ -83,10 +83,10 @@ def test_pads_of_nan_do_no_harm_to_the_real_tokens() -> None:
 
 def test_a_bidirectional_layer_has_no_stream() -> None:
     layer = Attention(32, 4, causal=False)
-    with pytest.raises(ValueError, match="causal: .*only causal attention has a state"):
+    with pytest.raises(ValueError, match="init_state: .*causal=False"):
         layer.init_state(2)
-    with pytest.raises(ValueError, match="causal: .*only causal attention"):
-        layer.step(torch.randn(2, 1, 32), KVCache.empty(2, 4, 8, 8, torch.zeros(1)))
+    with pytest.raises(ValueError, match="state: .*causal=False"):
+        layer.step(torch.randn(2, 1, 32), KVCache.empty(torch.zeros(2, dtype=torch.long), 4, 8, 8))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_head_counts_that_do_not_fit_are_refused(arguments: tuple[int, int, int]
 
 
 def test_the_cache_appends_without_changing_what_it_was() -> None:
-    empty = KVCache.empty(2, 3, 4, 5, torch.zeros(1, dtype=torch.float64))
+    empty = KVCache.empty(torch.zeros(2, dtype=torch.long), 3, 4, 5)
     first = empty.append(torch.ones(2, 3, 6, 4).double(), torch.ones(2, 3, 6, 5).double())
     assert first.mask is None and first.position.tolist() == [6, 6]
     mask = torch.tensor([[True, False], [True, True]])
@@ -119,7 +119,7 @@ def test_the_cache_appends_without_changing_what_it_was() -> None:
 
 
 def test_map_state_reaches_every_tensor_and_refuses_the_rest() -> None:
-    cache = KVCache.empty(3, 1, 2, 2, torch.zeros(1))
+    cache = KVCache.empty(torch.zeros(3, dtype=torch.long), 1, 2, 2)
     picked = map_state(lambda x: x[:2], (cache, None, [torch.arange(3)]))
     assert picked[0].k.shape[0] == 2 and picked[0].mask is None and picked[0].position.shape == (2,)
     assert picked[1] is None and picked[2][0].tolist() == [0, 1]

@@ -10,6 +10,7 @@ from torch import Tensor
 from equilibrium_cases import context, make_layer, run
 from helmholtz.layers.dynamics import TokenDynamics
 from helmholtz.layers.equilibrium_config import EquilibriumConfig
+from helmholtz.layers.hopfield import HopfieldMemory
 from helmholtz.layers.sequence import sequence_layout
 from helmholtz.ops.token_energy import contraction_certificate
 
@@ -19,7 +20,7 @@ MASK = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 1, 1, 0]], dtype=torch.bool)
 def test_fields_are_what_the_context_makes_of_them() -> None:
     layer, c = make_layer(), context(2, 5, 8)
     d = layer.dynamics
-    made = d(c, sequence_layout(c))
+    made = d(c, sequence_layout(c), layer.memory())
     field, start = made.field, made.start
     past, gain, _ = d.mamba(c, sequence_layout(c), None)
     assert made.index is None
@@ -36,22 +37,22 @@ def test_fields_are_what_the_context_makes_of_them() -> None:
 def test_pads_have_no_energy_and_the_others_keep_their_order() -> None:
     layer = make_layer()
     c = context(2, 5, 8) * MASK.unsqueeze(-1)
-    made = layer.dynamics(c, sequence_layout(c, MASK))
+    made = layer.dynamics(c, sequence_layout(c, MASK), layer.memory())
     assert made.index is not None and made.index.tolist() == [1, 2, 4, 5, 6, 7, 8]
     assert all(len(x) == 7 for x in made.field)
     for row, places in enumerate((slice(0, 3), slice(3, 7))):
         alone = c[row : row + 1, MASK[row]]
-        expected = layer.dynamics(alone, sequence_layout(alone)).field
+        expected = layer.dynamics(alone, sequence_layout(alone), layer.memory()).field
         for a, e in zip(made.field, expected, strict=True):
             torch.testing.assert_close(a[places], e)
 
 
 def test_the_past_reaches_a_token_only_through_the_recurrence() -> None:
     layer, c = make_layer(), context(1, 6, 8)
-    before = layer.dynamics(c, sequence_layout(c)).field
+    before = layer.dynamics(c, sequence_layout(c), layer.memory()).field
     other = c.clone()
     other[:, 2] += 1
-    after = layer.dynamics(other, sequence_layout(c)).field
+    after = layer.dynamics(other, sequence_layout(c), layer.memory()).field
     for name, moved in {"u": [2], "gate": [2], "delta": [2], "a": [2, 3, 4, 5]}.items():
         changed = (getattr(before, name) != getattr(after, name)).any(-1).nonzero().squeeze(1).tolist()
         assert changed == moved, name
@@ -60,9 +61,9 @@ def test_the_past_reaches_a_token_only_through_the_recurrence() -> None:
 
 def test_a_stream_carries_the_recurrence() -> None:
     layer, c = make_layer(), context(2, 7, 8)
-    whole = layer.dynamics(c, sequence_layout(c))
-    first = layer.dynamics(c[:, :3], sequence_layout(c[:, :3]))
-    rest = layer.dynamics(c[:, 3:], sequence_layout(c[:, 3:]), first.state)
+    whole = layer.dynamics(c, sequence_layout(c), layer.memory())
+    first = layer.dynamics(c[:, :3], sequence_layout(c[:, :3]), layer.memory())
+    rest = layer.dynamics(c[:, 3:], sequence_layout(c[:, 3:]), layer.memory(), first.state)
     for a, b, e in zip(first.field, rest.field, whole.field, strict=True):
         torch.testing.assert_close(
             torch.cat([a.view(2, 3, -1), b.view(2, 4, -1)], dim=1), e.view(2, 7, -1), rtol=1e-10, atol=1e-12
@@ -85,8 +86,8 @@ def test_the_contractive_regime_contracts_whatever_the_parameters(
         parameter.mul_(scale)
     layer.memory.write(torch.randn(2, 8, dtype=torch.float64))
     c = context(1, 30, 8)
-    field = layer.dynamics(c, sequence_layout(c)).field
-    parameters = layer.dynamics.energy_parameters(layer.memory)
+    field = layer.dynamics(c, sequence_layout(c), layer.memory()).field
+    parameters = layer.dynamics.energy_parameters(layer.memory())
     w_kappa, w_lambda, _ = layer.dynamics.theta.softmax(0)
     assert torch.linalg.matrix_norm(parameters.weight, 2) <= 1
     assert torch.linalg.matrix_norm(parameters.weight, 2) > 0.9
@@ -109,7 +110,7 @@ def test_the_descent_regime_is_free() -> None:
     with torch.no_grad():
         layer.dynamics.log_strengths.copy_(torch.tensor([1.0, -2.0]))
         layer.dynamics.weight.mul_(7)
-    parameters = layer.dynamics.energy_parameters(layer.memory)
+    parameters = layer.dynamics.energy_parameters(layer.memory())
     assert torch.equal(parameters.weight, layer.dynamics.weight)
     assert parameters.kappa.item() == pytest.approx(2.718281828)
     assert parameters.strength.item() == pytest.approx(0.1353352832)
@@ -130,7 +131,7 @@ def test_a_new_layer_starts_where_the_patterns_are(d_model: int) -> None:
     config = EquilibriumConfig(d_model=d_model, d_inner=2 * d_model, d_head=16)
     dynamics = TokenDynamics(config)
     c = torch.randn(1, 200, d_model)
-    made = dynamics(c, sequence_layout(c))
+    made = dynamics(c, sequence_layout(c), HopfieldMemory(d_model, 4)())
     assert torch.equal(made.start[0], made.field.u)
     assert made.field.u.norm(dim=-1).mean().item() == pytest.approx(d_model**0.25, rel=0.25)
     assert torch.linalg.matrix_norm(dynamics.weight, 2).item() == pytest.approx(1, rel=0.15)
@@ -142,18 +143,18 @@ def test_energies_are_of_float32_in_a_narrow_model_and_under_autocast(dtype: tor
     c = context(2, 5, 8).to(dtype)
 
     def check(layer: torch.nn.Module, c: Tensor) -> None:
-        dynamics = layer.dynamics(c, sequence_layout(c))
-        parameters = layer.dynamics.energy_parameters(layer.memory)
+        dynamics = layer.dynamics(c, sequence_layout(c), layer.memory())
+        parameters = layer.dynamics.energy_parameters(layer.memory())
         tensors = [*dynamics.field, dynamics.start, *(x for x in parameters if isinstance(x, Tensor))]
         assert all(x.dtype == torch.float32 for x in tensors)
-        exact = wide.dynamics(c.float(), sequence_layout(c.float())).field
+        exact = wide.dynamics(c.float(), sequence_layout(c.float()), wide.memory()).field
         for a, e in zip(dynamics.field, exact, strict=True):
             assert (a - e).norm() < 4 * torch.finfo(dtype).eps * e.norm()
 
     check(copy.deepcopy(wide).to(dtype), c)
     with torch.autocast("cpu", dtype=dtype):
         check(wide, c.float())
-    parameters = wide.dynamics.energy_parameters(wide.memory)
+    parameters = wide.dynamics.energy_parameters(wide.memory())
     with torch.autocast("cpu", dtype=dtype):
-        again = wide.dynamics.energy_parameters(wide.memory)
+        again = wide.dynamics.energy_parameters(wide.memory())
     assert all(torch.equal(a, e) for a, e in zip(again, parameters, strict=True) if isinstance(a, Tensor))

@@ -137,7 +137,7 @@ def test_a_stream_cut_anywhere_equals_the_whole(stability: str) -> None:
     for cut in range(1, 9):
         state, parts = layer.init_state(2), []
         for part in (c[:, :cut], c[:, cut:]):
-            found, state = layer.extend(part, state, sequence_layout(part))
+            found, state = layer(part, sequence_layout(part), state=state)
             parts.append(found)
         for name in ("output", "z", "energy"):
             joined = torch.cat([getattr(x, name) for x in parts], dim=1)

@@ -87,7 +87,7 @@ def shape(*size):
             },
             "cu_seqlens and attention_mask exclude each other",
         ),
-        ({"context_mask": torch.ones(2, 5).bool()}, "context_mask: there is no context"),
+        ({"context_mask": torch.ones(2, 5).bool()}, "context_mask must be None: there is no context"),
         ({"context": shape(2, 3, WIDTH)}, "context: .*causal=False.*got prior='softmax', causal=True"),
     ],
 )
@@ -121,7 +121,7 @@ def test_what_sees_the_future_has_no_stream(prior):
     mixer = make_mixer(prior, causal=False)
     with pytest.raises(ValueError, match="init_state: .*causal=False"):
         mixer.init_state(1)
-    with pytest.raises(ValueError, match="step: .*causal=False"):
+    with pytest.raises(ValueError, match="state: .*causal=False"):
         mixer.step(tokens(1, 1), make_mixer(prior).init_state(1))
 
 

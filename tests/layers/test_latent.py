@@ -11,7 +11,6 @@ from helmholtz.layers.latent import (
     BitsPostSampler,
     LatentEncoder,
     Plan,
-    SourceBlock,
     TablePostSampler,
     sample_plan,
 )
@@ -28,9 +27,9 @@ def lively(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def source_block(*, causal: bool = True, dropout: float = 0.0) -> SourceBlock:
+def source_block(*, causal: bool = True, dropout: float = 0.0) -> Block:
     attention = Attention(WIDTH, 4, n_kv_heads=2, causal=causal)
-    return lively(SourceBlock(attention, SwiGLU(WIDTH, 24), WIDTH, dropout=dropout))  # type: ignore[return-value]
+    return lively(Block(attention, SwiGLU(WIDTH, 24), WIDTH, dropout=dropout))  # type: ignore[return-value]
 
 
 def encoder() -> LatentEncoder:
@@ -185,7 +184,7 @@ def test_a_stream_with_a_source_equals_the_whole() -> None:
             layout = sequence_layout(
                 x[:, here], None if real is None else real[:, here], position=state.position
             )
-            y, state = block.extend(x[:, here], state, layout, source=source[:, here])
+            y, state = block(x[:, here], layout=layout, state=state, source=source[:, here])
             parts.append(y)
         whole = block(x, source=source, attention_mask=real)
         torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)

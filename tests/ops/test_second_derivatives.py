@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helmholtz.ops.modulation import modulated_linear
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -22,7 +23,6 @@ from helmholtz.ops.causal_conv import causal_conv
 from helmholtz.ops.free_energy import tilt_values
 from helmholtz.ops.gated_read import gated_read
 from helmholtz.ops.losses import cross_entropy
-from helmholtz.ops.modulation import modulated_linear
 from helmholtz.ops.rms_norm import rms_norm
 from helmholtz.ops.rnn_softmax import RNNSoftmaxState, rnn_softmax
 from helmholtz.ops.rope import rope_table, rotate, rotate_split

@@ -32,9 +32,7 @@ class Read:
 
     def average(self, signals):
         """What the prior makes of ``B H S N V``."""
-        return self.mixer.prior.mix(self.features, self.v, lambda _: signals, self.layout, self.layout, None)[
-            0
-        ]
+        return self.mixer.prior(self.features, self.v, lambda _: signals, self.layout, self.layout, None)[0]
 
     def read(self, v=None, beta=None):
         """``(mean, free)`` through the ops."""

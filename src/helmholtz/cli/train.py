@@ -10,6 +10,7 @@ from rich.table import Table
 from helmholtz._display import make_losable
 from helmholtz.cli.runs import read_model_documents, run_config, run_parser
 from helmholtz.data.tokenizer import load_tokenizer
+from helmholtz.layers.placement import dtype_of
 from helmholtz.training.budget import matmul_peak
 from helmholtz.training.callbacks import Callback
 from helmholtz.training.distributed import is_launched, is_main_process
@@ -69,7 +70,7 @@ def dry_run(config: RunConfig, console: Console) -> None:
     """Print what a step and the run cost one process that does all of it, and how the first row of text begins."""
     trainer, c = prepare(config), config.train
     budget = trainer.budget()
-    dtype = AUTOCAST.get(c.precision, trainer.model.embed.weight.dtype)
+    dtype = AUTOCAST.get(c.precision, dtype_of(trainer.model))
     seconds = budget.flops * c.steps / matmul_peak(dtype, trainer.device)
     table = Table(title=f"{config.architecture}, nothing trained", show_header=False)
     table.add_column()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from helmholtz._checks import check, check_integer
 from helmholtz.layers.equilibrium import Equilibrium, TokenProblem
+from helmholtz.layers.placement import device_of
 from helmholtz.models.base import evaluation_mode
 from helmholtz.models.mamba_hopfield import MambaHopfield
 from helmholtz.ops.token_energy import EnergyParameters, TokenField
@@ -31,7 +32,7 @@ def random_tokens(
     longest = model.config.max_seq_len
     check(time <= longest, "time", time, f"at most max_seq_len={longest}")
     ids = torch.randint(model.config.vocab_size, (batch, time), generator=generator)
-    return ids.to(model.embed.weight.device)
+    return ids.to(device_of(model))
 
 
 def in_double(problem: TokenProblem) -> TokenProblem:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from helmholtz._checks import check, check_integer
 from helmholtz.data.tokens import TokenDataset, bits_per_byte
+from helmholtz.layers.placement import device_of
 from helmholtz.layers.unconverged import one_convergence_warning
 from helmholtz.models.base import AbstractDecoder, evaluation_mode
 from helmholtz.models.generation import SamplingSettings, generate
@@ -72,7 +73,7 @@ def stream_nats(
     check_window(model, seq_len)
     check(0 <= overlap < seq_len, "overlap", overlap, f"in [0, seq_len = {seq_len})")
     check_integer("batch_size", batch_size)
-    device, nats = model.embed.weight.device, 0.0
+    device, nats = device_of(model), 0.0
     with evaluation_mode(model), one_convergence_warning(model):
         for tokens, targets in _windows(stream, seq_len, overlap, batch_size):
             logits = model(tokens.to(device)).logits.float()

@@ -15,6 +15,7 @@ from helmholtz._checks import check, check_integer
 from helmholtz.data.tokens import TokenDataset, bits_per_byte
 from helmholtz.evals.language import check_window, text_stream
 from helmholtz.layers.latent import Plan, sample_plan
+from helmholtz.layers.placement import device_of
 from helmholtz.models.base import evaluation_mode
 from helmholtz.models.free_transformer import FreeTransformer, Halfway
 from helmholtz.ops.binary_latent import code_log_probability, kl_per_token
@@ -174,7 +175,7 @@ def _batches(
 def _measure(
     model: FreeTransformer, rows: Int[Tensor, "B T1"], indices: list[int], n_samples: int, seed: int
 ) -> _Measured:
-    rows = rows.to(model.embed.weight.device)
+    rows = rows.to(device_of(model))
     half, targets = model.lower(rows[:, :-1]), rows[:, 1:]
     n_tokens = targets.shape[1]
     logits = model.posterior(half).double().cpu()

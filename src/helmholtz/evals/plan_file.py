@@ -15,6 +15,7 @@ from torch import Tensor
 from helmholtz._checks import check, check_integer, check_keys
 from helmholtz._files import write_atomically
 from helmholtz._json import parse_json
+from helmholtz.layers.placement import device_of
 from helmholtz.models.base import evaluation_mode
 from helmholtz.models.free_transformer import FreeTransformer
 from helmholtz.ops.binary_latent import MAX_LATENT_BITS, kl_per_token
@@ -126,7 +127,7 @@ def read_plan(model: FreeTransformer, tokens: Sequence[int], *, seed: int = 0) -
 
     Raises: ValueError as ``FreeTransformer.encode``.
     """
-    device = model.embed.weight.device
+    device = device_of(model)
     with evaluation_mode(model):
         generator = torch.Generator(device).manual_seed(seed)
         plan = model.encode(torch.tensor([list(tokens)], device=device), generator=generator)

@@ -40,23 +40,31 @@ class Block(nn.Module, Generic[StateT]):
 
     def forward(
         self,
-        x: Float[Tensor, "B T D"],
+        x: Float[Tensor, "#B #T D"],
         *,
         attention_mask: Shaped[Tensor, "..."] | None = None,
         cu_seqlens: Shaped[Tensor, "..."] | None = None,
-    ) -> Float[Tensor, "B T D"]:
-        mixed = self.mixer(self.mixer_norm(x), attention_mask=attention_mask, cu_seqlens=cu_seqlens)
-        return self._feed_forward(x + self.mixer_dropout(mixed))
+        layout: SequenceLayout | None = None,
+        state: StateT | None = None,
+        source: Float[Tensor, "B T D"] | None = None,
+    ) -> Float[Tensor, "B T D"] | tuple[Float[Tensor, "B T D"], StateT]:
+        """The arguments and results of ``AbstractMixer.forward``; a ``source`` passes the norm as ``x`` does."""
+        source = None if source is None else self.mixer_norm(source)
+        mixed = self.mixer(
+            self.mixer_norm(x),
+            attention_mask=attention_mask,
+            cu_seqlens=cu_seqlens,
+            layout=layout,
+            state=state,
+            source=source,
+        )
+        if state is None:
+            return self._feed_forward(x + self.mixer_dropout(mixed))
+        mixed, state = mixed
+        return self._feed_forward(x + self.mixer_dropout(mixed)), state
 
     def init_state(self, batch_size: int) -> StateT:
         return self.mixer.init_state(batch_size)
-
-    def extend(
-        self, x: Float[Tensor, "B T D"], state: StateT, layout: SequenceLayout
-    ) -> tuple[Float[Tensor, "B T D"], StateT]:
-        """The next one or many tokens of a stream, which lie as ``layout`` says."""
-        mixed, state = self.mixer.extend(self.mixer_norm(x), state, layout)
-        return self._feed_forward(x + self.mixer_dropout(mixed)), state
 
     def _feed_forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         if self.mlp is None or self.mlp_norm is None:

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from helmholtz.layers.equilibrium_config import EquilibriumConfig
-from helmholtz.layers.hopfield import HopfieldMemory
+from helmholtz.layers.hopfield import StoredPatterns
 from helmholtz.layers.init import init_normal
 from helmholtz.layers.mamba import MambaCell
 from helmholtz.layers.sequence import SequenceLayout
@@ -25,6 +25,8 @@ class Dynamics:
     """The energies of the real tokens of a call, and where the tokens are."""
 
     field: TokenField
+    parameters: EnergyParameters
+    """What the energies share."""
     start: Float[Tensor, "B T D"]
     """Where the iteration starts; also defined at pads."""
     index: Int[Tensor, "N"] | None
@@ -79,9 +81,10 @@ class TokenDynamics(nn.Module):
         self,
         c: Float[Tensor, "B T D"],
         layout: SequenceLayout,
+        stored: StoredPatterns,
         state: Float[Tensor, "B H P S"] | None = None,
     ) -> Dynamics:
-        """Fields of the real tokens; ``state`` is that of the recurrence before them."""
+        """Fields of the real tokens and what their energies share; ``state`` is that of the recurrence before them."""
         past, gain, state = self.mamba(c, layout, state)
         wide = compute_dtype(c, self.weight)
         index = None if layout.mask is None else layout.mask.flatten().nonzero().squeeze(1)
@@ -93,25 +96,25 @@ class TokenDynamics(nn.Module):
         field = TokenField(
             u=rows(self.u_proj(c)), a=rows(past), gate=rows(self.gate_proj(c)).sigmoid(), delta=rows(gain)
         )
-        return Dynamics(field, self.start_proj(c).to(wide), index, state)
+        return Dynamics(field, self.energy_parameters(stored), self.start_proj(c).to(wide), index, state)
 
-    def energy_parameters(self, patterns: HopfieldMemory) -> EnergyParameters:
-        """What the energies of all tokens share; ``patterns`` are their memory."""
+    def energy_parameters(self, stored: StoredPatterns) -> EnergyParameters:
+        """What the energies of all tokens share, given what their memory holds."""
         wide = compute_dtype(self.weight)
         with full_precision(self.weight.device):
             weight = self.weight.to(wide)
             if self.config.stability == "contractive":
                 kappa, strength = (MAX_CONTRACTION * self.theta.to(wide).softmax(0))[:2].split(1)
-                strength = strength / (patterns.beta * patterns.radius**2)
+                strength = strength / (stored.beta * stored.radius**2)
                 bound = spectral_norm_bound(weight)
                 weight = weight / torch.where(bound > 0, bound, 1)
             else:
                 kappa, strength = self.log_strengths.to(wide).exp().split(1)
             return EnergyParameters(
                 weight=weight,
-                patterns=patterns.patterns().to(wide),
-                log_prior=patterns.log_prior(),
+                patterns=stored.patterns.to(wide),
+                log_prior=stored.log_prior,
                 kappa=kappa,
                 strength=strength,
-                beta=patterns.beta,
+                beta=stored.beta,
             )

@@ -214,34 +214,26 @@ class EquilibriumLayer(nn.Module):
         c: Float[Tensor, "B T D"],
         layout: SequenceLayout,
         *,
+        state: EquilibriumState | None = None,
         z_init: Shaped[Tensor, "..."] | None = None,
-    ) -> Equilibrium:
-        """Equilibria of a whole sequence.
+    ) -> Equilibrium | tuple[Equilibrium, EquilibriumState]:
+        """Equilibria of a whole sequence or, given a state, of the next tokens of a stream: those of the whole.
 
         Args:
             c: context, 0 at pads.
+            state: what the stream left behind; then the next state is returned too.
             z_init: where to start, ``B T D`` or ``B D`` for all tokens of a row; None starts at ``W_0 c``. In the
                 descent regime it selects the attractor.
 
         Raises: ValueError for a ``z_init`` of another shape, and if it or the context is not finite at a real token.
         """
-        return self._equilibrium(c, self.dynamics(c, layout), z_init)
+        dynamics = self.dynamics(c, layout, self.memory(), None if state is None else state.recurrence)
+        found = self._equilibrium(c, dynamics, z_init)
+        return found if state is None else (found, EquilibriumState(dynamics.state))
 
     def init_state(self, batch_size: int) -> EquilibriumState:
         """The state before the first token."""
         return EquilibriumState(None)
-
-    def extend(
-        self,
-        c: Float[Tensor, "B T D"],
-        state: EquilibriumState,
-        layout: SequenceLayout,
-        *,
-        z_init: Shaped[Tensor, "..."] | None = None,
-    ) -> tuple[Equilibrium, EquilibriumState]:
-        """Equilibria of the next tokens of a stream: those of the whole sequence; ``z_init`` as in ``forward``."""
-        dynamics = self.dynamics(c, layout, state.recurrence)
-        return self._equilibrium(c, dynamics, z_init), EquilibriumState(dynamics.state)
 
     def _equilibrium(
         self, c: Float[Tensor, "B T D"], dynamics: Dynamics, z_init: Tensor | None
@@ -252,7 +244,7 @@ class EquilibriumLayer(nn.Module):
         if not start.isfinite().all():
             raise NonFiniteInputError(f"{name} must be finite at every real token, got NaN or infinity")
         with full_precision(c.device):
-            problem = TokenProblem(dynamics.field, self.dynamics.energy_parameters(self.memory))
+            problem = TokenProblem(dynamics.field, dynamics.parameters)
             solution = solve(problem, start, self.solver)
             if self.observer is not None:
                 self.observer(solution)

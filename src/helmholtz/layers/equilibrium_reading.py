@@ -50,7 +50,7 @@ def learned_strengths(layer: EquilibriumLayer) -> dict[str, float]:
     ``contraction_bound`` bounds the map's Lipschitz constant whatever the text is; ``margin`` is
     that of the pattern which is told apart worst, ``HopfieldMemory.margin``.
     """
-    memory, parameters = layer.memory, layer.dynamics.energy_parameters(layer.memory)
+    memory, parameters = layer.memory, layer.dynamics.energy_parameters(layer.memory())
     norm = torch.linalg.matrix_norm(parameters.weight.double(), 2).item()
     kappa, strength = parameters.kappa.item(), parameters.strength.item()
     n_active = active_patterns(layer)

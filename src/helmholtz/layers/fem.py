@@ -9,17 +9,18 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from helmholtz._checks import check
 from helmholtz.layers.base import AbstractMixer
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig
 from helmholtz.layers.init import init_normal
+from helmholtz.layers.placement import device_of
 from helmholtz.layers.priors import AbstractPrior, LinearPrior, MambaPrior, RNNSoftmaxPrior, SoftmaxPrior
 from helmholtz.layers.priors.base import split_heads
 from helmholtz.layers.row_draws import RowDropout
-from helmholtz.layers.sequence import SequenceLayout, sequence_layout
+from helmholtz.layers.sequence import SequenceLayout, sequence_layout, zero_pads
 from helmholtz.layers.time_decay_conv import TimeDecayConditioning
 from helmholtz.ops.free_energy import tilt_values
 from helmholtz.ops.gated_read import gated_read, outer_gate
-from helmholtz.ops.modulation import modulated_linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,8 @@ class MixerState:
     """State of the prior: a ``KVCache``, sums, or None before the first token."""
     tdc: Float[Tensor, "B W"] | None
     """State of the time-decay conditioning."""
+    tdc_source: Float[Tensor, "B W"] | None = None
+    """The same of the source; None while it is the stream itself."""
 
 
 class FreeEnergyMixer(AbstractMixer[MixerState]):
@@ -53,6 +56,7 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
     def __init__(self, config: FreeEnergyMixerConfig) -> None:
         super().__init__()
         self.config = c = config
+        self.d_model, self.causal = c.d_model, c.causal
         assert c.n_kv_heads is not None and c.d_head_v is not None and c.tdc_width is not None
         self.prior = _build_prior(c)
         width = c.n_heads * c.d_head_v
@@ -92,119 +96,118 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
         if c.read == "temperature":
             return F.softplus(self.theta.to(torch.promote_types(self.theta.dtype, torch.float32))) + c.eps
         assert c.n_kv_heads is not None and c.d_head_v is not None
-        return torch.ones(c.n_kv_heads, c.d_head_v, device=self.o_proj.weight.device)
+        return torch.ones(c.n_kv_heads, c.d_head_v, device=device_of(self))
 
     def forward(
         self,
-        x: Float[Tensor, "B T D"],
+        x: Float[Tensor, "#B #T D"],
         *,
         context: Float[Tensor, "_ S _"] | None = None,
-        attention_mask: Shaped[Tensor, "..."] | None = None,
         context_mask: Shaped[Tensor, "..."] | None = None,
+        attention_mask: Shaped[Tensor, "..."] | None = None,
         cu_seqlens: Shaped[Tensor, "..."] | None = None,
-    ) -> Float[Tensor, "B T D"]:
-        """Mix a whole sequence.
+        layout: SequenceLayout | None = None,
+        state: MixerState | None = None,
+        source: Float[Tensor, "_ _ _"] | None = None,
+    ) -> Float[Tensor, "B T D"] | tuple[Float[Tensor, "B T D"], MixerState]:
+        """``AbstractMixer.forward``, and cross-attention.
 
         Args:
-            context: what is read, in place of ``x`` (cross-attention): softmax prior, ``causal=False``.
+            context: what is read, in place of ``x``, of any length: softmax prior, ``causal=False``; excludes a source.
                 The conditioning runs over ``x`` for queries and gates, over ``context`` for keys and values.
-            attention_mask: bool or integer, non-zero where a token is real; any pattern.
-            context_mask: the same for ``context``.
-            cu_seqlens: bounds of sequences packed end to end in one row.
-
-        Raises: ValueError naming the argument for a shape, dtype or combination that cannot be mixed.
+            context_mask: the ``attention_mask`` of ``context``.
         """
-        self._check_width("x", x)
-        layout = sequence_layout(x, attention_mask, cu_seqlens)
         if context is None:
-            if context_mask is not None:
-                raise ValueError("context_mask: there is no context to mask")
-            return self._mix(x, None, layout, layout, None)[0]
-        self._check_context(x, context, cu_seqlens)
-        return self._mix(x, context, layout, sequence_layout(context, context_mask), None)[0]
+            check(context_mask is None, "context_mask", "a mask", "None: there is no context to mask")
+            return super().forward(
+                x,
+                attention_mask=attention_mask,
+                cu_seqlens=cu_seqlens,
+                layout=layout,
+                state=state,
+                source=source,
+            )
+        self._check_context(x, context, cu_seqlens, state, source)
+        layout = self._layout(x, attention_mask, None, layout, None)
+        key_layout = sequence_layout(context, context_mask)
+        x, context = zero_pads(x, layout), zero_pads(context, key_layout)
+        return zero_pads(self._read_from(x, context, layout, key_layout, None)[0], layout)
 
     def init_state(self, batch_size: int) -> MixerState:
-        """The state before the first token. Raises: ValueError if the mixer is not causal."""
-        if not self.config.causal:
-            raise ValueError("init_state: a mixer with causal=False has no stream; call forward")
-        weight = self.in_proj.weight
-        position = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
-        return MixerState(position, self.prior.init_state(batch_size, weight), None)
-
-    def extend(
-        self, x: Float[Tensor, "B T D"], state: MixerState, layout: SequenceLayout
-    ) -> tuple[Float[Tensor, "B T D"], MixerState]:
-        """Mix one or many further tokens; any split of a sequence into steps equals ``forward``."""
-        self._check_width("x", x)
-        if not self.config.causal:
-            raise ValueError("step: a mixer with causal=False reads the whole sequence at once; call forward")
-        return self._mix(x, None, layout, layout, state)
+        position = self._start(batch_size, device_of(self))
+        return MixerState(position, self.prior.init_state(position), None)
 
     def project(
         self, x: Float[Tensor, "B T D"], layout: SequenceLayout
     ) -> tuple[Mapping[str, Float[Tensor, "B T _"]], Float[Tensor, "B G T V"]]:
         """``(features by name, values)`` as the prior and the gates see them: for looking inside."""
-        features, _ = self._project(x, None, layout, layout, None)
+        features, _ = self._condition(zero_pads(x, layout), layout, None)
         return features, split_heads(features["v"], self.config.n_kv_heads or 0)
 
     def _mix(
         self,
+        x: Float[Tensor, "#B #T D"],
+        source: Float[Tensor, "B T D"] | None,
+        layout: SequenceLayout,
+        state: MixerState | None,
+    ) -> tuple[Float[Tensor, "B T D"], MixerState]:
+        if source is not None:
+            x = x.expand_as(source)
+        return self._read_from(x, source, layout, layout, state)
+
+    def _read_from(
+        self,
         x: Tensor,
-        context: Tensor | None,
+        written: Tensor | None,
         layout: SequenceLayout,
         key_layout: SequenceLayout,
         state: MixerState | None,
     ) -> tuple[Tensor, MixerState]:
-        features, tdc_state = self._project(
-            x, context, layout, key_layout, None if state is None else state.tdc
-        )
+        """The read of ``x`` from what is ``written``, a source or a context; None means ``x`` itself."""
+        features, tdc, tdc_source = self._features(x, written, layout, key_layout, state)
         values = split_heads(features["v"], self.config.n_kv_heads or 0)
         prior_state = None if state is None else state.prior
-        mixed, prior_state = self.prior.mix(features, values, self._tilt, layout, key_layout, prior_state)
+        mixed, prior_state = self.prior(features, values, self._tilt, layout, key_layout, prior_state)
         read = self._read(mixed, features).flatten(2)
         gate = self.prior.output_gate(features, layout)
         if gate is not None:
             read = read * gate
         y = self.dropout(self.o_proj(read.to(features["v"].dtype)))
-        if layout.mask is not None:
-            y = y.masked_fill(~layout.mask.unsqueeze(-1), 0)
-        position = layout.advance(torch.zeros(x.shape[0], dtype=torch.long, device=x.device))
-        return y, MixerState(position if state is None else state.position + position, prior_state, tdc_state)
+        seen = x.new_zeros(len(x), dtype=torch.long) if state is None else state.position.to(x.device)
+        return y, MixerState(layout.advance(seen), prior_state, tdc, tdc_source)
 
-    def _project(
+    def _features(
         self,
         x: Tensor,
-        context: Tensor | None,
+        written: Tensor | None,
         layout: SequenceLayout,
         key_layout: SequenceLayout,
-        tdc_state: Tensor | None,
-    ) -> tuple[Mapping[str, Tensor], Tensor | None]:
-        """Every pre-activation by name, each scaled by the conditioning."""
-        if context is None:
-            return self._condition(
-                x, {**self.query_widths, **self.key_widths}, slice(None), layout, tdc_state
-            )
-        border = sum(self.query_widths.values())
-        query, _ = self._condition(x, self.query_widths, slice(None, border), layout, None)
-        key, _ = self._condition(context, self.key_widths, slice(border, None), key_layout, None)
-        return {**query, **key}, None
+        state: MixerState | None,
+    ) -> tuple[Mapping[str, Tensor], Tensor | None, Tensor | None]:
+        """Every pre-activation by name, and the states of the conditioning of ``x`` and of what is written.
+
+        A joint projection of which either stream needs a part runs on both; half of each result is dropped.
+        """
+        before = (None, None) if state is None else (state.tdc, state.tdc_source)
+        features, tdc = self._condition(x, layout, before[0])
+        if written is None and before[1] is None:
+            return features, tdc, None
+        # a stream that had no source so far had x as its source, and one that had a source may go on with x
+        source_state = before[0] if before[1] is None else before[1]
+        others, tdc_source = self._condition(x if written is None else written, key_layout, source_state)
+        read = self.query_widths.keys() | self.prior.read_names
+        return {name: (features if name in read else others)[name] for name in features}, tdc, tdc_source
 
     def _condition(
-        self, x: Tensor, widths: dict[str, int], rows: slice, layout: SequenceLayout, state: Tensor | None
+        self, x: Tensor, layout: SequenceLayout, state: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        if layout.mask is not None:
-            x = x.masked_fill(~layout.mask.unsqueeze(-1), 0)
-        sizes = list(widths.values())
-        weight, bias = (
-            self.in_proj.weight[rows],
-            None if self.in_proj.bias is None else self.in_proj.bias[rows],
-        )
-        if self.tdc is None:
-            parts = F.linear(x, weight, bias).split(sizes, dim=-1)
-        else:
+        """The joint projection of one stream, scaled by the conditioning and taken apart by name."""
+        widths = {**self.query_widths, **self.key_widths}
+        joint: Tensor = self.in_proj(x)
+        if self.tdc is not None:
             features, state = self.tdc(x, layout, state)
-            parts = modulated_linear(x, weight, bias, features, self.tdc.out_proj.weight[rows], sizes)
-        return dict(zip(widths, parts, strict=True)), state
+            joint = torch.addcmul(joint, joint, self.tdc.out_proj(features))
+        return dict(zip(widths, joint.split(list(widths.values()), dim=-1), strict=True)), state
 
     def _tilt(self, values: Tensor) -> Tensor:
         """The signals that the prior averages."""
@@ -226,19 +229,23 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
         beta = self.beta_max.repeat_interleave(c.n_heads // self.beta_max.shape[0], dim=0)
         return gated_read(mixed, beta, inner, outer, eps=c.eps)
 
-    def _check_width(self, name: str, x: Tensor) -> None:
-        if x.ndim != 3 or x.shape[-1] != self.config.d_model:
-            raise ValueError(
-                f"{name}: wanted shape (B, T, d_model={self.config.d_model}), got {tuple(x.shape)}"
-            )
-
-    def _check_context(self, x: Tensor, context: Tensor, cu_seqlens: Tensor | None) -> None:
+    def _check_context(
+        self,
+        x: Tensor,
+        context: Tensor,
+        cu_seqlens: Tensor | None,
+        state: MixerState | None,
+        source: Tensor | None,
+    ) -> None:
         c = self.config
-        if c.prior != "softmax" or c.causal or cu_seqlens is not None:
+        excluded = {"cu_seqlens": cu_seqlens, "state": state, "source": source}
+        given = [name for name, value in excluded.items() if value is not None]
+        if c.prior != "softmax" or c.causal or given:
             raise ValueError(
-                "context: cross-attention needs prior='softmax', causal=False and no cu_seqlens, got "
-                f"prior={c.prior!r}, causal={c.causal}, cu_seqlens={'given' if cu_seqlens is not None else None}"
+                "context: cross-attention needs prior='softmax', causal=False and no cu_seqlens, state or source, got "
+                f"prior={c.prior!r}, causal={c.causal}, {', '.join(given) or 'none of them'} given"
             )
+        self._check_width("x", x)
         self._check_width("context", context)
         if context.shape[0] != x.shape[0]:
             raise ValueError(f"context: wanted {x.shape[0]} rows as x has, got {context.shape[0]}")

@@ -56,7 +56,7 @@ def inspect_read(
     layout = sequence_layout(x, attention_mask)
     features, values = mixer.project(x, layout)
     onehots = torch.eye(x.shape[1], device=x.device)[None, None, :, :, None]
-    weights, _ = mixer.prior.mix(
+    weights, _ = mixer.prior(
         features,
         values,
         lambda v: onehots.expand(*v.shape[:3], x.shape[1], v.shape[-1]),
@@ -108,8 +108,8 @@ def read_statistics(model: nn.Module, run: Callable[[], object]) -> dict[str, fl
 
     def hook(name: str) -> Callable:
         def record(mixer: FreeEnergyMixer, args: tuple, kwargs: dict) -> None:
-            mask, packing = kwargs.get("attention_mask"), kwargs.get("cu_seqlens")
-            layout = sequence_layout(args[0], mask, packing)
+            masks = (kwargs.get("attention_mask"), kwargs.get("cu_seqlens"))
+            layout = kwargs.get("layout") or sequence_layout(args[0], *masks)
             gate = mixer.project(args[0], layout)[0]["inner"].float().sigmoid()
             gate = gate if layout.mask is None else gate[layout.mask]
             beta = mixer.beta_max

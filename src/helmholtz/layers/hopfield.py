@@ -5,7 +5,7 @@ import math
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Literal, final, get_args
+from typing import Literal, NamedTuple, final, get_args
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +103,15 @@ class AssociativeProblem(AbstractProblem):
         return self
 
 
+class StoredPatterns(NamedTuple):
+    """What a memory holds when it is called."""
+
+    patterns: Float[Tensor, "K D"]
+    log_prior: Float[Tensor, "K"] | None
+    beta: float
+    radius: float
+
+
 @final
 class HopfieldMemory(nn.Module):
     r"""Patterns of norm ``radius`` in two blocks: learned ones, and slots that are written between forward passes.
@@ -164,6 +173,10 @@ class HopfieldMemory(nn.Module):
     def occupied(self) -> Bool[Tensor, "S"]:
         """Slots that hold a pattern."""
         return self.store.occupied
+
+    def forward(self) -> StoredPatterns:
+        """What a layer reads of the memory, by a call of the module."""
+        return StoredPatterns(self.patterns(), self.log_prior(), self.beta, self.radius)
 
     def patterns(self) -> Float[Tensor, "K D"]:
         """All rows at norm ``radius``, the learned ones first, in at least float32; empty slots as zeros."""

@@ -1,22 +1,20 @@
-"""Latent plans: the encoder that reads bits from text, the table of vectors per code, the block they enter."""
+"""Latent plans: the encoder that reads bits from text, and the table of vectors per code."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from helmholtz._checks import check
-from helmholtz.layers.attention import Attention
 from helmholtz.layers.block import Block
 from helmholtz.layers.init import STANDARD_DEVIATION, init_normal
-from helmholtz.layers.linear import apply_linear
 from helmholtz.layers.norm import RMSNorm
+from helmholtz.layers.placement import dtype_of
 from helmholtz.layers.row_draws import POSTERIOR, PRIOR, drawn_uniform
 from helmholtz.layers.sequence import SequenceLayout
-from helmholtz.layers.state import KVCache
 from helmholtz.ops.binary_latent import bits_to_code, code_lookup, code_to_bits, sample_bits
 
 
@@ -73,12 +71,12 @@ class LatentEncoder(nn.Module):
     Each token's logits depend on all real tokens of its own sequence.
 
     Args:
-        block: a block whose attention is not causal.
+        block: a block whose mixer is not causal.
 
     Source: Fleuret, "The Free Transformer", 2025, algorithm 2, lines 6-8.
     """
 
-    def __init__(self, block: "SourceBlock", d_model: int, n_latent_bits: int, *, norm_eps: float) -> None:
+    def __init__(self, block: Block[Any], d_model: int, n_latent_bits: int, *, norm_eps: float) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.randn(d_model) * STANDARD_DEVIATION)
         self.block = block
@@ -88,45 +86,9 @@ class LatentEncoder(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T D"], layout: SequenceLayout) -> Float[Tensor, "B T H"]:
         query = self.query.to(x.dtype).view(1, 1, -1)
-        read = self.block(query, source=x, attention_mask=layout.mask, cu_seqlens=layout.cu_seqlens)
+        read = self.block(query, source=x, layout=layout)
         logits = self.readout(self.norm(read))
         return logits if layout.mask is None else logits.masked_fill(~layout.mask.unsqueeze(-1), 0)
-
-
-@final
-class SourceBlock(Block[KVCache]):
-    """A block of attention that can take its keys and values from another stream, behind the same norm.
-
-    ``h = x + attention(norm(x), source=norm(source))``, ``y = h + mlp(norm(h))``.
-    """
-
-    mixer: Attention
-
-    def forward(
-        self,
-        x: Float[Tensor, "#B #T D"],
-        *,
-        source: Float[Tensor, "B T D"] | None = None,
-        attention_mask: Shaped[Tensor, "..."] | None = None,
-        cu_seqlens: Shaped[Tensor, "..."] | None = None,
-    ) -> Float[Tensor, "B T D"]:
-        source = None if source is None else self.mixer_norm(source)
-        mixed = self.mixer(
-            self.mixer_norm(x), source=source, attention_mask=attention_mask, cu_seqlens=cu_seqlens
-        )
-        return self._feed_forward(x + self.mixer_dropout(mixed))
-
-    def extend(
-        self,
-        x: Float[Tensor, "B T D"],
-        state: KVCache,
-        layout: SequenceLayout,
-        *,
-        source: Float[Tensor, "B T D"] | None = None,
-    ) -> tuple[Float[Tensor, "B T D"], KVCache]:
-        source = None if source is None else self.mixer_norm(source)
-        mixed, state = self.mixer.extend(self.mixer_norm(x), state, layout, source=source)
-        return self._feed_forward(x + self.mixer_dropout(mixed)), state
 
 
 @final
@@ -158,12 +120,13 @@ class BitsPostSampler(nn.Module):
 
     def __init__(self, n_latent_bits: int, d_model: int) -> None:
         super().__init__()
+        self.n_latent_bits = n_latent_bits
         self.proj = nn.Linear(n_latent_bits, d_model, bias=False)
         init_normal(self.proj)
 
     def forward(self, plan: Plan) -> Float[Tensor, "B T D"]:
-        bits = code_to_bits(plan.code, self.proj.in_features).to(self.proj.weight.dtype)
+        bits = code_to_bits(plan.code, self.n_latent_bits).to(dtype_of(self.proj))
         if plan.logits is not None:
             p = plan.logits.to(bits.dtype).sigmoid()
             bits = bits + (p - p.detach())
-        return apply_linear(self.proj, 2 * bits - 1)
+        return self.proj(2 * bits - 1)

@@ -6,16 +6,16 @@ from typing import Any, final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from helmholtz._checks import check_divides, check_integer
 from helmholtz.layers.base import AbstractMixer
 from helmholtz.layers.init import STANDARD_DEVIATION
-from helmholtz.layers.linear import apply_linear
 from helmholtz.layers.norm import RMSNorm
-from helmholtz.layers.sequence import SequenceLayout, sequence_layout
+from helmholtz.layers.placement import device_of
+from helmholtz.layers.sequence import SequenceLayout, zero_pads
 from helmholtz.ops._compute import compute_dtype
 from helmholtz.ops.causal_conv import causal_conv
 from helmholtz.ops.ssd import ssd
@@ -29,9 +29,9 @@ class MambaState:
 
     position: Int[Tensor, "B"]
     """Real tokens each row has seen."""
-    conv: Float[Tensor, "B W1 C"]
-    """The last real inputs of the convolution."""
-    ssm: Float[Tensor, "B H P N"]
+    conv: Float[Tensor, "B W1 C"] | None
+    """The last real inputs of the convolution; None before the first token, as is the next."""
+    ssm: Float[Tensor, "B H P N"] | None
     """The state of every head."""
 
 
@@ -70,11 +70,6 @@ def _check_sizes(d_model: int, d_inner: int, d_state: int, d_head: int) -> None:
 def _check_width(name: str, x: Tensor, width: int) -> None:
     if x.ndim != 3 or x.shape[-1] != width:
         raise ValueError(f"{name}: wanted shape (B, T, d_model={width}), got {tuple(x.shape)}")
-
-
-def _zero_pads(x: Float[Tensor, "B T D"], layout: SequenceLayout) -> Float[Tensor, "B T D"]:
-    """Whatever a pad holds, NaN included, made 0."""
-    return x if layout.mask is None else x.masked_fill(~layout.mask.unsqueeze(-1), 0)
 
 
 @torch.no_grad()
@@ -125,6 +120,7 @@ class MambaMixer(AbstractMixer[MambaState]):
         check_integer("d_conv", d_conv)
         self.d_model, self.n_heads, self.d_head = d_model, d_inner // d_head, d_head
         self.d_inner, self.d_state, self.gradient_checkpointing = d_inner, d_state, False
+        self.causal = True
         filtered = d_inner + 2 * d_state
         self.in_proj = nn.Linear(d_model, d_inner + filtered + self.n_heads, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(filtered, d_conv).uniform_(-1, 1) * d_conv**-0.5)
@@ -136,33 +132,8 @@ class MambaMixer(AbstractMixer[MambaState]):
         _init_projection(self.in_proj, self.n_heads)
         nn.init.normal_(self.o_proj.weight, std=STANDARD_DEVIATION)
 
-    def forward(
-        self,
-        x: Float[Tensor, "B T D"],
-        *,
-        attention_mask: Shaped[Tensor, "..."] | None = None,
-        cu_seqlens: Shaped[Tensor, "..."] | None = None,
-    ) -> Float[Tensor, "B T D"]:
-        _check_width("x", x, self.d_model)
-        layout = sequence_layout(x, attention_mask, cu_seqlens)
-        return self._recomputed(x, None, None, layout)[0]
-
     def init_state(self, batch_size: int) -> MambaState:
-        weight = self.conv_weight
-        wide = compute_dtype(weight)
-        filtered, d_conv = weight.shape
-        return MambaState(
-            position=torch.zeros(batch_size, dtype=torch.long, device=weight.device),
-            conv=weight.new_zeros(batch_size, d_conv - 1, filtered, dtype=wide),
-            ssm=weight.new_zeros(batch_size, self.n_heads, self.d_head, self.d_state, dtype=wide),
-        )
-
-    def extend(
-        self, x: Float[Tensor, "B T D"], state: MambaState, layout: SequenceLayout
-    ) -> tuple[Float[Tensor, "B T D"], MambaState]:
-        _check_width("x", x, self.d_model)
-        y, conv, ssm = self._recomputed(x, state.conv, state.ssm, layout)
-        return y, MambaState(layout.advance(state.position), conv, ssm)
+        return MambaState(self._start(batch_size, device_of(self)), None, None)
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute in the backward pass instead of keeping."""
@@ -172,20 +143,33 @@ class MambaMixer(AbstractMixer[MambaState]):
         """Keep what the backward pass needs."""
         self.gradient_checkpointing = False
 
-    def _recomputed(
-        self, x: Tensor, conv: Tensor | None, ssm: Tensor | None, layout: SequenceLayout
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        result: tuple[Tensor, Tensor, Tensor] = _recomputed(
-            self.gradient_checkpointing, self._mix, x, conv, ssm, layout
-        )
-        return result
-
     def _mix(
-        self, x: Tensor, conv: Tensor | None, ssm: Tensor | None, layout: SequenceLayout
+        self,
+        x: Float[Tensor, "#B #T D"],
+        source: Float[Tensor, "B T D"] | None,
+        layout: SequenceLayout,
+        state: MambaState | None,
+    ) -> tuple[Float[Tensor, "B T D"], MambaState]:
+        if source is not None:
+            x = x.expand_as(source)
+        conv, ssm = (None, None) if state is None else (state.conv, state.ssm)
+        y, conv, ssm = _recomputed(self.gradient_checkpointing, self._scan, x, source, conv, ssm, layout)
+        seen = x.new_zeros(len(x), dtype=torch.long) if state is None else state.position.to(x.device)
+        return y, MambaState(layout.advance(seen), conv, ssm)
+
+    def _scan(
+        self,
+        x: Tensor,
+        source: Tensor | None,
+        conv: Tensor | None,
+        ssm: Tensor | None,
+        layout: SequenceLayout,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``(y, state of the convolution, state of the heads)``."""
-        projected = apply_linear(self.in_proj, _zero_pads(x, layout))
-        gate, signal, step = projected.split([self.d_inner, len(self.conv_weight), self.n_heads], dim=-1)
+        gate, signal, step = self._project(x)
+        if source is not None:  # of x stay C, the last channels of the signal, and the gate
+            _, written, step = self._project(source)
+            signal = torch.cat([written[..., : -self.d_state], signal[..., -self.d_state :]], dim=-1)
         signal, conv = causal_conv(
             signal, self.conv_weight, self.conv_bias, state=conv, mask=layout.mask, reset=layout.reset
         )
@@ -193,8 +177,12 @@ class MambaMixer(AbstractMixer[MambaState]):
         delta, rates = self.step_sizes(step, layout)
         heads = u.unflatten(-1, (self.n_heads, self.d_head))
         read, ssm = ssd(heads, delta, rates, b, c, self.D, state=ssm, reset=layout.reset)
-        y = apply_linear(self.o_proj, self.norm(read.flatten(2).to(gate.dtype) * F.silu(gate)))
-        return _zero_pads(y, layout), conv, ssm
+        return self.o_proj(self.norm(read.flatten(2).to(gate.dtype) * F.silu(gate))), conv, ssm
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        widths = [self.d_inner, self.d_inner + 2 * self.d_state, self.n_heads]
+        joint: Tensor = self.in_proj(x)
+        return joint.split(widths, dim=-1)
 
 
 @final
@@ -254,11 +242,11 @@ class MambaCell(nn.Module):
 
     def _scan(self, c: Tensor, layout: SequenceLayout, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         widths = [self.d_inner, self.d_state, self.d_state, self.n_heads]
-        v, write, read, step = apply_linear(self.in_proj, _zero_pads(c, layout)).split(widths, dim=-1)
+        v, write, read, step = self.in_proj(zero_pads(c, layout)).split(widths, dim=-1)
         delta, rates = self.step_sizes(step, layout)
         v, write, read = (x.to(delta.dtype) for x in (v, write, read))
         heads = v.unflatten(-1, (self.n_heads, self.d_head))
         past, state = ssd(heads, delta, rates, write, read, state=state, reset=layout.reset, strict=True)
         own = F.softplus((write * read).sum(-1, keepdim=True))
         gain = -torch.expm1(-delta * own)
-        return _zero_pads(past.flatten(2), layout), gain.repeat_interleave(self.d_head, dim=-1), state
+        return zero_pads(past.flatten(2), layout), gain.repeat_interleave(self.d_head, dim=-1), state

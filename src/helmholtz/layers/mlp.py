@@ -4,7 +4,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from helmholtz.layers.init import init_normal
-from helmholtz.layers.linear import apply_linear
 from helmholtz.ops.swiglu import swiglu
 
 
@@ -23,4 +22,4 @@ class SwiGLU(nn.Module):
         init_normal(self)
 
     def forward(self, x: Float[Tensor, "*BT D"]) -> Float[Tensor, "*BT D"]:
-        return apply_linear(self.down_proj, swiglu(apply_linear(self.gate_up_proj, x)))
+        return self.down_proj(swiglu(self.gate_up_proj(x)))

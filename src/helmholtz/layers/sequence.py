@@ -37,8 +37,13 @@ class SequenceLayout:
         return position + (self.positions.shape[-1] if self.mask is None else self.mask.sum(-1))
 
 
+def zero_pads(x: Float[Tensor, "B T D"], layout: SequenceLayout) -> Float[Tensor, "B T D"]:
+    """Whatever a pad holds, NaN included, made 0."""
+    return x if layout.mask is None else x.masked_fill(~layout.mask.unsqueeze(-1), 0)
+
+
 def sequence_layout(
-    x: Float[Tensor, "B T D"],
+    x: Shaped[Tensor, "B T *rest"],
     attention_mask: Shaped[Tensor, "..."] | None = None,
     cu_seqlens: Shaped[Tensor, "..."] | None = None,
     position: Int[Tensor, "rows"] | None = None,
@@ -46,6 +51,7 @@ def sequence_layout(
     """Validate the masks of a call and place its tokens.
 
     Args:
+        x: the tokens or their vectors; only their number and device matter.
         attention_mask: bool or integer ``B T``, non-zero where a token is real. Any pattern.
         cu_seqlens: integer ``n+1``, from 0 to T, increasing; then ``B = 1``.
         position: real tokens each row has seen before this call; None at the start of a sequence.
@@ -55,6 +61,7 @@ def sequence_layout(
     batch, time = x.shape[:2]
     if position is not None and len(position) != batch:
         raise ValueError(f"state: it belongs to {len(position)} rows, the input has {batch}")
+    position = None if position is None else position.to(x.device)
     if cu_seqlens is not None:
         if attention_mask is not None:
             raise ValueError("cu_seqlens and attention_mask exclude each other: a packed row has no pads")

@@ -23,13 +23,14 @@ class KVCache:
     """Real tokens each row has seen: the position of its next one."""
 
     @staticmethod
-    def empty(batch_size: int, groups: int, d_head: int, d_head_v: int, like: Tensor) -> "KVCache":
-        """The cache before the first token, with the dtype and device of ``like``."""
+    def empty(position: Int[Tensor, "B"], groups: int, d_head: int, d_head_v: int) -> "KVCache":
+        """The cache before the first token, which decides its dtype and device."""
+        batch_size = len(position)
         return KVCache(
-            k=like.new_zeros(batch_size, groups, 0, d_head),
-            v=like.new_zeros(batch_size, groups, 0, d_head_v),
+            k=torch.zeros(batch_size, groups, 0, d_head, device=position.device),
+            v=torch.zeros(batch_size, groups, 0, d_head_v, device=position.device),
             mask=None,
-            position=torch.zeros(batch_size, dtype=torch.long, device=like.device),
+            position=position,
         )
 
     def append(
@@ -39,8 +40,8 @@ class KVCache:
         mask: Bool[Tensor, "B T"] | None = None,
     ) -> "KVCache":
         """The cache after these tokens; this one is unchanged. Cost: copies what it holds, O(S + T)."""
-        if self.k.shape[2] == 0:  # also takes the dtype of an autocast region
-            position = self.position + (k.shape[2] if mask is None else mask.sum(-1))
+        position = self.position.to(k.device) + (k.shape[2] if mask is None else mask.sum(-1))
+        if self.k.shape[2] == 0:
             return KVCache(k, v, mask, position)
         joined = None
         if self.mask is not None or mask is not None:
@@ -49,7 +50,7 @@ class KVCache:
             k=torch.cat([self.k, k], dim=2),
             v=torch.cat([self.v, v], dim=2),
             mask=joined,
-            position=self.position + (k.shape[2] if mask is None else mask.sum(-1)),
+            position=position,
         )
 
 

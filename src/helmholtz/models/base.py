@@ -26,8 +26,9 @@ from helmholtz.layers.block import Block
 from helmholtz.layers.init import init_normal, scale_residual
 from helmholtz.layers.mlp import SwiGLU
 from helmholtz.layers.norm import RMSNorm
+from helmholtz.layers.placement import device_of
 from helmholtz.layers.row_draws import number_dropouts
-from helmholtz.layers.sequence import SequenceLayout, sequence_layout
+from helmholtz.layers.sequence import SequenceLayout, sequence_layout, zero_pads
 from helmholtz.models.tied import keep_ties
 
 ConfigT = TypeVar("ConfigT", bound="ModelConfig")
@@ -192,24 +193,27 @@ class AbstractDecoder(nn.Module, abc.ABC):
         *,
         attention_mask: Shaped[Tensor, "..."] | None = None,
         cu_seqlens: Shaped[Tensor, "..."] | None = None,
+        state: LMState | None = None,
     ) -> LMOutput:
         """Logits of the token after each position of ``tokens`` (integer ``B T``).
 
         Args:
             attention_mask: bool or integer ``B T``, non-zero where a token is real; any pattern.
-            cu_seqlens: integer ``n+1``, bounds of sequences packed end to end in one row; excludes the mask.
+            cu_seqlens: integer ``n+1``, bounds of sequences packed end to end in one row; excludes mask and state.
+            state: the stream that the tokens continue, which stays unchanged; then the output holds the next state.
 
-        Raises: ValueError for ids outside the vocabulary, a sequence beyond ``max_seq_len``, or bad shapes.
+        Raises: ValueError for ids outside the vocabulary, a sequence beyond ``max_seq_len`` (which counts the tokens
+            that the state has seen), or bad shapes.
         """
-        x, layout = self._embed(tokens, attention_mask, cu_seqlens, None)
-        for block in self.blocks:
-            x = block(x, attention_mask=layout.mask, cu_seqlens=layout.cu_seqlens)
-        return LMOutput(self.unembed(self.norm(x)))
+        x, layout = self._embed(tokens, attention_mask, cu_seqlens, state)
+        x, states = self._run_blocks(x, layout, state)
+        logits = self.unembed(self.norm(x))
+        return LMOutput(logits, None if state is None else LMState(states, layout.advance(state.position)))
 
     def init_state(self, batch_size: int) -> LMState:
         """The state before the first token."""
-        check_integer("batch_size", batch_size)
-        position = torch.zeros(batch_size, dtype=torch.long, device=self.embed.weight.device)
+        check_integer("batch_size", batch_size, minimum=0)
+        position = torch.zeros(batch_size, dtype=torch.long, device=device_of(self))
         return LMState(tuple(block.init_state(batch_size) for block in self.blocks), position)
 
     def step(
@@ -219,35 +223,49 @@ class AbstractDecoder(nn.Module, abc.ABC):
         *,
         attention_mask: Shaped[Tensor, "..."] | None = None,
     ) -> LMOutput:
-        """Logits after the next one or many tokens of a stream, and the new state; ``state`` is unchanged.
+        """``forward`` with a state: logits after the next one or many tokens of a stream, and the new state."""
+        output: LMOutput = self(tokens, attention_mask=attention_mask, state=state)
+        return output
 
-        Raises: as ``forward``; the length counts the tokens that the state has seen.
-        """
-        x, layout = self._embed(tokens, attention_mask, None, state.position)
+    def _run_blocks(
+        self,
+        x: Float[Tensor, "B T D"],
+        layout: SequenceLayout,
+        state: LMState | None,
+        first: int = 0,
+        last: int | None = None,
+        source: Float[Tensor, "B T D"] | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], tuple[Any, ...]]:
+        """Blocks ``first`` to ``last``, the first of them with ``source``; their states after the call, if any came."""
         states = []
-        for block, block_state in zip(self.blocks, state.blocks, strict=True):
-            x, block_state = block.extend(x, block_state, layout)
-            states.append(block_state)
-        return LMOutput(self.unembed(self.norm(x)), LMState(tuple(states), layout.advance(state.position)))
+        for index in range(first, len(self.blocks) if last is None else last):
+            before = None if state is None else state.blocks[index]
+            x = self.blocks[index](x, layout=layout, state=before, source=source)
+            source = None
+            if before is not None:
+                x, after = x
+                states.append(after)
+        return x, tuple(states)
 
     def _embed(
         self,
         tokens: Tensor,
         attention_mask: Tensor | None,
         cu_seqlens: Tensor | None,
-        position: Tensor | None,
+        state: LMState | None,
     ) -> tuple[Float[Tensor, "B T D"], SequenceLayout]:
         _check_tokens(tokens)
+        position = None if state is None else state.position
         if position is not None and len(position) != len(tokens):
             raise ValueError(f"tokens: {len(tokens)} rows came, the state is of a batch of {len(position)}")
-        weight = self.embed.weight
-        layout = sequence_layout(weight[0].expand(*tokens.shape, -1), attention_mask, cu_seqlens, position)
+        packed = state is not None and cu_seqlens is not None
+        check(not packed, "cu_seqlens", cu_seqlens, "None with a state: its rows are one sequence each")
+        layout = sequence_layout(tokens, attention_mask, cu_seqlens, position)
         self._check_length(layout, position)
         if layout.mask is not None:
             tokens = tokens.masked_fill(~layout.mask, 0)
         self._check_vocabulary(tokens)
-        x = self.embed(tokens)
-        return x if layout.mask is None else x.masked_fill(~layout.mask.unsqueeze(-1), 0), layout
+        return zero_pads(self.embed(tokens), layout), layout
 
     def _check_length(self, layout: SequenceLayout, position: Tensor | None) -> None:
         if layout.cu_seqlens is not None:
@@ -255,14 +273,16 @@ class AbstractDecoder(nn.Module, abc.ABC):
         elif layout.mask is None and position is None:
             longest = layout.positions.shape[-1]
         else:
-            seen = position if position is not None else layout.positions.new_zeros(len(layout.positions))
-            longest = int(layout.advance(seen).max())
+            seen = layout.positions.new_zeros(len(layout.positions)) if position is None else position
+            longest = max(layout.advance(seen.to(layout.positions.device)).tolist(), default=0)
         if longest > self.config.max_seq_len:
             raise ValueError(
                 f"tokens: a sequence of {longest} tokens is longer than max_seq_len={self.config.max_seq_len}"
             )
 
     def _check_vocabulary(self, tokens: Tensor) -> None:
+        if not tokens.numel():
+            return
         low, high = (int(x) for x in tokens.aminmax())
         if low < 0 or high >= self.config.vocab_size:
             outside, size = (low if low < 0 else high), self.config.vocab_size
@@ -272,8 +292,8 @@ class AbstractDecoder(nn.Module, abc.ABC):
 def _check_tokens(tokens: Tensor) -> None:
     if tokens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"tokens: wanted int32 or int64 ids, got {tokens.dtype}")
-    if tokens.ndim != 2 or 0 in tokens.shape:
-        raise ValueError(f"tokens: wanted a non-empty batch of shape (B, T), got shape {tuple(tokens.shape)}")
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens: wanted shape (B, T), got {tuple(tokens.shape)}")
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ tokens get the same logits), the readout has no bias, and the depth of the plan 
 """
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -24,12 +24,12 @@ from helmholtz.layers.latent import (
     BitsPostSampler,
     LatentEncoder,
     Plan,
-    SourceBlock,
     TablePostSampler,
     sample_code,
     sample_plan,
 )
 from helmholtz.layers.mlp import SwiGLU
+from helmholtz.layers.placement import device_of
 from helmholtz.layers.row_draws import number_dropouts
 from helmholtz.layers.sequence import SequenceLayout, sequence_layout
 from helmholtz.layers.state import KVCache
@@ -99,7 +99,7 @@ class FreeTransformer(AbstractDecoder):
     def __init__(self, config: FreeTransformerConfig) -> None:
         super().__init__(config)
         c, bits = config, config.n_latent_bits
-        self.encoder = LatentEncoder(self._source_block(causal=False), c.d_model, bits, norm_eps=c.norm_eps)
+        self.encoder = LatentEncoder(self._encoder_block(), c.d_model, bits, norm_eps=c.norm_eps)
         table = c.post_sampler == "table"
         self.post_sampler = (TablePostSampler if table else BitsPostSampler)(bits, c.d_model)
         number_dropouts(self)
@@ -110,13 +110,6 @@ class FreeTransformer(AbstractDecoder):
         assert self.config.split_layer is not None
         return self.config.split_layer
 
-    @property
-    def middle(self) -> SourceBlock:
-        """The block whose keys and values see the plan."""
-        block = self.blocks[self.split_layer]
-        assert isinstance(block, SourceBlock)
-        return block
-
     def build_mixer(self, layer: int) -> Attention:
         return self._attention(causal=True)
 
@@ -126,18 +119,11 @@ class FreeTransformer(AbstractDecoder):
             c.d_model, c.n_heads, n_kv_heads=c.n_kv_heads, rope_theta=c.rope_theta, causal=causal
         )
 
-    def _source_block(self, *, causal: bool) -> SourceBlock:
+    def _encoder_block(self) -> Block[KVCache]:
         c = self.config
         assert c.d_ff is not None
         mlp = SwiGLU(c.d_model, c.d_ff)
-        return SourceBlock(
-            self._attention(causal=causal), mlp, c.d_model, norm_eps=c.norm_eps, dropout=c.dropout
-        )
-
-    def _block(self, config: ModelConfig, layer: int) -> Block[Any]:
-        if layer == self.split_layer:
-            return self._source_block(causal=True)
-        return super()._block(config, layer)
+        return Block(self._attention(causal=False), mlp, c.d_model, norm_eps=c.norm_eps, dropout=c.dropout)
 
     def lower(
         self,
@@ -154,16 +140,8 @@ class FreeTransformer(AbstractDecoder):
 
         Raises: ValueError as ``forward``.
         """
-        if state is None:
-            x, layout = self._embed(tokens, attention_mask, cu_seqlens, None)
-            for block in self.blocks[: self.split_layer]:
-                x = block(x, attention_mask=layout.mask, cu_seqlens=layout.cu_seqlens)
-            return Halfway(x, layout, None)
-        check(
-            cu_seqlens is None, "cu_seqlens", cu_seqlens, "None with a state: its rows are one sequence each"
-        )
-        x, layout = self._embed(tokens, attention_mask, None, state.position)
-        x, states = self._extend(x, layout, state, 0, self.split_layer)
+        x, layout = self._embed(tokens, attention_mask, cu_seqlens, state)
+        x, states = self._run_blocks(x, layout, state, last=self.split_layer)
         return Halfway(x, layout, state, states)
 
     def posterior(self, half: Halfway) -> Float[Tensor, "B T H"]:
@@ -174,7 +152,7 @@ class FreeTransformer(AbstractDecoder):
         before = half.before
         if before is None or not before.hidden.shape[1]:
             return self.encoder(half.x, half.layout)
-        context = torch.cat([before.hidden, half.x], dim=1)
+        context = torch.cat([before.hidden.to(half.x), half.x], dim=1)
         mask = _joined_mask(before, half)
         return self.encoder(context, sequence_layout(context, mask))[:, before.hidden.shape[1] :]
 
@@ -187,30 +165,20 @@ class FreeTransformer(AbstractDecoder):
         return self._upper(half, z)
 
     def _upper(self, half: Halfway, z: Plan) -> LMOutput:
-        if half.before is None:
-            return LMOutput(self.unembed(self.norm(self._upper_blocks(half, z))))
-        x, state = self.extend_upper(half, z)
+        x, state = self.upper_blocks(half, z)
         return LMOutput(self.unembed(self.norm(x)), state)
 
-    def _upper_blocks(self, half: Halfway, z: Plan) -> Float[Tensor, "B T D"]:
-        x, masks = half.x, {"attention_mask": half.layout.mask, "cu_seqlens": half.layout.cu_seqlens}
-        x = self.middle(x, source=x + self.post_sampler(z), **masks)
-        for block in self.blocks[self.split_layer + 1 :]:
-            x = block(x, **masks)
-        return x
-
-    def extend_upper(self, half: Halfway, z: Plan) -> tuple[Float[Tensor, "B T D"], PlannedState]:
-        """The blocks above for a stream, without the output matrix, and its next state; the plan is not checked."""
-        assert half.before is not None
-        x, layout, before = half.x, half.layout, half.before
-        source = x + self.post_sampler(z)
-        x, state = self.middle.extend(x, before.blocks[self.split_layer], layout, source=source)
-        x, rest = self._extend(x, layout, before, self.split_layer + 1, self.config.n_layers)
+    def upper_blocks(self, half: Halfway, z: Plan) -> tuple[Float[Tensor, "B T D"], PlannedState | None]:
+        """``upper`` without the last norm and the output matrix; the plan is not checked."""
+        before, source = half.before, half.x + self.post_sampler(z)
+        x, states = self._run_blocks(half.x, half.layout, before, first=self.split_layer, source=source)
+        if before is None:
+            return x, None
         return x, PlannedState(
-            blocks=(*half.lower_states, state, *rest),
-            position=layout.advance(before.position),
-            code=torch.cat([before.code, z.code], dim=1),
-            hidden=torch.cat([before.hidden, half.x], dim=1),
+            blocks=(*half.lower_states, *states),
+            position=half.layout.advance(before.position),
+            code=torch.cat([before.code.to(z.code.device), z.code], dim=1),
+            hidden=torch.cat([before.hidden.to(half.x), half.x], dim=1),
             mask=_joined_mask(before, half),
         )
 
@@ -221,17 +189,23 @@ class FreeTransformer(AbstractDecoder):
         z: Plan | None = None,
         attention_mask: Shaped[Tensor, "..."] | None = None,
         cu_seqlens: Shaped[Tensor, "..."] | None = None,
+        state: LMState | None = None,
     ) -> LMOutput:
         """Logits of the token after each position, under the plan ``z``.
 
         Args:
             z: None draws one from the prior (torch's global generator), as in generation; so the cross-entropy of
                 these logits bounds the model's own from above. ``encode`` gives the posterior's.
+            state: as in ``AbstractDecoder.forward``. The encoder does not run; to read a prompt with it:
+                ``half = lower(prompt, state)``, a plan from ``posterior(half)``, ``upper(half, plan)``.
 
         Raises: ValueError as ``AbstractDecoder.forward``, and as ``upper`` for the plan.
         """
-        half = self.lower(tokens, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
-        return self.upper(half, z or self.sample_prior(*half.x.shape[:2]))
+        assert state is None or isinstance(state, PlannedState)
+        half = self.lower(tokens, state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+        if z is None:
+            return self._upper(half, self.sample_prior(*half.x.shape[:2], device=half.x.device))
+        return self.upper(half, z)
 
     def init_state(self, batch_size: int) -> PlannedState:
         state = super().init_state(batch_size)
@@ -239,7 +213,7 @@ class FreeTransformer(AbstractDecoder):
             blocks=state.blocks,
             position=state.position,
             code=state.position.new_zeros(batch_size, 0),
-            hidden=self.embed.weight.new_zeros(batch_size, 0, self.config.d_model),
+            hidden=torch.zeros(batch_size, 0, self.config.d_model, device=state.position.device),
             mask=None,
         )
 
@@ -251,14 +225,9 @@ class FreeTransformer(AbstractDecoder):
         z: Plan | None = None,
         attention_mask: Shaped[Tensor, "..."] | None = None,
     ) -> LMOutput:
-        """Logits after the next tokens of a stream; their codes are ``z`` or, if None, drawn from the prior.
-
-        The encoder does not run. To read a prompt with it: ``half = lower(prompt, state)``, a plan from
-        ``posterior(half)``, ``upper(half, plan)``.
-        """
-        assert isinstance(state, PlannedState)
-        half = self.lower(tokens, state, attention_mask=attention_mask)
-        return self._upper(half, self.sample_prior(*half.x.shape[:2])) if z is None else self.upper(half, z)
+        """``forward`` with a state; the tokens' codes are ``z`` or, if None, drawn from the prior."""
+        output: LMOutput = self(tokens, z=z, attention_mask=attention_mask, state=state)
+        return output
 
     def encode(
         self,
@@ -277,28 +246,25 @@ class FreeTransformer(AbstractDecoder):
         return sample_plan(self.posterior(half), generator=generator)
 
     def sample_prior(
-        self, batch_size: int, n_tokens: int, *, generator: torch.Generator | None = None
+        self,
+        batch_size: int,
+        n_tokens: int,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | None = None,
     ) -> Plan:
-        """Uniform codes, one per token; None draws as ``sample_plan`` does."""
-        n_bits, device = self.config.n_latent_bits, self.embed.weight.device
+        """Uniform codes, one per token, where the model is or on ``device``; None draws as ``sample_plan`` does."""
+        n_bits, device = self.config.n_latent_bits, device or device_of(self)
         return Plan(sample_code(n_bits, batch_size, n_tokens, device=device, generator=generator))
-
-    def _extend(
-        self, x: Float[Tensor, "B T D"], layout: SequenceLayout, state: PlannedState, first: int, last: int
-    ) -> tuple[Float[Tensor, "B T D"], tuple[Any, ...]]:
-        states = []
-        for index in range(first, last):
-            x, block_state = self.blocks[index].extend(x, state.blocks[index], layout)
-            states.append(block_state)
-        return x, tuple(states)
 
     def _check_plan(self, z: Plan, half: Halfway) -> None:
         shape, codes = tuple(half.x.shape[:2]), 2**self.config.n_latent_bits
         check(tuple(z.code.shape) == shape, "z.code", tuple(z.code.shape), f"of shape {shape} as the tokens")
         integer = not (z.code.is_floating_point() or z.code.is_complex() or z.code.dtype == torch.bool)
         check(integer, "z.code", z.code.dtype, "of an integer dtype")
-        low, high = (int(bound) for bound in z.code.aminmax())
-        check(low >= 0 and high < codes, "z.code", f"values from {low} to {high}", f"in [0, {codes})")
+        if z.code.numel():
+            low, high = (int(bound) for bound in z.code.aminmax())
+            check(low >= 0 and high < codes, "z.code", f"values from {low} to {high}", f"in [0, {codes})")
         if z.logits is not None:
             wanted = (*shape, self.config.n_latent_bits)
             check(tuple(z.logits.shape) == wanted, "z.logits", tuple(z.logits.shape), f"of shape {wanted}")

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from helmholtz.layers.unconverged import one_convergence_warning
 from helmholtz.models.base import AbstractDecoder, LMState
-from helmholtz.models.decoding import TokenDecoder, is_plain
 from helmholtz.models.free_transformer import FreeTransformer
 from helmholtz.models.planning import generate_planned
 from helmholtz.models.sampling import AbstractStream, SamplingSettings, TokenCallback, continue_rows
@@ -56,11 +55,10 @@ class _DecoderStream(AbstractStream):
         for start in range(0, tokens.shape[1], PREFILL_CHUNK):
             part = slice(start, start + PREFILL_CHUNK)
             logits = self._read(tokens[:, part], None if mask is None else mask[:, part])
-        self.decoder = TokenDecoder(self.model, self.state, mask) if is_plain(self.model) else None
         return logits
 
     def step(self, tokens: Int[Tensor, "B 1"]) -> Float[Tensor, "B vocab"]:
-        return self._read(tokens, None) if self.decoder is None else self.decoder.step(tokens)
+        return self._read(tokens, None)
 
     def _read(self, tokens: Tensor, mask: Tensor | None) -> Float[Tensor, "B vocab"]:
         output = self.model.step(tokens, self.state, attention_mask=mask)

@@ -66,7 +66,7 @@ class AbstractMadModel(nn.Module, abc.ABC):
     def logits_at(self, tokens: Int[Tensor, "B T"], places: Bool[Tensor, "B T"]) -> Float[Tensor, "N vocab"]:
         """Logits where ``places`` is true, in the order of batch and time.
 
-        Exactly those of the whole sequence; what acts on single tokens is not computed for the others.
+        Those of the whole sequence; the head is not computed for the others.
         """
 
     def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T vocab"]:
@@ -77,17 +77,11 @@ class AbstractMadModel(nn.Module, abc.ABC):
     def _stream(self, tokens: Int[Tensor, "B T"], rows: Int[Tensor, "N"] | None) -> Float[Tensor, "N D"]:
         """The residual stream after all blocks at the given rows of ``B T``; None means all of them."""
         x = self.embed(tokens)
-        for block in self.blocks[:-1]:
+        for block in self.blocks:
             x = block(x)
-        last = self.blocks[-1]
-        x = x + last.mixer(last.mixer_norm(x))
         if self.equilibrium is not None and self.context_norm is not None:
-            assert last.mlp is not None and last.mlp_norm is not None
-            x = self.context_norm(x + last.mlp(last.mlp_norm(x)))
-            return _take(self.equilibrium(x, sequence_layout(x)).output, rows)
-        x = _take(x, rows)
-        assert last.mlp is not None and last.mlp_norm is not None
-        return x + last.mlp(last.mlp_norm(x))
+            x = self.equilibrium(self.context_norm(x), sequence_layout(x)).output
+        return _take(x, rows)
 
 
 @final

@@ -10,7 +10,7 @@ no gradient reached the dynamics (``docs/design/005-mamba-hopfield.md``).
 """
 
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
@@ -112,21 +112,30 @@ class MambaHopfield(AbstractDecoder):
         *,
         attention_mask: Shaped[Tensor, "..."] | None = None,
         cu_seqlens: Shaped[Tensor, "..."] | None = None,
+        state: LMState | None = None,
         z_init: Shaped[Tensor, "..."] | None = None,
     ) -> MambaHopfieldOutput:
         """Logits of the token after each position, and the equilibria.
 
         Args:
+            state: as in ``AbstractDecoder.forward``.
             z_init: where the iterations start, ``B T D`` or ``B D``; None where the model would start. Changes
-                equilibria within the tolerance only, except in the descent regime, where it selects among several.
+                equilibria within the tolerance only, except in the descent regime, where it selects among several. In a
+                stream ``equilibrium.z[:, -1]`` of the step before is a warm start; ``generate`` starts where a whole
+                pass does, which is nearer (``docs/design/005-mamba-hopfield.md``).
 
         Raises: ValueError as ``AbstractDecoder.forward``, and for a ``z_init`` of another shape or not finite.
         """
-        x, layout = self._embed(tokens, attention_mask, cu_seqlens, None)
-        for block in self.blocks:
-            x = block(x, attention_mask=layout.mask, cu_seqlens=layout.cu_seqlens)
-        found = self.equilibrium(self.context_norm(x), layout, z_init=z_init)
-        return MambaHopfieldOutput(self.unembed(self.norm(found.output)), equilibrium=found)
+        assert state is None or isinstance(state, MambaHopfieldState)
+        x, layout = self._embed(tokens, attention_mask, cu_seqlens, state)
+        x, states = self._run_blocks(x, layout, state)
+        before = None if state is None else state.equilibrium
+        found = self.equilibrium(self.context_norm(x), layout, state=before, z_init=z_init)
+        after = None
+        if state is not None:
+            found, dynamics = found
+            after = MambaHopfieldState(states, layout.advance(state.position), dynamics)
+        return MambaHopfieldOutput(self.unembed(self.norm(found.output)), after, equilibrium=found)
 
     def init_state(self, batch_size: int) -> MambaHopfieldState:
         state = super().init_state(batch_size)
@@ -140,22 +149,9 @@ class MambaHopfield(AbstractDecoder):
         attention_mask: Shaped[Tensor, "..."] | None = None,
         z_init: Shaped[Tensor, "..."] | None = None,
     ) -> MambaHopfieldOutput:
-        """Logits after the next tokens of a stream, as a pass over the whole gives them; ``state`` is unchanged.
-
-        Args:
-            z_init: as in ``forward``; ``equilibrium.z[:, -1]`` of the step before is a warm start. ``generate`` starts
-                where a whole pass does, which is nearer (``docs/design/005-mamba-hopfield.md``).
-        """
-        assert isinstance(state, MambaHopfieldState)
-        x, layout = self._embed(tokens, attention_mask, None, state.position)
-        states: list[Any] = []
-        for block, block_state in zip(self.blocks, state.blocks, strict=True):
-            x, block_state = block.extend(x, block_state, layout)
-            states.append(block_state)
-        c = self.context_norm(x)
-        found, dynamics = self.equilibrium.extend(c, state.equilibrium, layout, z_init=z_init)
-        after = MambaHopfieldState(tuple(states), layout.advance(state.position), dynamics)
-        return MambaHopfieldOutput(self.unembed(self.norm(found.output)), after, equilibrium=found)
+        """``forward`` with a state: logits and equilibria of the next tokens of a stream, and the new state."""
+        output: MambaHopfieldOutput = self(tokens, attention_mask=attention_mask, state=state, z_init=z_init)
+        return output
 
     def write_memory(
         self, equilibrium: Equilibrium, mask: Bool[Tensor, "B T"] | None = None, *, in_eval: bool = False

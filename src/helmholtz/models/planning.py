@@ -10,7 +10,7 @@ from torch import Tensor
 
 from helmholtz._checks import check, check_choice, check_integer
 from helmholtz.layers.latent import Plan
-from helmholtz.models.decoding import TokenDecoder, is_plain
+from helmholtz.layers.placement import device_of
 from helmholtz.models.free_transformer import FreeTransformer, PlannedState
 from helmholtz.models.sampling import AbstractStream, SamplingSettings, TokenCallback, continue_rows
 from helmholtz.ops.binary_latent import bits_to_code, sample_bits
@@ -92,7 +92,7 @@ class PlannedStream(AbstractStream):
     ) -> None:
         super().__init__(model)
         self.settings, self.lengths, self.longest = plan, lengths, max(lengths, default=0)
-        self.n_bits, device = model.config.n_latent_bits, model.embed.weight.device
+        self.n_bits, device = model.config.n_latent_bits, device_of(model)
         self._check()
         seed = settings.seed if plan.seed is None else plan.seed
         self.generators = [_code_generator(seed + row, "posterior") for row in range(len(lengths))]
@@ -116,19 +116,18 @@ class PlannedStream(AbstractStream):
             drawn = self._from_posterior(self.model.posterior(half))
             given = self.is_given[:, : self.position]
             self.codes[:, : self.position] = torch.where(given, self.codes[:, : self.position], drawn)
-        x, self.state = self.model.extend_upper(half, Plan(self.codes[:, : self.position]))
-        self.decoder = TokenDecoder(self.model, self.state, mask) if is_plain(self.model) else None
-        self.vectors = self.model.post_sampler(Plan(self.codes[:, self.position :])).unbind(1)
+        x, state = self.model.upper_blocks(half, Plan(self.codes[:, : self.position]))
+        assert state is not None
+        self.state = state
         return self.model.unembed(self.model.norm(x[:, -1]))
 
     def step(self, tokens: Int[Tensor, "B 1"]) -> Float[Tensor, "B vocab"]:
         place = self.position
         self.position += 1
-        if self.decoder is not None:
-            return self.decoder.step(tokens, self.vectors[place - self.longest].unsqueeze(1))
-        plan = Plan(self.codes[:, place : place + 1])
-        x, self.state = self.model.extend_upper(self.model.lower(tokens, self.state), plan)
-        return self.model.unembed(self.model.norm(x[:, -1]))
+        output = self.model(tokens, z=Plan(self.codes[:, place : place + 1]), state=self.state)
+        assert isinstance(output.state, PlannedState)
+        self.state = output.state
+        return output.logits[:, -1]
 
     def _from_posterior(self, logits: Float[Tensor, "B T H"]) -> Int[Tensor, "B T"]:
         """A row's draws are those of its real tokens, so that its pads do not matter."""

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from helmholtz._checks import check, check_integer, check_non_negative
+from helmholtz.layers.placement import device_of
 from helmholtz.models.base import AbstractDecoder, evaluation_mode
 
 TokenCallback = Callable[[int, int], None]
@@ -109,7 +110,7 @@ def continue_rows(
     """Sample until every row has ended; the new tokens of each row. Raises: as ``generate``."""
     check_prompts(stream.model, prompts, settings)
     results: list[list[int]] = [[] for _ in prompts]
-    active, device = set(range(len(prompts))), stream.model.embed.weight.device
+    active, device = set(range(len(prompts))), device_of(stream.model)
     with evaluation_mode(stream.model), torch.inference_mode():
         uniform = _uniform(len(prompts), settings).to(device)
         logits = stream.prefill(*_left_padded(prompts, device))

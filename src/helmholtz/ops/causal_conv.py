@@ -15,7 +15,7 @@ _BLOCK = 2**16
 
 
 def _blocks(batch: int, num_steps: int, channels: int) -> list[slice]:
-    length = max(1, _BLOCK // (batch * channels))
+    length = max(1, _BLOCK // max(1, batch * channels))
     return [slice(i, min(i + length, num_steps)) for i in range(0, num_steps, length)]
 
 

@@ -97,5 +97,10 @@ class _ShortAttention(DifferentiableOnce):
 
 def _below(heads: Tensor, groups: int) -> Tensor:
     """``H B T K`` as ``G*B, (H/G)*T, K``: no copy where each head has its own keys."""
-    _, batch, time, width = heads.shape
-    return heads.reshape(groups, -1, batch, time, width).transpose(1, 2).reshape(groups * batch, -1, width)
+    n, batch, time, width = heads.shape
+    each = n // groups
+    return (
+        heads.reshape(groups, each, batch, time, width)
+        .transpose(1, 2)
+        .reshape(groups * batch, each * time, width)
+    )

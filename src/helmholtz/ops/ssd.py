@@ -22,7 +22,7 @@ _SPAN = 2**20
 def _spans(x: Tensor, chunk: int) -> list[tuple[slice, int]]:
     """``(steps, length of their chunks)`` of ``x: B T H P``: whole chunks, then one for what is left."""
     batch, num_steps, heads, _ = x.shape
-    group = chunk * max(1, _SPAN // (batch * heads * chunk * chunk))
+    group = chunk * max(1, _SPAN // max(1, batch * heads * chunk * chunk))
     whole = num_steps - num_steps % chunk
     spans = [(slice(i, min(i + group, whole)), chunk) for i in range(0, whole, group)]
     return spans + [(slice(whole, num_steps), num_steps - whole)] * (whole < num_steps)
@@ -251,7 +251,7 @@ def ssd(
     batch, num_steps, heads, width = x.shape
     if state is None:
         state = x.new_zeros((batch, heads, width, B.shape[2]), dtype=compute)
-    if num_steps == 0:
+    if x.numel() == 0:
         return x, state.to(compute)
     u, step_sizes, b, c = (z.to(compute) for z in (x, delta, B, C))
     skip = u.new_zeros(heads) if D is None else D.to(compute)

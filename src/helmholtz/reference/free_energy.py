@@ -179,20 +179,3 @@ def gated_read(
         u = (1 + outer.double().exp()).log() + eps
         read = read * u / u.square().mean(-1, keepdim=True).sqrt()
     return read
-
-
-def modulated_linear(
-    x: Float[Tensor, "B T D"],
-    weight: Float[Tensor, "E D"],
-    bias: Float[Tensor, "E"] | None,
-    features: Float[Tensor, "B T W"],
-    scale_weight: Float[Tensor, "E W"],
-    widths: list[int],
-) -> tuple[Float[Tensor, "B T _"], ...]:
-    """(W x + b) (1 + S f), split."""
-    linear = torch.einsum("ed,btd->bte", weight.double(), x.double())
-    if bias is not None:
-        linear = linear + bias.double()
-    return (linear * (1 + torch.einsum("ew,btw->bte", scale_weight.double(), features.double()))).split(
-        widths, dim=-1
-    )

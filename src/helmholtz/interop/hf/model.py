@@ -21,6 +21,7 @@ from helmholtz.interop.hf.losses import Asked, read_with_loss
 from helmholtz.interop.hf.plans import read_planned, seeds_of
 from helmholtz.interop.hf.taps import is_flat, keeper, tapped
 from helmholtz.layers.init import init_normal
+from helmholtz.layers.placement import dtype_of
 from helmholtz.models import MODELS
 from helmholtz.models.base import AbstractDecoder, LMOutput, LMState
 from helmholtz.models.free_transformer import FreeTransformer, PlannedState
@@ -75,7 +76,7 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
             wrapper = cls(HelmholtzConfig.of(names[0], model.config))
         wrapper.model = model
         wrapper._note_ties()
-        wrapper.config.dtype = model.embed.weight.dtype
+        wrapper.config.dtype = dtype_of(model)
         return wrapper.train(model.training)
 
     def initialize_weights(self) -> None:

@@ -4,7 +4,7 @@ import abc
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from helmholtz.layers.sequence import SequenceLayout
@@ -27,9 +27,11 @@ class AbstractPrior(nn.Module, abc.ABC):
     """Features projected from the queries' side, by name and total width."""
     key_widths: dict[str, int]
     """Features projected from the side that is read, by name and total width."""
+    read_names: frozenset[str] = frozenset()
+    """Those of ``key_widths`` that read all the same: a token's own, made of ``x`` where there is a source."""
 
     @abc.abstractmethod
-    def mix(
+    def forward(
         self,
         features: Features,
         values: Float[Tensor, "B G S V"],
@@ -45,8 +47,8 @@ class AbstractPrior(nn.Module, abc.ABC):
         """
 
     @abc.abstractmethod
-    def init_state(self, batch_size: int, like: Tensor) -> Any:
-        """State before the first token, on the device (and, for cached keys, in the dtype) of ``like``."""
+    def init_state(self, position: Int[Tensor, "B"]) -> Any:
+        """State before the first token, given the stream's position."""
 
     def output_gate(self, features: Features, layout: SequenceLayout) -> Float[Tensor, "B T C"] | None:
         """A factor on the read, after the logarithm; None where the prior has none."""

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, split_heads
@@ -44,7 +44,7 @@ class LinearPrior(AbstractPrior):
         if decay is not None:
             self.key_widths["decay"] = n_heads if decay == "head" else n_heads * d_head
 
-    def mix(
+    def forward(
         self,
         features: Features,
         values: Float[Tensor, "B G S V"],
@@ -98,5 +98,5 @@ class LinearPrior(AbstractPrior):
         log_decay = F.logsigmoid(raw) / DECAY_TEMPERATURE
         return log_decay.transpose(1, 2) if self.decay == "head" else split_heads(log_decay, self.n_heads)
 
-    def init_state(self, batch_size: int, like: Tensor) -> Float[Tensor, "B H K C"] | None:
+    def init_state(self, position: Int[Tensor, "B"]) -> Float[Tensor, "B H K C"] | None:
         return None

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt
@@ -31,10 +31,13 @@ class MambaPrior(AbstractPrior):
         self.causal, self.normalize, self.eps = causal, normalize, eps
         self.query_widths = {}
         self.key_widths = {"delta": width, "b": d_state, "c": d_state}
+        self.read_names = frozenset(
+            {"c"}
+        )  # its rows lie among the keys', and old checkpoints have them there
         self.A_raw = nn.Parameter(torch.full((width, d_state), -1.0))
         self.D_raw = nn.Parameter(torch.ones(width))
 
-    def mix(
+    def forward(
         self,
         features: Features,
         values: Float[Tensor, "B G S V"],
@@ -67,5 +70,5 @@ class MambaPrior(AbstractPrior):
         itself = (delta * (b * c).sum(-1, keepdim=True)).unsqueeze(2) * u
         return ahead + back.flip(1) - itself, last
 
-    def init_state(self, batch_size: int, like: Tensor) -> None:
+    def init_state(self, position: Int[Tensor, "B"]) -> None:
         return None

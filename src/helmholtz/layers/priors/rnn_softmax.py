@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, split_heads
@@ -28,7 +28,7 @@ class RNNSoftmaxPrior(AbstractPrior):
         self.query_widths = {"q": n_heads * d_head}
         self.key_widths = {"k": n_heads * d_head}
 
-    def mix(
+    def forward(
         self,
         features: Features,
         values: Float[Tensor, "B G S V"],
@@ -66,7 +66,7 @@ class RNNSoftmaxPrior(AbstractPrior):
         turned = rotate(heads, *layout.rotation(self.d_head, self.rope_theta))
         return turned.transpose(1, 2).flatten(-2)
 
-    def init_state(self, batch_size: int, like: Tensor) -> None:
+    def init_state(self, position: Int[Tensor, "B"]) -> None:
         return None
 
 

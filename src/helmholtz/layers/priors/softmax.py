@@ -1,7 +1,7 @@
 """Softmax attention as a prior: the exact, quadratic one, with grouped key/value heads."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, split_heads
@@ -36,7 +36,7 @@ class SoftmaxPrior(AbstractPrior):
         self.query_widths = {"q": n_heads * d_head}
         self.key_widths = {"k": n_kv_heads * d_head}
 
-    def mix(
+    def forward(
         self,
         features: Features,
         values: Float[Tensor, "B G S V"],
@@ -67,5 +67,5 @@ class SoftmaxPrior(AbstractPrior):
             )
         return mixed.unflatten(-1, signals.shape[-2:]).to(compute_dtype(q)), state
 
-    def init_state(self, batch_size: int, like: Tensor) -> KVCache:
-        return KVCache.empty(batch_size, self.n_kv_heads, self.d_head, self.d_head_v, like)
+    def init_state(self, position: Int[Tensor, "B"]) -> KVCache:
+        return KVCache.empty(position, self.n_kv_heads, self.d_head, self.d_head_v)

@@ -4,7 +4,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from helmholtz.layers.attention import Attention
-from helmholtz.layers.latent import LatentEncoder, SourceBlock
+from helmholtz.layers.block import Block
+from helmholtz.layers.latent import LatentEncoder
 from helmholtz.layers.mlp import SwiGLU
 from helmholtz.layers.sequence import sequence_layout
 
@@ -16,7 +17,7 @@ class EncoderBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, ffn_dim: int, latent_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
         attention = Attention(dim, num_heads, causal=False)
-        block = SourceBlock(attention, SwiGLU(dim, ffn_dim), dim, dropout=dropout)
+        block = Block(attention, SwiGLU(dim, ffn_dim), dim, dropout=dropout)
         self.dim, self.num_heads, self.head_dim, self.latent_dim = (
             dim,
             num_heads,

@@ -10,7 +10,7 @@ from helmholtz._checks import check, check_choice
 from helmholtz.interop.seeds.free_transformer.config import ModelConfig
 from helmholtz.layers import mlp
 from helmholtz.layers.attention import Attention
-from helmholtz.layers.latent import SourceBlock
+from helmholtz.layers.block import Block
 from helmholtz.models import free_transformer
 from helmholtz.models.generation import SamplingSettings, generate
 from helmholtz.ops.rope import rope
@@ -68,7 +68,7 @@ class TransformerBlock(nn.Module):
         check(use_rope is True, "use_rope", use_rope, "True: without it tokens have no position")
         self.max_seq_len = max_seq_len
         attention = Attention(dim, num_heads, n_kv_heads=num_kv_heads, causal=causal)
-        self.block = SourceBlock(attention, mlp.SwiGLU(dim, ffn_dim), dim, dropout=dropout)
+        self.block = Block(attention, mlp.SwiGLU(dim, ffn_dim), dim, dropout=dropout)
 
     def forward(
         self,
