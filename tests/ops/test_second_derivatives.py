@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helmholtz.ops.modulation import modulated_linear
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -92,10 +91,6 @@ def cases() -> dict[str, Case]:
             lambda *x: selective_scan(*x[:-1], state=x[-1]),
             [normal(1, 3, 2, 2), positive(1, 3, 2), -positive(2, 3), normal(1, 3, 3), normal(1, 3, 3), normal(2),
              normal(1, 2, 2, 3)],
-        ),
-        "modulation._ModulatedLinear": Case(
-            lambda *x: modulated_linear(*x, [2, 2]),
-            [normal(1, 3, 2), normal(4, 2), normal(4), normal(1, 3, 2), normal(4, 2)],
         ),
         "attention._sdpa": Case(ops.softmax_attention, [normal(1, 2, 3, 2) for _ in range(3)]),
         "attention._sdpa with a mask": Case(

@@ -55,7 +55,7 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     accepts_loss_kwargs = True  # Trainer then tells how many labels the whole step asks for
     _supports_sdpa = True  # what plain attention runs through
-    _no_split_modules = ["Block", "SourceBlock", "LatentEncoder", "EquilibriumLayer"]
+    _no_split_modules = ["Block", "LatentEncoder", "EquilibriumLayer"]
     _is_stateful = True  # a recurrent state cannot be cut back: transformers then refuses assisted decoding
     _tied_weights_keys = {UNEMBED: EMBED}
 
