@@ -135,3 +135,24 @@ def test_weight_decay_falls_on_matrices_alone(name, tmp_path):
     theirs = Trainer(model=model, args=trainer.args).get_decay_parameter_names(model)
     names = {name for name, parameter in model.named_parameters() if id(parameter) in kept}
     assert bool(names & set(theirs)) == (name != "transformer")  # what is mended
+
+
+@every_architecture
+@pytest.mark.parametrize("options", [{}, {"use_reentrant": True}, {"every_n_layers": 2}], ids=str)
+def test_gradients_with_checkpointing_are_those_without(name, options, tmp_path, monkeypatch):
+    found, calls = [], []
+    for enabled in (True, False):
+        model = of_architecture(name, dropout=0.2).double()
+        plan_by_logits(model, monkeypatch)
+        for block in model.model.blocks:
+            block.mixer.register_forward_hook(lambda *_: calls.append(1))
+        found.append(
+            update(model, tmp_path, activation_checkpointing=enabled, activation_checkpointing_kwargs=options)
+        )
+        assert model.is_activation_checkpointing == enabled
+        model.activation_checkpointing_disable()
+        assert not model.is_activation_checkpointing
+        assert not any("forward" in vars(module) for module in model.modules())
+    assert distance(*found) < 1e-10
+    again = 1 if options.get("every_n_layers") else 2
+    assert len(calls) == 2 + again + 2  # the mixers of two blocks: once, again, and once without

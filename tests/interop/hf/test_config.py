@@ -48,6 +48,10 @@ def test_sizes_have_their_usual_names():
     assert heads == (4, 4, 88)
     config = HelmholtzConfig.of("mamba", CORES["mamba"]().config)
     assert (config.num_attention_heads, config.intermediate_size) == (4, 64)
+    config.num_attention_heads = 8
+    assert config.core_config().d_head == 8
+    with pytest.raises(ValueError, match="num_attention_heads must divide d_inner"):
+        config.num_attention_heads = 7
 
 
 @pytest.mark.parametrize("name", MODELS)

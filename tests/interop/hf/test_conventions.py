@@ -1,9 +1,12 @@
 """Whatever a Llama of transformers does, every architecture does: the same tests run on both."""
 
 import copy
+import json
+import threading
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM, pipeline
 
@@ -404,3 +407,70 @@ def test_models_are_loaded_in_parts_and_types(name, tmp_path):
     again = type(model).from_pretrained(tmp_path, device_map="cpu", dtype=torch.float64)
     assert again.dtype == torch.float64 and not again.training
     torch.testing.assert_close(again(tokens).logits.float(), model(tokens).logits, **NEAR)
+
+
+@every_architecture
+def test_threads_that_share_a_model_read_their_own(name):
+    """What goes in as vectors and what is left out is of one call, not of the model."""
+    model, tokens = build(name), tokens_of(4, 6)
+    entered, found = threading.Barrier(4, timeout=60), {}
+
+    def wait():
+        entered.wait()
+
+    together = model.get_input_embeddings().register_forward_hook(lambda *_: wait())
+
+    def read(row):
+        with torch.no_grad():
+            vectors = torch.nn.functional.embedding(tokens[row : row + 1], embedding(model))
+            given = {"inputs_embeds": vectors} if row % 2 else {"input_ids": tokens[row : row + 1]}
+            found[row] = model(**given, logits_to_keep=row, output_hidden_states=row > 1, use_cache=False)
+
+    threads = [threading.Thread(target=read, args=(row,)) for row in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    together.remove()
+    with torch.no_grad():
+        for row in range(4):
+            wanted = model(tokens[row : row + 1], logits_to_keep=row).logits
+            torch.testing.assert_close(found[row].logits, wanted)
+            assert (found[row].hidden_states is None) == (row < 2)
+
+
+@every_architecture
+def test_what_others_pass_along_says_nothing(name):
+    model, tokens = build(name), tokens_of(2, 5)
+    passed = {
+        "token_type_ids": torch.zeros_like(tokens),
+        "cache_position": torch.arange(5),
+        "max_length_q": 5,
+    }
+    with torch.no_grad():
+        assert torch.equal(model(tokens, **passed).logits, model(tokens).logits)
+
+
+@every_architecture
+def test_sizes_are_in_the_dictionary_and_not_in_the_file(name, tmp_path):
+    config = build(name).config
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 37}
+    assert config.to_dict().items() >= sizes.items()
+    assert type(config).from_dict(config.to_dict()).core == config.core
+    config.save_pretrained(tmp_path)
+    assert not sizes.keys() & json.loads((tmp_path / "config.json").read_text()).keys()
+
+
+@every_model
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # which peft asks for
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")  # which generate gives to every model
+def test_prompts_can_be_tuned(name):
+    model, tokens = build(name), tokens_of(2, 5)
+    # the other sizes come from the config
+    tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    tuned(**batch, labels=tokens).loss.backward()
+    (prompt,) = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
+    assert prompt.shape == (3, 32) and prompt.grad.abs().max() > 0
+    with torch.no_grad():
+        vectors = torch.cat([prompt.expand(2, -1, -1), model.get_input_embeddings()(tokens)], dim=1)
+        wanted = greedy(model, inputs_embeds=vectors)
+    assert torch.equal(greedy(tuned.eval(), **batch)[:, 5:], wanted)

@@ -5,7 +5,14 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from helmholtz._checks import check, check_choice, check_integer, check_keys, check_non_negative
+from helmholtz._checks import (
+    check,
+    check_choice,
+    check_divides,
+    check_integer,
+    check_keys,
+    check_non_negative,
+)
 from helmholtz.models import MODELS
 from helmholtz.models.base import ModelConfig
 
@@ -16,6 +23,10 @@ OBJECTIVES: dict[str, dict[str, float]] = {
 }
 """What training minimises beside the cross-entropy, and its defaults: those of this library's own trainer."""
 PLANNED = "free_transformer"
+SIZES = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("intermediate_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
+)
 
 
 def _size(*names: str) -> Any:
@@ -97,6 +108,13 @@ class HelmholtzConfig(PreTrainedConfig):
         check_integer("plan_seed", self.plan_seed, minimum=0)
         check_choice("prompt_plan", self.prompt_plan, ("prior", "posterior"))
 
+    def to_dict(self) -> dict[str, Any]:
+        """With the sizes by their usual names, which others look up here; the file has them in ``core`` alone."""
+        return super().to_dict() | {name: getattr(self, name) for name in SIZES if hasattr(self, name)}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_diff_dict().items() if name not in SIZES}
+
     def _get_size(self, *names: str) -> Any:
         """The first of these fields that the architecture's config has."""
         assert self.core is not None
@@ -135,4 +153,9 @@ class HelmholtzConfig(PreTrainedConfig):
 
     @num_attention_heads.setter
     def num_attention_heads(self, value: int) -> None:
-        self._set_size(value, "n_heads")
+        assert self.core is not None
+        if "n_heads" in self.core or "d_head" not in self.core:
+            return self._set_size(value, "n_heads")
+        channels = self._get_size("d_inner")
+        check_divides("num_attention_heads", value, "d_inner", channels)
+        return self._set_size(channels // value, "d_head")

@@ -1,5 +1,6 @@
 """Every model of ``MODELS`` as a model of transformers: ``generate``, ``Trainer``, ``save_pretrained``, Auto."""
 
+import contextlib
 import inspect
 import os
 import warnings
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -15,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from helmholtz._checks import check, nearest
 from helmholtz.interop.hf.cache import StateCache
+from helmholtz.interop.hf.checkpointing import Checkpoint, blocks_of, checkpointed, other_switches
 from helmholtz.interop.hf.config import MODEL_TYPE, HelmholtzConfig
 from helmholtz.interop.hf.inputs import Inputs, bounds_of, real_tokens
 from helmholtz.interop.hf.losses import Asked, read_with_loss
@@ -28,8 +31,11 @@ from helmholtz.models.free_transformer import FreeTransformer, PlannedState
 from helmholtz.models.tied import is_tied
 
 EMBED, UNEMBED = "model.embed.weight", "model.unembed.weight"
-PASSED_ON = ("tokenizer", "assistant_tokenizer", "is_causal", "max_length_q", "max_length_k")
-"""What ``generate`` and collators pass to every model although it says nothing to one."""
+PASSED_ON = (
+    *("tokenizer", "assistant_tokenizer", "token_type_ids", "cache_position"),
+    *("is_causal", "max_length_q", "max_length_k"),
+)
+"""What ``generate``, tokenizers and collators pass to every model although it says nothing to this one."""
 LOSS = ("num_items_in_batch", "shift_labels", "label_smoothing")
 """Of a loss; not in the signature of ``forward``, where Trainer takes every name with "label" for a column."""
 
@@ -54,6 +60,8 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     main_input_name = "input_ids"
     accepts_loss_kwargs = True  # Trainer then tells how many labels the whole step asks for
+    supports_gradient_checkpointing = True
+    gradient_checkpointing = False  # set by transformers
     _supports_sdpa = True  # what plain attention runs through
     _no_split_modules = ["Block", "LatentEncoder", "EquilibriumLayer"]
     _is_stateful = True  # a recurrent state cannot be cut back: transformers then refuses assisted decoding
@@ -175,7 +183,8 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
         keep = None if asked else keeper(logits_to_keep, inputs.as_given)
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         loss = None
-        with tapped(self.model, embeds=inputs.embeds, keep=keep, hidden=bool(hidden)) as found:
+        taps = tapped(self.model, embeds=inputs.embeds, keep=keep, hidden=bool(hidden))
+        with self._checkpointed(), taps as found:
             if asked is None:
                 output = self._read(inputs, state, seeds, first=first)
             else:
@@ -296,6 +305,22 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
             check(chunk is None, "prefill_chunk_size", chunk, "None with prompt_plan='posterior'")
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = StateCache()
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Checkpoint = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        self.gradient_checkpointing, self._checkpoint = enable, gradient_checkpointing_func
+        self._checkpoint_every = every_n_layers
+        for module in other_switches(self.model):
+            module.gradient_checkpointing = enable  # type: ignore[assignment]
+
+    def _checkpointed(self) -> contextlib.AbstractContextManager[None]:
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return contextlib.nullcontext()
+        return checkpointed(blocks_of(self.model, self._checkpoint_every), self._checkpoint)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed
