@@ -61,6 +61,21 @@ def _has_tangent(x: Any) -> bool:
     return inside and isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
+def mark_as_once(name: str, *outputs: Tensor) -> None:
+    """For kernels of other packages, whose backward pass leaves no graph: raise where a graph of it is asked for."""
+
+    def refuse(grad: Tensor) -> None:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"backend {name!r} is differentiable once: its backward pass leaves no graph (create_graph=True). "
+                'Take backend="torch"'
+            )
+
+    for x in outputs:
+        if x.requires_grad:
+            x.register_hook(refuse)
+
+
 class _Context:
     """The context of a backward pass whose saved tensors were read already: checkpointing allows that once."""
 

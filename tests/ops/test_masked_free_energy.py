@@ -94,3 +94,15 @@ def test_causal_calls_that_cannot_be(call, words):
 def test_heads_that_do_not_divide():
     with pytest.raises(ValueError, match="k: 2 key/value heads do not divide 3 query heads"):
         masked_free_energy(*problem(heads=3))
+
+
+def test_a_learned_mask_gets_its_gradient():
+    q, k, v, beta = problem(torch.float64)
+    added = MASKS["added, some hidden"].double()
+    cotangent = torch.randn_like(masked_free_energy(q, k, v, beta, mask=added))
+    both = []
+    for fn in (masked_free_energy, reference.masked_free_energy):
+        mask = added.clone().requires_grad_()
+        both.append(torch.autograd.grad((fn(q, k, v, beta, mask=mask) * cotangent).sum(), mask)[0])
+    torch.testing.assert_close(*both)
+    assert both[0].norm() > 0.1

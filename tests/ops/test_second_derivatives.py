@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import helmholtz
 from derivative_cases import REFUSAL, WARNINGS, assert_right_or_refused
 from helmholtz import ops
-from helmholtz._once import DifferentiableOnce
+from helmholtz._once import DifferentiableOnce, mark_as_once
 from helmholtz.ops._linear_chunks import Chunked
 from helmholtz.ops._logcosh import log_cosh_quotient
 from helmholtz.ops.causal_conv import causal_conv
@@ -221,3 +221,13 @@ def test_under_checkpointing_too(name: str) -> None:
     torch.testing.assert_close(first, expected)
     with pytest.raises(RuntimeError, match=REFUSAL):
         torch.autograd.grad(sum(x.square().sum() for x in first), inputs)
+
+
+def test_kernels_of_other_packages_refuse_a_graph_of_their_backward_pass() -> None:
+    x = normal(3).requires_grad_()
+    y = x.square()
+    mark_as_once("flash_attn", y, normal(2))
+    (first,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    assert torch.equal(first, 2 * x)
+    with pytest.raises(RuntimeError, match="backend 'flash_attn' is differentiable once"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)

@@ -47,6 +47,8 @@ def inspect_read(
 ) -> Reading:
     """Take apart how ``mixer`` reads ``x``, for any prior: its weights are recovered by averaging one-hot positions.
 
+    To look at: nothing of it has a gradient.
+
     Cost: O(B T^2 H V) memory: for short sequences.
     Raises: ValueError if the mixer reads the mean alone: there is no tilt to look at.
     """

@@ -173,7 +173,10 @@ class KeyValueMemory(nn.Module):
 
     @torch.no_grad()
     def read(self, keys: Float[Tensor, "..."], solver: SolverConfig = RECALL) -> KeyValueReading:
-        """The value of each key, and how sure it is. Raises: ValueError for keys that ``write`` would refuse."""
+        """The value of each key, and how sure it is; without gradient, as a value is an id.
+
+        Raises: ValueError for keys that ``write`` would refuse.
+        """
         keys = keys.to(self.store.rows.dtype)
         check_rows("keys", keys, self.d_key)
         keys = F.normalize(keys, dim=-1)

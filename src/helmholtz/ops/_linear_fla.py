@@ -6,6 +6,8 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from helmholtz._once import mark_as_once
+
 
 def refuses(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None, reset: Tensor | None
@@ -54,4 +56,5 @@ def run(
     out, final = kernel(
         *rows[:3], g=wide, scale=1.0, initial_state=state, output_final_state=True, cu_seqlens=bounds
     )
+    mark_as_once("fla", out, final)
     return out.reshape(batch, num_steps, heads, -1).transpose(1, 2), final[last]

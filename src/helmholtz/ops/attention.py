@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from helmholtz._once import mark_as_once
 from helmholtz.ops._dispatch import Backend, choose
 
 
@@ -80,10 +81,14 @@ def _flash(
 
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if cu_seqlens is None:
-        return flash_attn.flash_attn_func(q, k, v, causal=causal).transpose(1, 2)
-    bounds, longest = cu_seqlens.int(), int(cu_seqlens.diff().max())
-    out = flash_attn.flash_attn_varlen_func(q[0], k[0], v[0], bounds, bounds, longest, longest, causal=causal)
-    return out.unsqueeze(0).transpose(1, 2)
+        out = flash_attn.flash_attn_func(q, k, v, causal=causal)
+    else:
+        bounds, longest = cu_seqlens.int(), int(cu_seqlens.diff().max())
+        rows = (x[0] for x in (q, k, v))
+        out = flash_attn.flash_attn_varlen_func(*rows, bounds, bounds, longest, longest, causal=causal)
+        out = out.unsqueeze(0)
+    mark_as_once("flash_attn", out)
+    return out.transpose(1, 2)
 
 
 def _flash_refuses(

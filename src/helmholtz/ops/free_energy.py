@@ -135,7 +135,8 @@ def hidden_temperature(
     *,
     num_steps: int = 60,
 ) -> HiddenTemperature:
-    """Invert the linearised temperature: the one ``beta`` whose free energy equals the gated read. In float64.
+    """Invert the linearised temperature: the one ``beta`` whose free energy equals the gated read. In float64, without
+    gradient.
 
     ``F`` increases with ``beta`` wherever the values vary under the prior, so bisection finds it: the error halves in
     each of ``num_steps`` steps.

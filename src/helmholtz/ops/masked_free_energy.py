@@ -30,7 +30,7 @@ def masked_free_energy(
         v: values, in the units of the output.
         beta: inverse temperature per value head and channel, in 1/units of ``v``; positive.
         mask: broadcasts to ``B H T S``. Bool: True where a key is seen. Float: added to the scores, ``-inf`` where it
-            is not; it gets no gradient.
+            is not; a learned one (a bias by distance) gets its gradient, by a path that builds the scores.
         causal: query ``t`` sees the keys up to ``t``; in place of a mask, for ``T = S``.
         scale: of the scores; None is :math:`K^{-1/2}`.
         cap: :math:`c`, the largest :math:`|\beta v|` in nats that enters the exponential.
@@ -49,7 +49,7 @@ def masked_free_energy(
     wide = compute_dtype(q, v)
     beta, scale = beta.to(wide), q.shape[-1] ** -0.5 if scale is None else scale
     if mask is not None and mask.dtype != torch.bool:
-        mask = mask.detach().to(wide)
+        mask = mask.to(wide)
     with full_precision(q.device):
         tilted = (v.to(wide) * beta.unsqueeze(1)).clamp(-cap, cap).exp()
         partition = _average(q.to(wide), k.to(wide), tilted, mask, causal, scale)
