@@ -207,7 +207,10 @@ def test_generate_reads_the_bytes_of_standard_input(workspace, capsys, monkeypat
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
-    [(b"ab\xff", "standard input: not UTF-8 at byte 2"), ("ab\udcff", "prompt: not UTF-8 at character 2, got")],
+    [
+        (b"ab\xff", "standard input: not UTF-8 at byte 2"),
+        ("ab\udcff", "prompt: not UTF-8 at character 2, got"),
+    ],
 )
 def test_generate_names_what_is_no_text(workspace, capsys, monkeypatch, prompt, message):
     arguments = ["generate", f"--checkpoint={workspace / 'run'}"]

@@ -257,3 +257,18 @@ def test_tools_want_the_equilibrium_of_one_call(tmp_path):
         5,
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_means_over_batches_count_targets_alike():
+    """The last batch is smaller, and some of its targets are ignored: the mean is that of one batch of all."""
+    model, ids, targets = model_of(), ids_of(5, 8), ids_of(5, 8, seed=2)
+    targets[4, :6] = -100
+    parts = [(ids[:4], targets[:4]), (ids[4:], targets[4:])]
+    found = trainer_of(model, [], val_loader=parts).validate()
+    whole = trainer_of(model, [], val_loader=[(ids, targets)]).validate()
+    assert found["task"] == pytest.approx(whole["task"], rel=1e-5)
+    first, last = (trainer_of(model, [], val_loader=[part]).validate()["task"] for part in parts)
+    assert abs(found["task"] - (first + last) / 2) > 1e-3
+    frozen = torch.optim.SGD(model.parameters(), lr=0.0)
+    (epoch,) = seed.UnifiedModelTrainer(model, frozen, parts).train(1, progress=False)
+    assert epoch["task"] == pytest.approx(whole["task"], rel=1e-5)

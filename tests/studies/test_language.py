@@ -14,6 +14,7 @@ from helmholtz.studies import language
 from helmholtz.studies.language import (
     CORPORA,
     TOKENIZERS,
+    Curve,
     LanguageStudy,
     compute_language,
     fit_slope,
@@ -22,6 +23,7 @@ from helmholtz.studies.language import (
 )
 from helmholtz.studies.language_models import LANGUAGE_MODELS, SIZES, Size, model_config, n_parameters
 from helmholtz.studies.queue import FinishedRun, QueuedRun, work_off
+from helmholtz.training.callbacks import EvalRecord, StepRecord
 
 TINY = LanguageStudy(
     steps=4,
@@ -145,3 +147,17 @@ def test_a_run_that_a_signal_ends_is_no_result(corpus, monkeypatch):
     with pytest.raises(RuntimeError, match="bytes-m-baseline-0 was interrupted at step 2; the same command"):
         work_off(runs, compute, corpus / "out")
     assert not list((corpus / "out").rglob("*.json"))
+
+
+def test_a_curve_counts_the_seconds_of_steps_alone(monkeypatch):
+    """Neither what comes before the end of the first step nor evaluations."""
+    clock = iter([100.0, 103.0, 103.5, 110.0, 112.0, 112.5])  # step, step, eval's end, step, step, eval's end
+    monkeypatch.setattr("helmholtz.studies.language.time.process_time", lambda: next(clock))
+    curve = Curve()
+    step = StepRecord(1, 1, loss=1.0, bits_per_byte=1.0, grad_norm=1.0, lr=1.0, tokens_per_second=1.0)
+    evaluation = EvalRecord(1, 1, validation_loss=1.0, validation_bits_per_byte=1.0, best=True)
+    for _ in range(2):
+        curve.on_step(step)
+        curve.on_step(step)
+        curve.on_eval(evaluation)
+    assert curve.seconds == [3.0, 3.0 + 6.5 + 2.0]

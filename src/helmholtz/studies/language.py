@@ -125,16 +125,21 @@ def prepare_corpus(corpus: str, tokenizer: Literal["bytes", "bpe"], folder: Path
 
 
 class Curve(Callback):
-    """Validation losses and, apart from them, CPU seconds of the training steps before each."""
+    """Validation losses and, apart from them, CPU seconds of the training steps before each but the first step.
+
+    What comes before the end of the first step is left out: reading the text, making the model, warming up.
+    """
 
     def __init__(self) -> None:
         self.points: list[dict[str, float]] = []
         self.seconds: list[float] = []
-        self._spent, self._mark = 0.0, time.process_time()
+        self._spent, self._mark = 0.0, math.nan
 
     def on_step(self, record: StepRecord) -> None:
         now = time.process_time()
-        self._spent, self._mark = self._spent + now - self._mark, now
+        if not math.isnan(self._mark):
+            self._spent += now - self._mark
+        self._mark = now
 
     def on_eval(self, record: EvalRecord) -> None:
         point = {

@@ -122,7 +122,7 @@ class UnifiedModelTrainer:
         return cls(model, optimizer, train_loader, val_loader, objective, gradient_clip=clip)
 
     def train(self, num_epochs: int, *, progress: bool = True) -> list[dict[str, float]]:
-        """Train; per epoch the mean of each metric, those of validation with the prefix ``val_``."""
+        """Train; per epoch the mean of each metric over its targets, those of validation with the prefix ``val_``."""
         check_integer("num_epochs", num_epochs)
         history = []
         for epoch in range(num_epochs):
@@ -130,7 +130,8 @@ class UnifiedModelTrainer:
             total = len(batches) if isinstance(batches, Sized) else None
             if progress:
                 batches = track(batches, f"epoch {epoch + 1} of {num_epochs}", total=total)
-            metrics = _means([self.train_step(batch) for batch in batches], "train_loader")
+            found = [(self.train_step(batch), _num_targets(batch)) for batch in batches]
+            metrics = _means(found, "train_loader")
             if self.val_loader is not None:
                 metrics |= {f"val_{name}": value for name, value in self.validate().items()}
             history.append(metrics)
@@ -157,11 +158,14 @@ class UnifiedModelTrainer:
         return metrics | {"grad_norm": norm.item()}
 
     def validate(self) -> dict[str, float]:
-        """Mean of each metric over the validation loader, without gradients; the model stays in the mode it was in."""
+        """Mean of each metric over the targets of the validation loader; the model stays in the mode it was in."""
         check(self.val_loader is not None, "val_loader", None, "given, to validate")
         assert self.val_loader is not None
         with evaluation_mode(self.model):
-            found = [self.objective.compute_loss(self.model, self._on_device(b))[1] for b in self.val_loader]
+            found = [
+                (self.objective.compute_loss(self.model, self._on_device(batch))[1], _num_targets(batch))
+                for batch in self.val_loader
+            ]
         return _means(found, "val_loader")
 
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
@@ -184,8 +188,13 @@ class UnifiedModelTrainer:
             )
 
 
-def _means(rows: Sequence[Mapping[str, Any]], loader: str) -> dict[str, float]:
-    """Mean of each plain number."""
+def _num_targets(batch: Batch) -> int:
+    return int((read_batch(batch)[1] != -100).sum())
+
+
+def _means(rows: Sequence[tuple[Mapping[str, Any], int]], loader: str) -> dict[str, float]:
+    """Mean of each plain number, every batch with the weight of its targets: the last may be a smaller one."""
     check(bool(rows), loader, "no batch", "at least one (a generator can be read only once)")
-    names = [name for name, value in rows[0].items() if isinstance(value, int | float)]
-    return {name: sum(row[name] for row in rows) / len(rows) for name in names}
+    names = [name for name, value in rows[0][0].items() if isinstance(value, int | float)]
+    total = sum(weight for _, weight in rows) or 1
+    return {name: sum(row[name] * weight for row, weight in rows) / total for name in names}
