@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -57,7 +58,22 @@ def finish_folder(path: Path) -> None:
         path.rename(previous)
     partial.rename(path)
     _flush_one(path.parent)
-    shutil.rmtree(previous, ignore_errors=True)
+    if previous.exists():
+        remove_folder(previous)
+
+
+REMOVED = ".removed"
+
+
+def remove_folder(path: Path) -> None:
+    """Take ``path`` away at once, and what is in it as far as possible, the rest when the same name is next removed.
+
+    A network disk keeps what others have open, and the folder that it lies in.
+    """
+    name = f".{path.name.lstrip('.')}"
+    path.rename(path.with_name(f"{name}.{uuid.uuid4().hex[:8]}{REMOVED}"))
+    for left in path.parent.glob(f"{name}.????????{REMOVED}"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _open_to_others(folder: Path) -> None:
@@ -65,7 +81,7 @@ def _open_to_others(folder: Path) -> None:
     wanted = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o777 != wanted:
-            with contextlib.suppress(PermissionError):  # of a file system that has no modes
+            with contextlib.suppress(OSError):  # of a file system that has no modes
                 path.chmod(wanted)
 
 
@@ -124,7 +140,7 @@ def settle_folder(path: Path) -> None:
     if not previous.exists():
         return
     if path.exists():
-        shutil.rmtree(previous)
+        remove_folder(previous)
     else:
         previous.rename(path)
 

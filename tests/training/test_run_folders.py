@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from helmholtz._files import write_checksums
-from helmholtz.data.tokenizer import BPETokenizer
+from helmholtz.data.tokenizer import BPETokenizer, load_tokenizer
 from helmholtz.evals.runs import find_checkpoint
 from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.training.callbacks import Callback, JSONLMetrics, StepRecord
@@ -331,9 +331,10 @@ def test_a_disk_without_links_and_locks(data, whole, tmp_path, monkeypatch, numb
     resume(data, folder)
     assert records(folder) == records(whole)
     assert (folder / "last").read_text() == "step-00000008"
-    assert find_checkpoint(folder / "last") == folder / "step-00000008"
+    found = find_checkpoint(folder / "last")
+    assert load_tokenizer(found / "tokenizer").vocab_size == 257
     assert not (folder / ".owner.lock").exists()
-    one, two = load_checkpoint(folder / "last").state_dict(), load_checkpoint(whole / "last").state_dict()
+    one, two = load_checkpoint(found).state_dict(), load_checkpoint(whole / "last").state_dict()
     assert all(tensor.equal(two[name]) for name, tensor in one.items())
 
 
@@ -343,6 +344,27 @@ def test_a_run_that_came_to_a_disk_with_links_has_one_again(data, copy, whole):
     resume(data, copy)
     assert (copy / "last").is_symlink()
     assert records(copy) == records(whole)
+
+
+def test_a_checkpoint_that_others_have_open_does_not_end_the_run_that_removes_it(
+    data, whole, tmp_path, monkeypatch
+):
+    """NFS keeps an open file under another name, and its folder cannot be removed before it is closed."""
+    real, opened = os.rmdir, [".best.", "step-00000002"]
+
+    def rmdir(path, *, dir_fd=None):
+        inside = "" if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}")
+        if any(name in f"{inside}/{path}" for name in opened):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        real(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    folder = tmp_path / "run"
+    close, settings = AtStep(7, opened.clear), SETTINGS | {"eval_every": 2}
+    assert train(tiny_run(data, folder, **settings), callbacks=[close]).status == "finished"
+    steps = [[line for line in records(run) if line["kind"] == "step"] for run in (folder, whole)]
+    assert steps[0] == steps[1]
+    assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
 
 
 def test_prepared_text_may_be_moved_while_it_is_trained_on(data, whole, tmp_path):
@@ -363,6 +385,7 @@ def test_a_missing_tokenizer_is_noticed_before_anything_is_written(data, tmp_pat
     if kind == "bpe":
         name = "tokenizer.json"
         BPETokenizer.train(["to be or not to be"], 258).save(text / "tokenizer")
+        (text / "checksums.json").unlink()  # as in text that was prepared before there were any
     (text / "tokenizer" / name).unlink()
     config = tiny_run(replace(data, folder=str(text)), tmp_path / "run", **SETTINGS)
     with pytest.raises(ValueError, match=f"tokenizer/{name}"):

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from helmholtz._files import (
     CHECKSUMS,
+    REMOVED,
     begin_folder,
     finish_folder,
     first_damage,
     point_at,
+    remove_folder,
     settle_folder,
     write_atomically,
     write_checksums,
@@ -93,7 +95,9 @@ def save_last(
         point_at(folder / LAST, target)
         for _, old in sorted(_steps(folder))[:-keep]:
             if old != target:
-                shutil.rmtree(old)
+                remove_folder(old)
+        for left in folder.glob(f".*{REMOVED}"):  # others had files of it open
+            shutil.rmtree(left, ignore_errors=True)
 
     on_main(replace_last)
     return target
@@ -153,7 +157,7 @@ def _settle_last(folder: Path, warn: Callable[[str], None]) -> None:
     target = step_folder(folder, load_progress(last).step)
     damage = _damage(target) if target.exists() else ""
     if target.exists() and not damage:
-        shutil.rmtree(last)
+        remove_folder(last)
         return
     if damage:
         _set_aside(target, damage, warn)
