@@ -7,7 +7,8 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from decoder_cases import tokens_of
-from helmholtz.interop.hf import HelmholtzTrainer
+from foreign_models import make
+from helmholtz.interop.hf import HelmholtzTrainer, use_free_energy
 from helmholtz.layers.latent import Plan
 from helmholtz.models import MODELS
 from helmholtz.ops.binary_latent import bits_to_code
@@ -135,6 +136,18 @@ def test_weight_decay_falls_on_matrices_alone(name, tmp_path):
     theirs = Trainer(model=model, args=trainer.args).get_decay_parameter_names(model)
     names = {name for name, parameter in model.named_parameters() if id(parameter) in kept}
     assert bool(names & set(theirs)) == (name != "transformer")  # what is mended
+
+
+def test_weight_decay_spares_temperatures_in_models_of_others(tmp_path):
+    model = make("llama")
+    use_free_energy(model)
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    theirs, ours = (
+        set(kind(model=model, args=arguments).get_decay_parameter_names(model))
+        for kind in (Trainer, HelmholtzTrainer)
+    )
+    spared = {name.rpartition(".")[2] for name in theirs - ours}
+    assert ours < theirs and spared == {"alpha", "log_beta"}
 
 
 @every_architecture

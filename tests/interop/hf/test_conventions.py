@@ -76,6 +76,19 @@ def test_hidden_states_have_gradients_and_leave_no_hooks(name):
 
 
 @every_model
+def test_hidden_states_of_a_stream(name):
+    model, tokens = build(name), tokens_of(1, 5)
+    output = greedy(model, tokens, output_hidden_states=True, return_dict_in_generate=True)
+    assert [len(states) for states in output.hidden_states] == [model.config.num_hidden_layers + 1] * 4
+    assert [states[-1].shape[1] for states in output.hidden_states] == [5, 1, 1, 1]
+    with torch.no_grad():
+        whole = model(output.sequences[:, :-1], output_hidden_states=True).hidden_states
+    for layer, wanted in enumerate(whole):
+        found = torch.cat([states[layer] for states in output.hidden_states], dim=1)
+        torch.testing.assert_close(found, wanted, **NEAR)
+
+
+@every_model
 def test_vectors_may_come_instead_of_tokens(name):
     model, tokens = build(name), tokens_of(2, 7)
     vectors = model.get_input_embeddings()(tokens).detach().requires_grad_()

@@ -9,7 +9,7 @@ from helmholtz.training.optim import is_decayed
 
 
 class HelmholtzTrainer(Trainer):
-    """``transformers.Trainer`` with two differences, both for models of this library alone.
+    """``transformers.Trainer`` with two differences, for models of this library and those that read free energies.
 
     * Weight decay acts on the parameters that this library's trainer decays, weight matrices. ``Trainer`` decides by
       name and also decays ``A_log``, ``D``, temperatures, queries and memory patterns, for which 0 is no neutral value.
