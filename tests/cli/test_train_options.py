@@ -1,11 +1,14 @@
 """What ``helmholtz train`` does before and beside a run."""
 
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
 
 from helmholtz.cli.main import main
+from helmholtz.training.loop import Trainer
 from tiny_runs import prepare_text
 
 
@@ -63,3 +66,34 @@ def test_settings_that_cannot_be_are_named(data, tmp_path, capsys, option, messa
     assert message in said
     assert said.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("where", ["open_data", "_model", "check_free_space"])
+def test_ctrl_c_before_the_first_step_is_one_line_and_leaves_nothing(
+    data, tmp_path, capsys, monkeypatch, where
+):
+    def interrupt(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(f"helmholtz.training.run.{where}", interrupt)
+    assert train(data, tmp_path / "run") == 130
+    said = capsys.readouterr().err
+    assert said == "helmholtz train: interrupted\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once_in_one_line_and_keeps_its_checkpoint(
+    data, tmp_path, capsys, monkeypatch
+):
+    step = Trainer.step
+
+    def interrupted_twice(trainer):
+        if trainer.progress.step == 5:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "step", interrupted_twice)
+    assert train(data, tmp_path / "run", "--train.save_every=4") == 130
+    assert capsys.readouterr().err == "helmholtz train: interrupted\n"
+    assert (tmp_path / "run" / "last").resolve().name == "step-00000004"
