@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("name", MODELS)
 def test_no_row_looks_into_the_future(name):
-    model = build_model(name, RECALL.task, SIZES, seed=0)
+    model = build_model(name, RECALL.task, SIZES, seed=0).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -35,7 +35,8 @@ def test_no_row_looks_into_the_future(name):
     changed[:, 6:] = (changed[:, 6:] + 1) % 8
     with torch.no_grad():
         before, after = model(tokens), model(changed)
-    assert torch.equal(before[:, :6], after[:, :6])
+    # to rounding: tokens that have converged leave the solver, and the others stand elsewhere in its products
+    torch.testing.assert_close(before[:, :6], after[:, :6], rtol=1e-9, atol=1e-9)
     assert (before[:, 6:] - after[:, 6:]).abs().amax((0, 2)).min() > 1e-3
 
 

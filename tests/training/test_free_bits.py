@@ -209,7 +209,7 @@ def test_the_validation_loss_is_the_bound_and_the_report_says_what_it_is_made_of
     record = loop.evaluate()
     s = record.statistics
     elbo = s["posterior_cross_entropy_leaking"] + s["kl"]
-    assert record.validation_loss < min(elbo, s["prior_cross_entropy"]) + math.log(2) / 16
+    assert record.validation_loss <= (min(elbo, s["prior_cross_entropy"]) + math.log(2) / 16) * (1 + 1e-6)
     assert s["kl"] == pytest.approx(sum(s[f"kl_bit_{bit}"] for bit in range(3)), rel=1e-6)
     assert 0 < s["free_bits"] < s["kl"] < s["free_bits"] + s["kappa"]
     assert s["kappa"] == pytest.approx(0.05 * BIT)
