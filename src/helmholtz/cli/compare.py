@@ -57,7 +57,7 @@ def footnotes(comparison: Comparison) -> list[str]:
     if not any(row.kind == "bound" for row in comparison.rows):
         return lines
     lines.append(
-        f"<=: importance-weighted upper bound from {POSTERIOR_SAMPLES} plans of the posterior and {PRIOR_DRAWS} of the "
+        f"<=: upper bound (mixture-weighted) from {POSTERIOR_SAMPLES} plans of the posterior and {PRIOR_DRAWS} of the "
         "prior per window. Below every exact number it is a win (*); above one it decides nothing"
     )
     for row in comparison.rows:

@@ -9,8 +9,8 @@ from helmholtz.studies.report.section import Figure, Section, Table, absent, har
 
 RECALL = "Memory: how many patterns are recalled"
 RECALL_ASKED = (
-    "How many random patterns does the memory tell apart as the theory's margin falls? The margin says by how many "
-    "nats a pattern outweighs all others at its own place; below three the memory warns."
+    "How many random patterns does the memory tell apart as its margin falls? The margin says by how many nats the "
+    "pattern that is told apart worst outweighs all others at its own place; below three the memory warns."
 )
 RECALL_COMMAND = """helmholtz recall --profile full --train_steps 1500 --output docs/experiments/memory
 helmholtz recall --profile capacity --trials 1024 --output docs/experiments/memory/capacity"""
@@ -114,7 +114,7 @@ def _capacity_figure(rows: Sequence[Node], level: float) -> Figure:
     chart = line_chart(
         curves, x="margin, nats (more patterns to the left)", y="recalled", title=f"noise {level:g}"
     )
-    return Figure(f"Capacity: recall against the theory's margin at noise {level:g}.", chart)
+    return Figure(f"Capacity: recall against the smallest margin at noise {level:g}.", chart)
 
 
 def continual(folders: Sequence[Path]) -> Section:
