@@ -3,10 +3,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from helmholtz.data.prepare import DataConfig, prepare
 from helmholtz.data.tokens import TokenDataset
 from helmholtz.evals.language import _windows, decode_tokens_per_second, evaluate_language
+from helmholtz.models import MODELS
 from helmholtz.models.base import LMOutput, evaluation_mode
 from helmholtz.models.transformer import Transformer, TransformerConfig
 from tiny_runs import prepare_text
@@ -88,3 +90,23 @@ def test_decoding_speed_counts_all_rows(model):
     )
     with pytest.raises(ValueError, match="max_seq_len"):
         decode_tokens_per_second(model, n_tokens=64)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_decoding_speed_is_of_the_modules_of_every_model(name):
+    """No model has a path of its own that others lack: each token goes through each of the model's blocks."""
+    config = MODELS[name].config_class
+    model = MODELS[name](config(vocab_size=20, d_model=64, n_layers=2, max_seq_len=32))
+    calls = dict.fromkeys(model.blocks, 0)
+
+    def count(module, arguments, output):
+        if module in calls:
+            calls[module] += 1
+
+    # hooks of the modules themselves could send a model down another path; these are not on any module
+    handle = register_module_forward_hook(count)
+    try:
+        decode_tokens_per_second(model, n_tokens=8)
+    finally:
+        handle.remove()
+    assert set(calls.values()) == {4 + 8}  # the warm-up, and a prompt and seven tokens
