@@ -107,9 +107,9 @@ def read_complete(path: str | os.PathLike[str], read: Callable[[Path], T]) -> T:
     Raises: what ``read`` does; ValueError if the folder is replaced faster than it can be read.
     """
     for _ in range(READS):
-        folder, before = complete_folder(path), _state(path)
+        before = _state(path)
         try:
-            result = read(folder)
+            result = read(before[0])
         except (ValueError, OSError):
             if before == _state(path):
                 raise
@@ -119,13 +119,13 @@ def read_complete(path: str | os.PathLike[str], read: Callable[[Path], T]) -> T:
     raise ValueError(f"{path}: it was replaced {READS} times while it was read")
 
 
-def _state(path: str | os.PathLike[str]) -> tuple[Path, int, int] | None:
-    """Tells a folder from the one that replaces it, and its places before and after the first of two renames."""
+def _state(path: str | os.PathLike[str]) -> tuple[Path, int, int]:
+    """The complete folder, and what tells it from the one that replaces it at the same place; zeros if it is gone."""
     folder = complete_folder(path)
     try:
         found = folder.stat()
     except OSError:
-        return None
+        return folder, 0, 0
     return folder, found.st_ino, found.st_mtime_ns
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from decoder_cases import liven
+from helmholtz.models import MODELS
 from helmholtz.models.checkpoint import load_checkpoint, read_config, save_checkpoint
 from hf_cases import CORES, ONE_OF_EACH
 
@@ -83,3 +84,24 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read(
 
     monkeypatch.setattr(checkpoint, "_read_weights", replaced)
     assert type(load_checkpoint(tmp_path / "best")) is type(new)
+
+
+def test_a_file_that_shrinks_between_its_header_and_its_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch maps the file by its name, after safetensors has read the header of the one that was there before."""
+    from helmholtz.models import checkpoint
+
+    save_checkpoint(CORES["transformer"](), tmp_path / "best")
+    load, left = checkpoint.load_file, [CORES["mamba"]()]
+
+    def replaced(file: Path) -> dict[str, torch.Tensor]:
+        if left:
+            save_checkpoint(left.pop(), tmp_path / "best")
+            raise RuntimeError(
+                "file <model.safetensors> size <64960> is smaller than the required mapping size"
+            )
+        return load(file)
+
+    monkeypatch.setattr(checkpoint, "load_file", replaced)
+    assert type(load_checkpoint(tmp_path / "best")) is MODELS["mamba"]

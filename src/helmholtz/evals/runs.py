@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helmholtz._files import complete_folder
+from helmholtz._files import read_complete
 from helmholtz._json import parse_json
 from helmholtz._run_folder import BEST, METRICS, RUN, SUMMARY
 
@@ -112,7 +112,7 @@ def find_checkpoint(path: str | Path) -> Path:
     """A checkpoint folder itself, or the best checkpoint of a run. Raises: ValueError if ``path`` is neither."""
     path = Path(path)
     for folder in (path, path / BEST):
-        if (complete_folder(folder) / "config.json").exists():
+        if read_complete(folder, lambda found: (found / "config.json").exists()):
             return folder  # not what it is called while it is replaced
     raise ValueError(
         f"{path}: neither a checkpoint (config.json) nor a run that has one ({BEST}/config.json)"

@@ -183,7 +183,10 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except FileNotFoundError as error:
         raise ValueError(f"{file}: no such file") from error
-    except SafetensorError as error:
+    except (
+        SafetensorError,
+        RuntimeError,
+    ) as error:  # the latter if another file has taken its place in between
         raise ValueError(f"{file}: damaged or not a safetensors file ({error})") from error
 
 
