@@ -14,6 +14,7 @@ from helmholtz.data.tokens import TokenDataset
 from helmholtz.evals.language import decode_tokens_per_second, evaluate_language
 from helmholtz.evals.latent import evaluate_bounds, report
 from helmholtz.evals.runs import find_checkpoint, training_data
+from helmholtz.layers.placement import device_of
 from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.models.free_transformer import FreeTransformer
@@ -109,7 +110,7 @@ def run(arguments: list[str], console: Console) -> int:
     model, data = load_checkpoint(checkpoint), TokenDataset(folder, values["split"])
     check_same_tokenizer(checkpoint / TOKENIZER, data.tokenizer_folder)
     n_tokens = min(128, model.config.max_seq_len // 2)
-    with PeakMemory(model.embed.weight.device) as memory:
+    with PeakMemory(device_of(model)) as memory:
         quality = _quality(model, data, values)
     result = quality | {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
