@@ -231,8 +231,8 @@ def test_a_solver_that_goes_uphill_is_found(monkeypatch):
 def test_dynamics_that_hear_the_future_are_found(monkeypatch):
     original = TokenDynamics.forward
 
-    def leaking(self, c, layout, state=None):
-        return original(self, c + 1e-3 * c.mean(1, keepdim=True), layout, state)
+    def leaking(self, c, layout, stored, state=None):
+        return original(self, c + 1e-3 * c.mean(1, keepdim=True), layout, stored, state)
 
     monkeypatch.setattr(TokenDynamics, "forward", leaking)
     report = validate(fresh())
@@ -305,8 +305,8 @@ def at_the_edge(model, monkeypatch):
         model.equilibrium.dynamics.log_strengths.copy_(torch.tensor([-20.0, 0.0]))
     original = TokenDynamics.forward
 
-    def forward(self, c, layout, state=None):
-        found = original(self, c, layout, state)
+    def forward(self, c, layout, stored, state=None):
+        found = original(self, c, layout, stored, state)
         u = torch.zeros_like(found.field.u) + (tip + gap) * direction.to(found.field.u)
         start = torch.zeros_like(found.start) + radius * direction.to(found.start)
         return replace(found, field=found.field._replace(u=u), start=start)
@@ -331,8 +331,8 @@ def test_tokens_at_rest_on_a_saddle_are_found(monkeypatch):
     at_the_edge(model, monkeypatch)
     edge = TokenDynamics.forward
 
-    def on_the_ridge(self, c, layout, state=None):
-        found = edge(self, c, layout, state)
+    def on_the_ridge(self, c, layout, stored, state=None):
+        found = edge(self, c, layout, stored, state)
         return replace(found, field=found.field._replace(u=0 * found.field.u), start=0 * found.start)
 
     monkeypatch.setattr(TokenDynamics, "forward", on_the_ridge)
