@@ -100,7 +100,7 @@ def test_tokens_may_be_given_by_their_ids(checkpoint):
         (["validate", "--checkpoint=CHECKPOINT", "--model.d_model=32"], "model.d_model and checkpoint: a saved model"),
         (["validate", "--fresh", "--text=a"], "text and fresh: a new model has no tokenizer"),
         (["validate", "--checkpoint=CHECKPOINT", "--text=abc", "--time=9"], "time and text: time is of random tokens"),
-        (["validate", "--checkpoint=CHECKPOINT", "--text=a"], "tokens must be of shape (B, T) with T at least 2"),
+        (["validate", "--checkpoint=CHECKPOINT", "--text=a"], "text must be at least 2 tokens"),
         (["validate", "--fresh", "--seed=-1"], "seed must be an integer of at least 0, got -1"),
         (["validate", "--checkpoint=OTHER"], "only a MambaHopfield has equilibria"),
         (["landscape", "--checkpoint=OTHER", "--text=a", "--output=x"], "only a MambaHopfield has equilibria"),

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.fuzz
 
 BIG = str(10**30)
 JUNK = ["", "missing/file", "folder", "file", "-1", "0", "1e30", "nan", BIG, "\u00fc\udcff", "x" * 5000, "null",
-        "[", "{a: 1, a: 2}", "~nobody/x", "[[]]", "unreadable", "a.b", "1.5", "-" * 3]  # fmt: skip
+        "[", "{a: 1, a: 2}", "~nosuchuser/x", "[[]]", "unreadable", "a.b", "1.5", "-" * 3]  # fmt: skip
 RUN = {
     "steps": 2,
     "batch_size": 2,

@@ -1,8 +1,8 @@
 """YAML documents on the command line: read once, strictly, and without importing anything."""
 
+import os
 import re
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -121,7 +121,7 @@ class Document(str):
 
 def _read(file: str) -> str:
     """Raises: ValueError if there is more than a person writes (a device may never end)."""
-    with Path(file).expanduser().open(encoding="utf-8") as opened:
+    with open(os.path.expanduser(file), encoding="utf-8") as opened:
         text = opened.read(MAX_CHARACTERS + 1)
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"wanted at most {MAX_CHARACTERS:,} characters")

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from helmholtz._checks import check_integer
+from helmholtz._checks import check, check_integer
 from helmholtz._files import write_atomically
 from helmholtz._hardware import describe_hardware, git_commit
 from helmholtz._run_folder import TOKENIZER
@@ -78,7 +78,9 @@ def load(values: dict[str, Any]) -> tuple[MambaHopfield, torch.Tensor | None]:
     model = load_equilibrium_model(checkpoint)
     if values["text"] is None:
         return model, None
-    return model, torch.tensor([load_tokenizer(checkpoint / TOKENIZER).encode(values["text"])])
+    ids = load_tokenizer(checkpoint / TOKENIZER).encode(values["text"])
+    check(len(ids) > 1, "text", values["text"], "at least 2 tokens")
+    return model, torch.tensor([ids])
 
 
 def load_equilibrium_model(checkpoint: Path) -> MambaHopfield:
