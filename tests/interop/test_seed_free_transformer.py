@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 
 from helmholtz.interop.seeds import free_transformer as seed
 from helmholtz.interop.seeds.free_transformer import (
@@ -294,6 +295,14 @@ def test_a_sampled_plan_is_a_tensor():
     assert list(plan.state_dict()) == ["post_sampler.weight"]
     with pytest.raises(ValueError, match="z_projected must be 8 wide"):
         injection.InjectionMechanism(8)(torch.ones(1, 1, 8), torch.ones(1, 1, 7))
+
+
+def test_an_offloaded_table_gives_one_hot_codes_their_vectors():
+    plan = seed.LatentPlan(4, 8)
+    one_hot = plan.sample_from_prior(2, 5)
+    expected = plan.project_to_hidden(one_hot)
+    cpu_offload(plan, execution_device="cpu")
+    assert torch.equal(plan.project_to_hidden(one_hot), expected)
 
 
 def test_the_hinge_is_taken_per_token_and_pads_are_not_counted():

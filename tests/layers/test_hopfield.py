@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from torch import Tensor, nn
 
 from helmholtz import ops
@@ -258,6 +259,17 @@ def test_recall_is_differentiable_in_queries_and_patterns(mode):
         torch.testing.assert_close(tangent, sum(x.sum() for x in found))
     with torch.no_grad():
         assert not memory.retrieve(points[0]).value.requires_grad
+
+
+@pytest.mark.parametrize("offload_buffers", [False, True])
+def test_an_offloaded_memory_recalls_the_same(offload_buffers):
+    memory = HopfieldMemory(64, 5, n_slots=4)
+    memory.write(rows_of(3, 64, 2))
+    query = memory.patterns().detach()[:7] + 0.2 * rows_of(7, 64, 1)
+    expected, margin = memory.retrieve(query).value, memory.margin()
+    cpu_offload(memory, execution_device="cpu", offload_buffers=offload_buffers)
+    assert memory.memory_patterns.is_meta and memory.slots.is_meta == offload_buffers
+    assert torch.equal(memory.retrieve(query).value, expected) and memory.margin() == margin
 
 
 def test_recall_from_nothing_is_nothing():

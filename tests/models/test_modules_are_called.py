@@ -129,7 +129,7 @@ def test_adapters_learn_act_and_merge(model: AbstractDecoder) -> None:
         assert_same(model(TOKENS).logits, apart)
 
 
-@pytest.mark.parametrize("where", ["cpu", "disk", "one block on disk"])
+@pytest.mark.parametrize("where", ["cpu", "cpu, buffers too", "disk", "one block on disk"])
 @torch.no_grad()
 def test_offloaded_weights_are_brought_back_for_every_use(
     model: AbstractDecoder, where: str, tmp_path: Path
@@ -137,8 +137,8 @@ def test_offloaded_weights_are_brought_back_for_every_use(
     expected, prompts = model(TOKENS).logits, [[1, 2, 3], [4]]
     settings = SamplingSettings(max_new_tokens=4, temperature=0)
     texts = generate(model, prompts, settings)
-    if where == "cpu":
-        cpu_offload(model, execution_device="cpu")
+    if where.startswith("cpu"):
+        cpu_offload(model, execution_device="cpu", offload_buffers="buffers" in where)
     elif where == "disk":
         disk_offload(model, str(tmp_path), execution_device="cpu")
     else:

@@ -175,22 +175,25 @@ class HopfieldMemory(nn.Module):
         return self.store.occupied
 
     def forward(self) -> StoredPatterns:
-        """What a layer reads of the memory, by a call of the module."""
-        return StoredPatterns(self.patterns(), self.log_prior(), self.beta, self.radius)
+        """What it holds; every reader calls the module, as its weights and slots may be offloaded."""
+        wide = compute_dtype(self.memory_patterns)
+        learned = self.radius * F.normalize(self.memory_patterns.to(wide), dim=-1)
+        if not self.n_slots:
+            return StoredPatterns(learned, None, self.beta, self.radius)
+        rows, occupied = self.store()
+        empty = torch.cat([occupied.new_zeros(len(learned)), ~occupied])
+        log_prior = rows.new_zeros(len(empty), dtype=wide).masked_fill(empty, -torch.inf)
+        return StoredPatterns(torch.cat([learned, rows.to(wide)]), log_prior, self.beta, self.radius)
 
     def patterns(self) -> Float[Tensor, "K D"]:
         """All rows at norm ``radius``, the learned ones first, in at least float32; empty slots as zeros."""
-        wide = compute_dtype(self.memory_patterns)
-        learned = self.radius * F.normalize(self.memory_patterns.to(wide), dim=-1)
-        return learned if not self.n_slots else torch.cat([learned, self.store.rows.to(wide)])
+        stored: StoredPatterns = self()
+        return stored.patterns
 
     def log_prior(self) -> Float[Tensor, "K"] | None:
         """0 for every row that holds a pattern and minus infinity for an empty slot; None without slots."""
-        if not self.n_slots:
-            return None
-        learned = self.store.rows.new_zeros(len(self.memory_patterns))
-        empty = torch.zeros_like(self.store.rows[:, 0]).masked_fill(~self.store.occupied, -torch.inf)
-        return torch.cat([learned, empty]).to(compute_dtype(self.memory_patterns))
+        stored: StoredPatterns = self()
+        return stored.log_prior
 
     @torch.no_grad()
     def write(
@@ -275,7 +278,8 @@ class HopfieldMemory(nn.Module):
             query is below ``SMALL_QUERY`` of theirs. A larger one acts like a larger ``beta`` in the first step.
         """
         check(bool(query.isfinite().all()), "query", "NaN or infinity", "finite")
-        problem = AssociativeProblem(self.patterns(), self.beta, self.log_prior())
+        stored: StoredPatterns = self()
+        problem = AssociativeProblem(stored.patterns, self.beta, stored.log_prior)
         solution = solve(problem, query.to(problem.patterns.dtype), solver)
         self._warn_of_the_scale(query.detach())
         self._warn_of_a_small_margin(problem, solution.value.detach())
@@ -287,7 +291,8 @@ class HopfieldMemory(nn.Module):
 
         Infinite when there are no two. Cost: the square of the number of patterns.
         """
-        margins = pattern_margins(self.patterns(), self.beta, self.log_prior())
+        stored: StoredPatterns = self()
+        margins = pattern_margins(stored.patterns, self.beta, stored.log_prior)
         return margins.amin().item() if len(margins) else math.inf
 
     @torch.no_grad()

@@ -104,7 +104,10 @@ class TablePostSampler(nn.Module):
         if not self.weight.is_meta:
             nn.init.normal_(self.weight, std=STANDARD_DEVIATION)
 
-    def forward(self, plan: Plan) -> Float[Tensor, "B T D"]:
+    def forward(self, plan: Plan | Float[Tensor, "B T C"]) -> Float[Tensor, "B T D"]:
+        """Of a plan, or of one-hot vectors with the gradient that they carry."""
+        if isinstance(plan, Tensor):
+            return plan @ self.weight
         if plan.logits is None:
             return F.embedding(plan.code.long(), self.weight)
         return code_lookup(self.weight, plan.code, plan.logits)

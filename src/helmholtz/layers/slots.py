@@ -1,7 +1,7 @@
 """Rows that are written instead of learned, and which of them makes room for the next."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +13,14 @@ SlotPolicy = Literal["fifo", "reservoir"]
 
 BLOCK = 64
 """Rows that are compared with all slots at once."""
+
+
+class Stored(NamedTuple):
+    """What slots hold when they are called."""
+
+    rows: Float[Tensor, "S D"]
+    """Zeros where nothing is stored."""
+    occupied: Bool[Tensor, "S"]
 
 
 class Slots(nn.Module):
@@ -39,6 +47,10 @@ class Slots(nn.Module):
         self.register_buffer("counts", torch.zeros(n_slots, dtype=torch.long))
         self.register_buffer("cursor", torch.zeros(1, dtype=torch.long))
         self.register_buffer("num_written", torch.zeros(1, dtype=torch.long))
+
+    def forward(self) -> Stored:
+        """What a memory reads, by a call of the module: its buffers may be offloaded."""
+        return Stored(self.rows, self.occupied)
 
     @property
     def occupied(self) -> Bool[Tensor, "S"]:

@@ -53,9 +53,7 @@ class LatentPlan(nn.Module):
 
     def project_to_hidden(self, z: Float[Tensor, "B T C"] | Plan) -> Float[Tensor, "B T D"]:
         """The vector of every code; of one-hot vectors or of the library's own integer plan."""
-        if isinstance(z, Plan):
-            return self.post_sampler(z)
-        return z @ self.post_sampler.weight
+        return self.post_sampler(z)
 
 
 def _code_probabilities(logits: Float[Tensor, "B T H"]) -> Float[Tensor, "B T C"]:
