@@ -9,7 +9,9 @@ from codecs import BOM_UTF8
 import pytest
 import yaml
 
+from helmholtz.cli import data as data_command
 from helmholtz.cli.main import main
+from helmholtz.data.prepare import DataConfig
 from helmholtz.data.tokenizer import load_tokenizer
 from tiny_runs import write_text
 
@@ -50,6 +52,29 @@ def test_the_run_is_what_the_file_describes(workspace):
     assert run["model"]["vocab_size"] == 300
     assert run["train"]["steps"] == 4
     assert (workspace / "run" / "best" / "tokenizer" / "tokenizer.json").exists()
+
+
+def test_train_without_an_option_is_the_run_of_the_defaults(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call(capsys, "train")[0::2] == (
+        2,
+        "helmholtz train: error: 'data/shakespeare' is no folder of prepared text (metadata.json is missing)\n",
+    )
+
+
+def test_data_without_an_option_is_the_demo_corpus(workspace, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    prepare, asked = data_command.prepare, []
+
+    def prepare_small(config, **options):
+        asked.append(config)
+        data = yaml.safe_load((workspace / "run.yaml").read_text())["data"]
+        return prepare(DataConfig(**data | {"sources": tuple(data["sources"])}), **options)
+
+    monkeypatch.setattr(data_command, "prepare", prepare_small)
+    code, out, err = call(capsys, "data")
+    assert (code, err, asked) == (0, "", [DataConfig()])
+    assert "already there, vocabulary 300" in out
 
 
 def test_data_prepared_before_is_reused(workspace, capsys):

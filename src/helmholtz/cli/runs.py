@@ -1,6 +1,7 @@
 """The options that describe a run, shared by the commands ``data`` and ``train``."""
 
 from dataclasses import asdict, fields, is_dataclass
+from itertools import pairwise
 from typing import Any
 
 from helmholtz._checks import check_choice
@@ -89,7 +90,7 @@ def _architecture(arguments: list[str]) -> str:
     for document in documents(arguments):
         model = document.content.get("model")
         chosen = model.get("architecture", chosen) if isinstance(model, dict) else chosen
-    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, after in pairwise([*arguments, ""]):
         if argument.startswith(f"{ARCHITECTURE}="):
             chosen = argument.split("=", 1)[1]
         elif argument == ARCHITECTURE:
