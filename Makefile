@@ -71,7 +71,8 @@ quality: $(STAMP) docs  ## lint, format, types, import contracts, spelling, docu
 bench: $(STAMP)  ## correctness gate, then interleaved timings of ops, layers and models
 	for script in $$(find benchmarks -name '[!_]*.py' | sort); do echo "== $$script"; $(BIN)/python "$$script" --threads $(THREADS) --keep-memory; done
 
-docs: $(STAMP)  ## build the site into site/ (no network)
+docs: $(STAMP)  ## build the report of all results and the site, into site/ (no network)
+	$(ONE_THREAD) $(BIN)/helmholtz report docs/experiments benchmarks/results --output docs/report/index.html > /dev/null
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # what a container writes appears here, and belongs to the caller

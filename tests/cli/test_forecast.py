@@ -47,7 +47,7 @@ def test_runs_and_report_from_the_shell(capsys, tmp_path, file):
     assert f"{rows['dlinear']['mse']['mean']:.3f} ± " in out
     for name in ("horizons.png", "mine.png"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000
-    for result in (tmp_path / "out").rglob("*.json"):
+    for result in (tmp_path / "out").rglob("*.json*"):
         assert str(tmp_path) not in result.read_text(), "no path of the machine"
 
 
@@ -79,7 +79,7 @@ def test_a_pilot_prints_validation_errors_by_learning_rate(capsys, tmp_path, fil
     assert "Validation MSE by learning rate" in out
     rows = json.loads((tmp_path / "pilot" / "summary.json").read_text())["rows"]
     assert [(row["model"], row["lr"]) for row in rows] == [("dlinear", 0.01), ("dlinear", 0.001)]
-    results = [json.loads(path.read_text()) for path in (tmp_path / "pilot" / "results").iterdir()]
+    results = [json.loads(line) for line in (tmp_path / "pilot" / "runs.jsonl").read_text().splitlines()]
     assert len(results) == 2 and not any("test" in result["result"] for result in results)
 
 

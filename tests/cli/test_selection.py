@@ -1,5 +1,7 @@
 """``helmholtz selection`` from the shell, on sizes that take no time."""
 
+import json
+
 import pytest
 
 from helmholtz.cli.main import main
@@ -34,16 +36,16 @@ def call(capsys, *arguments):
 def test_the_study_from_the_shell_and_again(capsys, tmp_path):
     code, out, _ = call(capsys, "--seeds", 0, "--steps=2", f"--output={tmp_path}")
     assert code == 0
-    files = sorted(path.name for path in (tmp_path / "results").iterdir())
-    assert len(files) == 16 and "gaps-0.json" in files
-    before = {name: (tmp_path / "results" / name).read_bytes() for name in files}
+    names = [json.loads(line)["name"] for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert len(names) == 16 and "gaps-0" in names
+    before = (tmp_path / "runs.jsonl").read_bytes()
     for text in ("attention, values learned", "free energy, 8 heads", "t^D", "bound"):
         assert text in out
     for picture in ("gaps.png", "reads.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
     code, out, _ = call(capsys, "--seeds", 0, "--steps=2", f"--output={tmp_path}")
     assert code == 0 and out.count("done before") == 16
-    assert before == {name: (tmp_path / "results" / name).read_bytes() for name in files}
+    assert before == (tmp_path / "runs.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -53,13 +53,13 @@ def test_runs_and_report_from_the_shell(capsys, tmp_path, folder):
     assert f"{summary['rows'][1]['test_accuracy']['mean']:.4f}" in out
     for name in ("mine-learning.png", "mine-confusion.png"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000
-    results = sorted((tmp_path / "out" / "results").iterdir())
-    assert [path.name for path in results] == [
-        f"mine-{m}-{s}.json" for m in ("attention", "fem") for s in (0, 1)
-    ]
-    for result in results:
-        assert str(tmp_path) not in result.read_text(), "no path of the machine"
-        assert np.sum(json.loads(result.read_text())["result"]["confusion"]) == 10
+    text = (tmp_path / "out" / "runs.jsonl").read_text()
+    assert str(tmp_path) not in text, "no path of the machine"
+    runs = [json.loads(line) for line in text.splitlines()]
+    assert [run["name"] for run in runs] == [f"mine-{m}-{s}" for m in ("attention", "fem") for s in (0, 1)]
+    assert all(np.sum(run["result"]["confusion"]) == 10 for run in runs)
+    assert all(run["timing"]["cpu_seconds"] >= 0 for run in runs)
+    assert call(capsys, "run", *common)[1].count("done before") == 4
 
 
 def test_a_pilot_prints_validation_by_learning_rate(capsys, tmp_path, folder):
@@ -80,8 +80,8 @@ def test_a_pilot_prints_validation_by_learning_rate(capsys, tmp_path, folder):
         ("fem", 0.01, 1000),
         ("fem", 0.001, 1000),
     ]
-    for path in (tmp_path / "p" / "results").iterdir():
-        assert "test" not in json.loads(path.read_text())["result"]
+    lines = (tmp_path / "p" / "runs.jsonl").read_text().splitlines()
+    assert len(lines) == 2 and not any("test" in json.loads(line)["result"] for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,8 @@
 """The page in headless Chromium: a phone, a desktop, light and dark; skipped where there is no browser."""
 
-from pathlib import Path
-
 import pytest
 
 from browser import Browser, find_chromium
-
-PAGE = Path(__file__).parents[2] / "docs" / "report" / "index.html"
 
 pytestmark = pytest.mark.skipif(
     find_chromium() is None, reason="no chromium on the path: apt-get install -y chromium"
@@ -27,14 +23,16 @@ def browser(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("width", "dark"), [(390, False), (1280, True)])
-def test_it_fits_loads_nothing_and_shows_where_numbers_come_from(browser, tmp_path, width, dark):
-    browser.open(PAGE, width, dark=dark)
+def test_it_fits_loads_nothing_and_shows_where_numbers_come_from(browser, page, tmp_path, width, dark):
+    file = tmp_path / "index.html"
+    file.write_text(page)
+    browser.open(file, width, dark=dark)
     assert browser.evaluate("innerWidth") == width
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
     assert browser.evaluate(TOO_WIDE) == []
     assert browser.complaints() == []
     outside = [url for url in browser.requests() if not url.startswith("data:")]
-    assert outside == [PAGE.absolute().as_uri()]
+    assert outside == [file.absolute().as_uri()]
     paper, ink = (
         browser.evaluate(f"getComputedStyle(document.body).{name}.match(/\\d+/g).map(Number)[0]")
         for name in ("backgroundColor", "color")

@@ -31,7 +31,7 @@ from helmholtz.studies.forecast_report import (
     values_of,
 )
 from helmholtz.studies.forecasting import HORIZONS, RECIPES, compute_forecast, forecast_runs
-from helmholtz.studies.queue import SEEDS, QueuedRun, shard, split_finished, work_off
+from helmholtz.studies.queue import SEEDS, QueuedRun, fold_finished, shard, work_off
 
 ACTIONS = {
     "run": "Train and measure forecasters. Finished runs are kept, an interrupted queue goes on where it was.",
@@ -120,7 +120,7 @@ def pilot_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def report_pilot(runs: Sequence[QueuedRun], folder: Path, console: Console) -> None:
-    done, missing = split_finished(folder, runs)
+    done, missing = fold_finished(folder, runs)
     if done:
         rows = pilot_summary(done)
         console.print(pilot_table(rows))
@@ -128,7 +128,7 @@ def report_pilot(runs: Sequence[QueuedRun], folder: Path, console: Console) -> N
 
 
 def report_test(runs: Sequence[QueuedRun], series: Sequence[Series], folder: Path, console: Console) -> None:
-    done, missing = split_finished(folder, runs)
+    done, missing = fold_finished(folder, runs)
     check(bool(done), "output", str(folder), "a folder of results; helmholtz forecast run makes them")
     rows = summary(done)
     for data in values_of(done, "data"):

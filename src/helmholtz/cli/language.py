@@ -24,11 +24,12 @@ from helmholtz.studies.language import (
     scaling_fits,
 )
 from helmholtz.studies.language_models import LANGUAGE_MODELS
-from helmholtz.studies.queue import SEEDS, FinishedRun, shard, split_finished, spread, work_off
+from helmholtz.studies.queue import SEEDS, FinishedRun, fold_finished, shard, spread, work_off
+from helmholtz.studies.records import RUNS
 
 DESCRIPTION = (
     "Language models of equal parameters on two texts, by bytes and by BPE, and three sizes of some on one of them. "
-    "Each run's result is kept in a file, and not computed again; an interrupted queue goes on where it was."
+    "Each run's result is kept, and not computed again; an interrupted queue goes on where it was."
 )
 
 
@@ -98,12 +99,12 @@ def run(arguments: list[str], console: Console) -> int:
         folder,
         report=announced(console),
     )
-    done, missing = split_finished(folder, runs)
+    done, missing = fold_finished(folder, runs)
     console.print(result_table(done))
     fits = scaling_fits(done)
     write_atomically(folder / "scaling.json", json.dumps({"fits": fits}, indent=1) + "\n")
     for fit in fits:
         text = f"{fit['model']}: {fit['slope']:.3f} ± {fit['standard_error']:.3f} bits/byte per tenfold parameters"
         console.print(text, markup=False)
-    console.print(f"{len(done)} runs in {folder / 'results'}, {len(missing)} missing", markup=False)
+    console.print(f"{len(done)} runs in {folder / RUNS}, {len(missing)} missing", markup=False)
     return 0

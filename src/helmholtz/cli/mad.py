@@ -18,7 +18,7 @@ from helmholtz.cli.queues import add_shard, add_threads, check_options, run_acti
 from helmholtz.studies.mad_plots import plot_accuracy, plot_curves
 from helmholtz.studies.mad_report import markdown, report_content, rows_of, table_lines
 from helmholtz.studies.mad_runs import PROFILES, MadRun, chosen_rates
-from helmholtz.studies.queue import QueuedRun, shard, split_finished, work_off
+from helmholtz.studies.queue import QueuedRun, fold_finished, shard, work_off
 
 ACTIONS = {
     "run": "Train the models of a profile on the MAD tasks. Finished runs are kept, an interrupted queue goes on.",
@@ -89,7 +89,7 @@ def work(runs: Sequence[MadRun], share: str, folder: Path, console: Console) -> 
 
 def write_rates(runs: Sequence[MadRun], folder: Path, file: Path, console: Console) -> None:
     """What the pilot chose, unless runs are missing."""
-    done, missing = split_finished(folder, [run.queued() for run in runs])
+    done, missing = fold_finished(folder, [run.queued() for run in runs])
     if missing:
         console.print(f"{len(missing)} runs of the pilot are missing: no learning rate is chosen yet")
         return
@@ -109,7 +109,7 @@ def write_report(values: dict[str, Any], folder: Path, console: Console) -> None
     """Raises: ValueError if there is no finished run."""
     name = values["profile"]
     profile = PROFILES[name]
-    done, missing = split_finished(folder, [run.queued() for run in runs_of(values)])
+    done, missing = fold_finished(folder, [run.queued() for run in runs_of(values)])
     check(bool(done), "output", str(folder), "a folder with finished runs of this profile")
     rows = rows_of(profile, done)
     lines = table_lines(rows, list(profile.settings))

@@ -11,14 +11,15 @@ from rich.table import Table
 from helmholtz._checks import check_integer
 from helmholtz.cli.arguments import make_parser, parse
 from helmholtz.cli.queues import add_threads, announced, check_options
-from helmholtz.studies.queue import SEEDS, FinishedRun, Spread, split_finished, spread, work_off
+from helmholtz.studies.queue import SEEDS, FinishedRun, Spread, fold_finished, spread, work_off
+from helmholtz.studies.records import RUNS
 from helmholtz.studies.selection import SelectionStudy, compute, queue
 from helmholtz.studies.selection_plots import by_reader, of_part, plot_gaps, plot_reads
 
 DESCRIPTION = (
     "Channel-wise selection: the gap between a read and the channel's maximum against its law, one layer that learns "
     "to read a lossless cache, plain attention and free energy of equal parameters, and how many patterns either "
-    "reaches. Each run's result is kept in a file, and not computed again."
+    "reaches. Each run's result is kept, and not computed again."
 )
 
 
@@ -109,7 +110,7 @@ def run(arguments: list[str], console: Console) -> int:
     torch.set_num_threads(values["threads"])
     runs, folder = queue(SelectionStudy(steps=values["steps"]), values["seeds"]), Path(values["output"])
     work_off(runs, compute, folder, report=announced(console))
-    done, missing = split_finished(folder, runs)
+    done, missing = fold_finished(folder, runs)
     if missing:
         console.print(f"{len(missing)} runs are in work elsewhere; call again for tables and pictures")
         return 0
@@ -119,7 +120,5 @@ def run(arguments: list[str], console: Console) -> int:
     console.print(pattern_table(of_part(done, "patterns")))
     plot_gaps(done, folder / "gaps.png")
     plot_reads(done, folder / "reads.png")
-    console.print(
-        f"wrote {folder / 'results'}, {folder / 'gaps.png'} and {folder / 'reads.png'}", markup=False
-    )
+    console.print(f"wrote {folder / RUNS}, {folder / 'gaps.png'} and {folder / 'reads.png'}", markup=False)
     return 0

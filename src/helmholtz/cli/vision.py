@@ -21,7 +21,7 @@ from helmholtz.cli.queues import (
     write_summary,
 )
 from helmholtz.data.images import PACKAGED, ImageSplits, idx_images
-from helmholtz.studies.queue import SEEDS, QueuedRun, shard, split_finished, work_off
+from helmholtz.studies.queue import SEEDS, QueuedRun, fold_finished, shard, work_off
 from helmholtz.studies.vision import LEARNING_RATES, compute_vision, vision_runs
 from helmholtz.studies.vision_report import data_names, pilot_summary, plot_confusion, plot_learning, summary
 
@@ -91,7 +91,7 @@ def pilot_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def report(action: str, runs: Sequence[QueuedRun], folder: Path, console: Console) -> None:
     """Table, ``summary.json`` and, of measurements on test images, pictures."""
-    done, missing = split_finished(folder, runs)
+    done, missing = fold_finished(folder, runs)
     check(bool(done), "output", str(folder), "a folder of results; helmholtz vision run makes them")
     rows = pilot_summary(done) if action == "pilot" else summary(done)
     console.print(pilot_table(rows) if action == "pilot" else result_table(rows))

@@ -29,7 +29,8 @@ from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.models.free_transformer import FreeTransformer
 from helmholtz.studies.language_models import LANGUAGE_MODELS, SIZES, model_config
-from helmholtz.studies.queue import SEEDS, TIMINGS, FinishedRun, QueuedRun
+from helmholtz.studies.queue import SEEDS, FinishedRun, QueuedRun
+from helmholtz.studies.records import TIMINGS
 from helmholtz.training.callbacks import Callback, EvalRecord, StepRecord
 from helmholtz.training.config import TrainConfig
 from helmholtz.training.run import RunConfig, train

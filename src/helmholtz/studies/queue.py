@@ -1,8 +1,9 @@
 """A queue of independent runs that may be interrupted, resumed, shared by processes and split over machines.
 
-One file per run, ``results/<name>.json``, holds its settings and its result and nothing that differs from one
-computation to the next, so that a queue that was interrupted leaves the same bytes as one that was not. When, where
-and how long is beside it in ``timings/<name>.json``.
+While it works, one file per run, ``results/<name>.json``, holds its settings and its result and nothing that differs
+from one computation to the next, so that a queue that was interrupted leaves the same bytes as one that was not. When,
+where and how long is beside it in ``timings/<name>.json``. Reports fold the files into ``runs.jsonl``
+(``studies.records``), and a queue that goes on finds them there.
 """
 
 import contextlib
@@ -20,11 +21,10 @@ from typing import Any
 from helmholtz._checks import check, check_integer
 from helmholtz._files import write_atomically
 from helmholtz._hardware import describe_hardware, git_commit
-from helmholtz._json import parse_json
 from helmholtz._locks import LockedError, locked
+from helmholtz.studies.records import LOCKS, RESULTS, TIMINGS, fold, read_record
 from helmholtz.training.checkpoint import first_difference
 
-RESULTS, TIMINGS, LOCKS = "results", "timings", ".locks"
 SEEDS = (0, 1, 2)
 """Of studies that are asked for no others."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
@@ -46,12 +46,12 @@ class QueuedRun:
 
 @dataclass(frozen=True, slots=True)
 class FinishedRun:
-    """What the files of a run hold."""
+    """What is on disk of a run."""
 
     run: QueuedRun
     result: dict[str, Any]
     timing: dict[str, Any]
-    """CPU and wall seconds, date, commit and hardware; empty if its file is lost."""
+    """CPU and wall seconds, date, commit and hardware; empty if it is lost."""
 
 
 def shard(runs: Sequence[QueuedRun], text: str) -> list[QueuedRun]:
@@ -68,31 +68,23 @@ def shard(runs: Sequence[QueuedRun], text: str) -> list[QueuedRun]:
 def finished(folder: Path, run: QueuedRun) -> FinishedRun | None:
     """The run as it lies on disk, None if it is not there.
 
-    Raises: ValueError if its file is damaged, or is that of other settings.
+    Raises: ValueError if it is damaged, or was computed with other settings.
     """
-    file = folder / RESULTS / f"{run.name}.json"
-    if not file.exists():
+    record = read_record(folder, run.name)
+    if record is None:
         return None
-    try:
-        content = parse_json(file.read_text())
-        settings, result = content["settings"], dict(content["result"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: damaged result ({error!r}); delete it to compute it again") from error
-    difference = first_difference(settings, dict(run.settings), "settings")
+    difference = first_difference(record["settings"], dict(run.settings), "settings")
     if difference:
-        raise ValueError(f"{file} is a result of other settings: {difference}; choose another folder")
-    return FinishedRun(run, result, _timing(folder / TIMINGS / file.name))
-
-
-def _timing(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    try:
-        return dict(parse_json(file.read_text()))
-    except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{file}: damaged ({error}); delete it: only how long the run took is lost"
-        ) from error
+            f"{folder}: {run.name} is a result of other settings: {difference}; choose another folder"
+        )
+    return FinishedRun(run, record["result"], record["timing"])
+
+
+def fold_finished(folder: Path, runs: Sequence[QueuedRun]) -> tuple[list[FinishedRun], list[QueuedRun]]:
+    """``split_finished`` of a report, which first moves all finished runs of the folder into ``runs.jsonl``."""
+    fold(folder)
+    return split_finished(folder, runs)
 
 
 def split_finished(folder: Path, runs: Sequence[QueuedRun]) -> tuple[list[FinishedRun], list[QueuedRun]]:

@@ -1,4 +1,4 @@
-"""JSON files read in such a way that every value knows where it lies."""
+"""JSON files, and lines of ``runs.jsonl``, read in such a way that every value knows where it lies."""
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,12 +16,12 @@ Rule = Literal["value", "mean", "sum", "set"]
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A value inside a JSON file."""
+    """A value inside a JSON file, or inside ``runs.jsonl``, taken as an object of its lines by their runs' names."""
 
     file: str
     """Path as shown: below the current folder if the file is."""
     pointer: str
-    """RFC 6901; empty for the whole file."""
+    """RFC 6901; empty for the whole file. In ``runs.jsonl`` its first step is the name of a run."""
     value: Any
 
     def __getitem__(self, key: str | int) -> "Node":
@@ -54,9 +54,13 @@ def read_node(file: Path) -> Node:
         content = parse_json(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file}: not JSON ({error})") from error
+    return Node(shown(file), "", content)
+
+
+def shown(file: Path) -> str:
+    """The path of a file as the page names it: below the current folder if the file is."""
     absolute, here = file.absolute(), Path.cwd()
-    shown = absolute.relative_to(here) if absolute.is_relative_to(here) else absolute
-    return Node(shown.as_posix(), "", content)
+    return (absolute.relative_to(here) if absolute.is_relative_to(here) else absolute).as_posix()
 
 
 @dataclass(frozen=True, slots=True)

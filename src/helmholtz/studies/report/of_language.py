@@ -8,7 +8,6 @@ from typing import Any
 
 from helmholtz.studies.language import LanguageStudy, language_runs
 from helmholtz.studies.language_models import LANGUAGE_MODELS
-from helmholtz.studies.queue import TIMINGS
 from helmholtz.studies.report.charts import Curve, line_chart
 from helmholtz.studies.report.nodes import Node, grouped, label, number, ordered, read_node
 from helmholtz.studies.report.section import (
@@ -20,6 +19,7 @@ from helmholtz.studies.report.section import (
     locate_queue,
     queue_nodes,
     queue_provenance,
+    timing,
 )
 
 LANGUAGE = "Language modelling at matched parameters"
@@ -44,12 +44,12 @@ def language(folders: Sequence[Path]) -> Section:
     tables, figures = [], []
     for name, runs in grouped(nodes, lambda node: _text(node["settings"].value)).items():
         models = by_model(runs)
-        tables.append(_quality_table(name, folder, models))
-        figures += _curves(name, folder, models)
+        tables.append(_quality_table(name, models))
+        figures += _curves(name, models)
     grid = [run.settings for run in language_runs(LanguageStudy()) if run.settings["size"] == "m"]
     missing = incomplete((_text(node["settings"].value) for node in nodes), Counter(map(_text, grid)))
     return Section(
-        "language", LANGUAGE, LANGUAGE_ASKED, COMMAND, tuple(tables), tuple(figures), queue_provenance(folder, nodes),
+        "language", LANGUAGE, LANGUAGE_ASKED, COMMAND, tuple(tables), tuple(figures), queue_provenance(nodes),
         missing,
     )  # fmt: skip
 
@@ -62,11 +62,11 @@ def by_model(nodes: Sequence[Node]) -> dict[str, list[Node]]:
     return ordered(grouped(nodes, lambda node: node["settings"]["model"].value), LANGUAGE_MODELS)
 
 
-def _quality_table(name: str, folder: Path, models: dict[str, list[Node]]) -> Table:
+def _quality_table(name: str, models: dict[str, list[Node]]) -> Table:
     lines = []
     for model, runs in models.items():
         bound = runs[0]["result"]["kind"].value == "bound"
-        seconds = [time["cpu_seconds"][-1] for time in _times(folder, runs)]
+        seconds = [time["cpu_seconds"][-1] for time in _times(runs)]
         lines.append(
             (
                 label(model.replace("_", " ")),
@@ -79,19 +79,18 @@ def _quality_table(name: str, folder: Path, models: dict[str, list[Node]]) -> Ta
     return Table(name, columns, tuple(lines))
 
 
-def _times(folder: Path, runs: Sequence[Node]) -> list[Node]:
-    files = [folder / TIMINGS / f"{Path(run.file).stem}.curve.json" for run in runs]
-    return [read_node(file) for file in files if file.exists()]
+def _times(runs: Sequence[Node]) -> list[Node]:
+    return [times for run in runs if (times := timing(run, "curve")) is not None]
 
 
-def _curves(name: str, folder: Path, models: dict[str, list[Node]]) -> list[Figure]:
+def _curves(name: str, models: dict[str, list[Node]]) -> list[Figure]:
     by_tokens, by_seconds = [], []
     for place, (model, runs) in enumerate(models.items()):
         curves = [run["result"]["curve"].value for run in runs]
         losses = _means([[point["bits_per_byte"] for point in curve] for curve in curves])
         tokens = [point["tokens"] for point in curves[0]]
         by_tokens.append(Curve(model.replace("_", " "), tokens, losses, "o-", place))
-        times = _times(folder, runs)
+        times = _times(runs)
         if len(times) == len(runs):
             seconds = _means([time["cpu_seconds"].value for time in times])
             by_seconds.append(Curve(model.replace("_", " "), seconds, losses, "o-", place))
@@ -142,7 +141,7 @@ def scaling(folders: Sequence[Path]) -> Section:
     chart = line_chart(curves, x="parameters", y="bits per byte", log_x=True)
     return Section(
         "scaling", SCALING, SCALING_ASKED, COMMAND, (Table("Validation bits per byte by size", columns, tuple(lines)),),
-        (Figure("Points are runs, lines the fits.", chart),), queue_provenance(folder, nodes),
+        (Figure("Points are runs, lines the fits.", chart),), queue_provenance(nodes),
     )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def selection(folders: Sequence[Path]) -> Section:
         for part in ("gaps", "learned", "patterns")
         if part not in parts
     ]
-    provenance = queue_provenance(folder, nodes)
+    provenance = queue_provenance(nodes)
     return Section(
         "selection", TITLE, ASKED, COMMAND, tuple(tables), tuple(figures), provenance, tuple(missing)
     )

@@ -60,7 +60,7 @@ def mad(folders: Sequence[Path]) -> Section:
         "Score, mean and deviation over seeds", ("model", *(t.replace("-", " ") for t in tasks)), tuple(lines)
     )
     figures = tuple(_task_figure(task, nodes) for task in tasks if any(_scored(node, task) for node in nodes))
-    provenance = queue_provenance(folder, nodes)
+    provenance = queue_provenance(nodes)
     tables = (table, *_beside_published(folder / "report.json", list(profile.settings)))
     return Section("mad", MAD, MAD_ASKED, MAD_COMMAND, tables, figures, provenance, missing)
 
@@ -140,7 +140,7 @@ def forecasting(folders: Sequence[Path]) -> Section:
         figures.append(
             Figure(f"{name}: error by horizon, mean of seeds.", line_chart(curves, x="horizon", y="test MSE"))
         )
-    provenance = queue_provenance(folder, nodes)
+    provenance = queue_provenance(nodes)
     missing = incomplete(_data_names(nodes), wanted)
     return Section(
         "forecasting", FORECAST, FORECAST_ASKED, FORECAST_COMMAND, tuple(tables), tuple(figures), provenance, missing
@@ -197,7 +197,7 @@ def vision(folders: Sequence[Path]) -> Section:
             (model, [run["result"]["test"]["accuracy"].value for run in own]) for model, own in models.items()
         ]
         figures.append(Figure(f"{name}: a mark per seed.", dot_chart(rows, x="test accuracy")))
-    provenance = queue_provenance(folder, nodes)
+    provenance = queue_provenance(nodes)
     missing = incomplete(_data_names(nodes), wanted)
     return Section(
         "vision", VISION, VISION_ASKED, VISION_COMMAND, tuple(tables), tuple(figures), provenance, missing

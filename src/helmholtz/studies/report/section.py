@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from helmholtz.studies.queue import RESULTS, TIMINGS
-from helmholtz.studies.report.nodes import Cell, Node, label, number, read_node
+from helmholtz.studies.records import RESULTS, RUNS, TIMINGS, read_lines
+from helmholtz.studies.report.nodes import Cell, Node, label, number, read_node, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +62,30 @@ def locate(folders: Sequence[Path], *paths: str) -> Path | None:
 def locate_queue(folders: Sequence[Path], *paths: str) -> Path | None:
     """The first of ``paths`` that holds results of a queue."""
     found = (locate(folders, path) for path in paths)
-    return next(
-        (folder for folder in found if folder is not None and any((folder / RESULTS).glob("*.json"))), None
-    )
+    return next((folder for folder in found if folder is not None and _has_runs(folder)), None)
+
+
+def _has_runs(folder: Path) -> bool:
+    return (folder / RUNS).exists() or any((folder / RESULTS).glob("*.json"))
 
 
 def queue_nodes(folder: Path) -> list[Node]:
-    """The results of a queue, in the order of their names."""
-    return [read_node(file) for file in sorted((folder / RESULTS).glob("*.json"))]
+    """The runs of a queue in the order of their names, whether they are folded or have files of their own."""
+    names = [file.stem for file in (folder / RESULTS).glob("*.json")]
+    records = Node(shown(folder / RUNS), "", read_lines(folder / RUNS))
+    runs = {name: read_node(folder / RESULTS / f"{name}.json") for name in names}
+    runs |= {name: records[name] for name in records.value}
+    return [runs[name] for name in sorted(runs)]
+
+
+def timing(run: Node, part: str | None = None) -> Node | None:
+    """When, where and how long a run of ``queue_nodes`` took, or the times of a part of it; None if they are lost."""
+    if "timing" in run.value:
+        times = run["timing"]
+        return times if part is None else (times[part] if part in times.value else None)
+    own = Path(run.file)
+    file = own.parents[1] / TIMINGS / (own.name if part is None else f"{own.stem}.{part}.json")
+    return read_node(file) if file.exists() else None
 
 
 def incomplete(found: Iterable[str], wanted: Mapping[str, int]) -> tuple[str, ...]:
@@ -83,16 +99,18 @@ def incomplete(found: Iterable[str], wanted: Mapping[str, int]) -> tuple[str, ..
     return tuple(f"{part}: {counts[part]} of {n} runs" for part, n in wanted.items() if counts[part] < n)
 
 
-def queue_provenance(folder: Path, nodes: Sequence[Node]) -> tuple[tuple[str, Cell], ...]:
-    """Of a queue: seeds from the settings, the rest from the files beside the results."""
-    names = [Path(node.file).name for node in nodes]
-    timings = [read_node(folder / TIMINGS / name) for name in names if (folder / TIMINGS / name).exists()]
+def queue_provenance(nodes: Sequence[Node]) -> tuple[tuple[str, Cell], ...]:
+    """Of the runs of a queue: seeds from their settings, the rest from their timings."""
+    timings = [times for node in nodes if (times := timing(node)) is not None and times.value]
     seeds = sorted((node["settings"]["seed"] for node in nodes), key=lambda node: node.value)
+    places = dict.fromkeys(
+        Path(node.file).parent if node.pointer == "" else Path(node.file) for node in nodes
+    )
     return (
-        ("runs", label(f"{len(nodes)} files in {Path(nodes[0].file).parent.as_posix()}")),
+        ("runs", label(f"{len(nodes)} in {', '.join(place.as_posix() for place in places)}")),
         ("seeds", number(seeds, "d", rule="set")),
         *hardware(timings),
-        ("CPU seconds", number([timing["cpu_seconds"] for timing in timings], ",.0f", rule="sum")),
+        ("CPU seconds", number([times["cpu_seconds"] for times in timings], ",.0f", rule="sum")),
     )
 
 
