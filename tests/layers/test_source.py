@@ -48,6 +48,13 @@ def test_the_stream_as_its_own_source_changes_nothing(mixer: AbstractMixer[Any])
     assert_close(mixer(packed, source=packed.clone(), cu_seqlens=bounds), mixer(packed, cu_seqlens=bounds))
 
 
+def test_the_content_of_pads_does_not_matter_in_either_stream(mixer: AbstractMixer[Any]) -> None:
+    x, source = streams()
+    expected = mixer(x, source=source, attention_mask=MASK)
+    x, source = (s.masked_fill(MASK.unsqueeze(-1) == 0, torch.nan) for s in (x, source))
+    assert torch.equal(mixer(x, source=source, attention_mask=MASK), expected)
+
+
 def test_a_token_reads_for_itself_and_its_source_writes_for_what_follows() -> None:
     """Without the conditioning ``dy_j / dx_t`` is exactly 0 unless ``j = t``; Mamba's convolution reaches back by 3."""
     cases = {**MIXERS, **{f"fem-{p}": lambda p=p: make_mixer(p, tdc_width=0) for p in PRIORS}}
@@ -57,6 +64,16 @@ def test_a_token_reads_for_itself_and_its_source_writes_for_what_follows() -> No
         dx, ds = torch.autograd.grad(y[:, 4].sum(), (x, source))
         assert (dx[:, :first] == 0).all() and (dx[:, 5:] == 0).all() and (dx[:, 4] != 0).any()
         assert (ds[:, 5:] == 0).all() and (ds[:, 0] != 0).any() and (ds[:, 4] != 0).any()
+
+
+def test_mamba_reads_by_the_stream_what_the_source_wrote() -> None:
+    mixer, (x, source) = MambaMixer(WIDTH, d_inner=32, d_state=5, d_head=8), streams()
+    y = mixer(x, source=source)
+    widths = [32, 32 + 5, 5, 4]  # gate, inputs and B, C, step sizes
+    own, others = (mixer.in_proj(s).split(widths, dim=-1) for s in (x, source))
+    joint = torch.cat([own[0], others[1], own[2], others[3]], dim=-1)
+    mixer.in_proj.register_forward_hook(lambda *_: joint)
+    assert_close(mixer(x), y)
 
 
 def test_the_conditioning_of_either_stream_is_causal() -> None:
