@@ -96,7 +96,7 @@ def test_a_damaged_cell_is_named(capsys, tmp_path):
     [
         (["--profile=big"], "profile must be one of ['ci', 'paper', 'tiny'], got 'big'"),
         (["--kappas", "-1"], "kappas must be a finite number of at least 0, got -1.0"),
-        (["--kappas", "much"], "Got value: much"),
+        (["--kappas", "much"], "kappas must each be a number, got 'much'"),
         (["--seeds", "-3"], "seeds must be an integer of at least 0, got -3"),
         (["--threads=0"], "threads must be an integer of at least 1, got 0"),
         (["--kappa", "1"], "unknown option --kappa; did you mean 'kappas'?"),

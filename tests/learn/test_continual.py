@@ -98,6 +98,7 @@ def test_the_committed_table_of_recall_agrees_with_its_oracle():
         assert row["warned"] == (row["margin"] < 3)
         if row["margin"] >= 7 and row["corruption"]["kind"] == "noise" and row["corruption"]["level"] <= 0.5:
             assert row["accuracy"] >= 0.99
-    failed = [row for row in rows if row["warned"]]
-    assert {(row["d_model"], row["n_patterns"]) for row in failed} == {(32, 4096)}
-    assert all(row["accuracy"] < 0.02 for row in failed)
+    warned = {n: [row for row in rows if row["warned"] and row["n_patterns"] == n] for n in (512, 4096)}
+    assert {(row["d_model"], row["n_patterns"]) for row in rows if row["warned"]} == {(32, 512), (32, 4096)}
+    assert all(row["accuracy"] < 0.02 for row in warned[4096])
+    assert any(row["accuracy"] < row["nearest"] - 0.1 for row in warned[512])  # the weakest patterns go first
