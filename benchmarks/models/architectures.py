@@ -1,7 +1,7 @@
 """A training step and a decoded token of every architecture at the demo's sizes, all through the same path.
 
     python benchmarks/models/architectures.py --threads 2
-    python benchmarks/against.py 252ba62 benchmarks/models/architectures.py --threads 2     # beside another commit
+    python tools/against.py 252ba62 benchmarks/models/architectures.py --threads 2     # beside another commit
 
 Models of ``configs/demo`` (0.8 M parameters beside the embedding). A training step is loss, backward, clipping and
 AdamW on 8 x 128 tokens; decoding continues a prompt of 64 tokens by 64 at batch 1, and is ``generate``, as users call it.

@@ -1,6 +1,6 @@
 """Run a benchmark alternately on this tree's package and on another commit's, and print the ratios of medians.
 
-    python benchmarks/against.py 252ba62 benchmarks/models/architectures.py --threads 2
+    python tools/against.py 252ba62 benchmarks/models/architectures.py --threads 2
 
 The script is this tree's in both cases; it has to run on both packages. What follows it goes to the script.
 """
@@ -15,7 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from _timing import ROOT, print_table
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from _timing import print_table
 
 TURNS = 3
 """Runs of the script on each package, in turn."""
