@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from _timing import print_table
+from _timing import print_table  # noqa: E402
 
 TURNS = 3
 """Runs of the script on each package, in turn."""

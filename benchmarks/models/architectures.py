@@ -4,7 +4,7 @@
     python tools/against.py 252ba62 benchmarks/models/architectures.py --threads 2     # beside another commit
 
 Models of ``configs/demo`` (0.8 M parameters beside the embedding). A training step is loss, backward, clipping and
-AdamW on 8 x 128 tokens; decoding continues a prompt of 64 tokens by 64 at batch 1, and is ``generate``, as users call it.
+AdamW on 8 x 128 tokens; decoding continues a prompt of 64 tokens by 64 at batch 1, by ``generate``, as users do.
 
 Floor: a step multiplies 6 weights per parameter and token, 6 GFLOP; a decoded token reads each weight once, 4 MB.
 """
