@@ -84,6 +84,14 @@ def test_the_conditioning_of_either_stream_is_causal() -> None:
         assert (ds[:, 5:] == 0).all() and (ds[:, 0] != 0).any()
 
 
+def test_what_a_mixer_shows_of_itself_does_not_depend_on_pads() -> None:
+    mixer, (x, _) = make_mixer("gla"), streams()
+    layout = mixer._layout(x, MASK, None, None, None)
+    expected, values = mixer.project(x, layout)
+    features, same = mixer.project(x.masked_fill(MASK.unsqueeze(-1) == 0, torch.nan), layout)
+    assert torch.equal(same, values) and all(torch.equal(features[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("prior", PRIORS)
 def test_what_reads_is_made_of_the_stream_and_what_writes_of_the_source(prior: str) -> None:
     mixer, (x, source) = make_mixer(prior), streams()

@@ -175,13 +175,36 @@ def test_an_untied_model_gets_two_matrices_from_a_tied_state_dict() -> None:
     assert torch.equal(model.unembed.weight, model.embed.weight) and not model.config.tie_embeddings
 
 
-def test_a_file_with_one_matrix_is_a_whole_state_dict(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_file_with_one_matrix_is_a_whole_state_dict(assign: bool, strict: bool, tmp_path: Path) -> None:
     model = make("transformer")
     save_checkpoint(model, tmp_path / "a")
     fresh = on_meta(model).to_empty(device="cpu").eval()
-    fresh.load_state_dict(load_file(tmp_path / "a" / "model.safetensors"))
+    state = load_file(tmp_path / "a" / "model.safetensors")
+    assert not fresh.load_state_dict(state, assign=assign, strict=strict).missing_keys
     assert fresh.unembed.weight is fresh.embed.weight
     assert torch.equal(logits(fresh), logits(model))
+
+
+def test_one_matrix_is_no_state_dict_of_a_model_with_two() -> None:
+    state = {name: x for name, x in make("transformer").state_dict().items() if name != "unembed.weight"}
+    model = make("transformer-gqa-untied")
+    with pytest.raises(RuntimeError, match="Missing key.*unembed.weight"):
+        model.load_state_dict(state | {n: x for n, x in model.state_dict().items() if "blocks" in n})
+
+
+def test_matrices_of_two_dtypes_are_two() -> None:
+    model = make("transformer")
+    state = model.state_dict()
+    model.load_state_dict(state | {"unembed.weight": state["embed.weight"].double()}, assign=True)
+    assert model.unembed.weight.dtype == torch.float64 and not model.config.tie_embeddings
+
+
+def test_a_state_dict_without_numbers_says_nothing_of_ties() -> None:
+    model = make("transformer")
+    model.load_state_dict(on_meta(model).state_dict(), assign=True)
+    assert model.config.tie_embeddings
 
 
 def test_a_tied_model_takes_no_two_matrices(tmp_path: Path) -> None:

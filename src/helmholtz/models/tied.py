@@ -48,14 +48,14 @@ def keep_ties(model: nn.Module) -> None:
 
 
 def _before_loading(
-    model: Any, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any], strict: bool, *others: Any
+    model: Any, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *others: Any
 ) -> None:
     embed, unembed = state.get(prefix + EMBED), state.get(prefix + UNEMBED)
     if embed is None or "weight" not in model.unembed._parameters:
         return
     tied, assign = model.config.tie_embeddings, metadata.get("assign_to_params_buffers", False)
     if unembed is None:
-        if strict and tied:
+        if tied:
             state[prefix + UNEMBED] = embed  # files hold tied weights once
     elif embed.is_meta or unembed.is_meta:
         return
