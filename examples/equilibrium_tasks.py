@@ -3,7 +3,7 @@
     python examples/equilibrium_tasks.py --seeds 0 1 2 --output results/equilibrium_tasks.json
 
 About two minutes of one core per seed. What the file already holds for a task and seed is not computed again; --tasks
-takes some of: periods, pairs, bytes, stability. The tasks are helmholtz.training.equilibrium_tasks.
+takes some of: periods, pairs, bytes, stability. The tasks are helmholtz.experiments.equilibrium.run.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from helmholtz._hardware import describe_hardware, git_commit
 from helmholtz.data.corpus import shakespeare_files
 from helmholtz.data.prepare import DataConfig, prepare
 from helmholtz.data.tokens import TokenDataset
-from helmholtz.training import equilibrium_tasks as tasks
+from helmholtz.experiments.equilibrium import run as tasks
 
 N_BYTES = 100_000
 

@@ -8,9 +8,9 @@ rounding is as good as another seed. So a single seed is asked for the direction
 import statistics
 from collections.abc import Callable, Sequence
 
-from helmholtz.data.plan_letters import LetterLaw, noise_floor, vanilla_floor
-from helmholtz.evals.plan_letters import LetterResult, kappa_label, measure_letters
-from helmholtz.training.plan_letters import PROFILES, train_on_letters
+from helmholtz.experiments.letters.data import LetterLaw, noise_floor, vanilla_floor
+from helmholtz.experiments.letters.report import LetterResult, kappa_label, measure_letters
+from helmholtz.experiments.letters.run import PROFILES, train_on_letters
 
 KAPPAS = (None, 1 / 64, 1 / 16, 1 / 4, 1.0, 4.0)
 PROFILE = "ci"

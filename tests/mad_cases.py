@@ -1,9 +1,9 @@
 """The MAD study at sizes that train in a moment."""
 
-from helmholtz.data.mad import Compression, InContextRecall, MadSetting
-from helmholtz.studies.mad_models import MadSizes
-from helmholtz.studies.mad_runs import MadProfile
-from helmholtz.studies.mad_training import MadProtocol
+from helmholtz.experiments.mad.data import Compression, InContextRecall, MadSetting
+from helmholtz.experiments.mad.models import MadSizes
+from helmholtz.experiments.mad.run import MadProfile
+from helmholtz.experiments.mad.training import MadProtocol
 
 SIZES = MadSizes(d_model=16, n_heads=2, d_ff=48, n_patterns=4)
 RECALL = MadSetting(

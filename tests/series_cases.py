@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 
 import torch
 
-from helmholtz.data.series import Series
+from helmholtz.experiments.forecasting.data import Series
 
 
 def waves(n_rows=700, n_variates=3, *, name="waves"):

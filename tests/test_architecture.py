@@ -69,6 +69,8 @@ def test_import_contracts_hold(copy):
     [
         ("ops/scan.py", "from helmholtz import reference", "Imports point down BROKEN"),
         ("data/tokens.py", "from helmholtz import models", "Imports point down BROKEN"),
+        ("evals/language.py", "from helmholtz import experiments", "Imports point down BROKEN"),
+        ("experiments/queue.py", "from helmholtz import cli", "Imports point down BROKEN"),
         ("models/base.py", "import transformers", "no config parser BROKEN"),
         ("layers/mlp.py", "import jsonargparse", "no config parser BROKEN"),
     ],
@@ -171,3 +173,12 @@ def test_importing_the_library_loads_no_optional_package(fresh):
 
 def test_importing_the_models_costs_little_beside_torch(fresh):
     assert fresh["relative_cost"] < 0.5
+
+
+def test_evals_train_nothing():
+    """What trains models of its own is an experiment."""
+    for file in (SOURCE / "evals").glob("*.py"):
+        names = {
+            node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)
+        }
+        assert not names & {"optim", "backward", "zero_grad"}, file.name

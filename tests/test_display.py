@@ -12,7 +12,7 @@ from rich.console import Console
 
 from helmholtz._display import losable, make_losable
 from helmholtz.cli.queues import announced
-from helmholtz.studies.queue import QueuedRun, split_finished, work_off
+from helmholtz.experiments.queue import QueuedRun, split_finished, work_off
 from helmholtz.training.callbacks import Callback
 from helmholtz.training.run import train
 from tiny_runs import prepare_text, tiny_run

@@ -5,7 +5,7 @@ import pytest
 
 from helmholtz.cli import forecast
 from helmholtz.cli.main import main
-from helmholtz.studies.forecasting import RECIPES
+from helmholtz.experiments.forecasting.run import RECIPES
 from series_cases import waves, write_csv
 
 

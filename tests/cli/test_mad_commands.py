@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from helmholtz.cli.main import main
-from helmholtz.studies import mad_runs
-from helmholtz.studies.mad_runs import PROFILES
+from helmholtz.experiments.mad import run as mad_run
+from helmholtz.experiments.mad.run import PROFILES
 from mad_cases import profile, protocol
 
 
@@ -110,7 +110,7 @@ def test_mistakes_are_one_line_and_touch_nothing(capsys, tmp_path, arguments, me
 
 
 def test_quick_wants_the_pilot_first(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(mad_runs, "LEARNING_RATES", {})
+    monkeypatch.setattr(mad_run, "LEARNING_RATES", {})
     code, _, error = call(capsys, "run", f"--output={tmp_path / 'new'}")
     assert code == 2 and "a pilot has chosen a learning rate for (none yet)" in error
     assert not (tmp_path / "new").exists()

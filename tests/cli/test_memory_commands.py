@@ -6,7 +6,7 @@ import torch
 from helmholtz.cli import continual, recall
 from helmholtz.cli.learners import LEARNERS, build_learner
 from helmholtz.cli.main import main
-from helmholtz.evals.recall import Corruption
+from helmholtz.experiments.recall.patterns import Corruption
 
 
 def call(capsys, *arguments):

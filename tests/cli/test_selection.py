@@ -5,18 +5,18 @@ import json
 import pytest
 
 from helmholtz.cli.main import main
-from helmholtz.data.selection import SelectionTask
+from helmholtz.experiments.selection.data import SelectionTask
 
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
-    study = "helmholtz.studies.selection"
+    study = "helmholtz.experiments.selection.run"
     for name, value in {
         "GAP_CHANNELS": 200, "BETAS": (1.0, 5.0), "N_TEST": 32, "N_ATTRIBUTED": 8, "PATTERN_SIZES": ((2, 1, 2),),
         "PATTERN_DRAWS": 50,
     }.items():  # fmt: skip
         monkeypatch.setattr(f"{study}.{name}", value)
-    from helmholtz.studies.selection import SelectionStudy
+    from helmholtz.experiments.selection.run import SelectionStudy
 
     small = SelectionStudy(
         batch_size=4,

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from helmholtz.cli.main import main
-from helmholtz.data.plan_letters import LetterLaw
-from helmholtz.training.plan_letters import PROFILES, LetterExperiment
+from helmholtz.experiments.letters.data import LetterLaw
+from helmholtz.experiments.letters.run import PROFILES, LetterExperiment
 
 TINY = LetterExperiment(
     law=LetterLaw(n_characters=12, run_length=3), d_model=16, n_layers=2, n_heads=2, n_latent_bits=3, steps=4,
@@ -18,7 +18,7 @@ TINY = LetterExperiment(
 def _tiny(monkeypatch):
     monkeypatch.setitem(PROFILES, "tiny", TINY)
     for name, value in {"N_SEQUENCES": 200, "N_GROUPS": 3, "GROUP_SIZE": 5}.items():
-        monkeypatch.setattr(f"helmholtz.evals.plan_letters.{name}", value)
+        monkeypatch.setattr(f"helmholtz.experiments.letters.report.{name}", value)
 
 
 def call(capsys, *arguments):
@@ -63,7 +63,7 @@ def test_finished_cells_are_not_computed_again(capsys, tmp_path, monkeypatch):
         trained.append(settings["kappa_bits"])
         return train(experiment, **settings)
 
-    from helmholtz.training.plan_letters import train_on_letters as train
+    from helmholtz.experiments.letters.run import train_on_letters as train
 
     monkeypatch.setattr("helmholtz.cli.synthetic.train_on_letters", spy)
     before = (tmp_path / "cells" / "0.25-0.json").read_text()

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from helmholtz.cli.main import main
-from helmholtz.studies import vision
-from helmholtz.studies.vision import VisionRecipe
+from helmholtz.experiments.vision import run as vision
+from helmholtz.experiments.vision.run import VisionRecipe
 from image_cases import write_set
 
 TINY = VisionRecipe(

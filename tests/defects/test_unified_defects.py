@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helmholtz.data.recall import IGNORED, PairTask, sample_pairs
+from helmholtz.experiments.recall.data import IGNORED, PairTask, sample_pairs
 from helmholtz.interop.seeds.unified import UnifiedMambaHopfieldDEQ
 from helmholtz.layers.equilibrium_reading import retrieval_energy
 from helmholtz.ops.losses import cross_entropy

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from helmholtz.evals.plan_letters import LetterResult
-from helmholtz.training.plan_letters import PROFILES
+from helmholtz.experiments.letters.report import LetterResult
+from helmholtz.experiments.letters.run import PROFILES
 from letter_table import KAPPAS, LAW, check_bounds, check_cell, check_most
 
 FOLDER = Path(__file__).parents[2] / "docs" / "experiments" / "plan_letters"

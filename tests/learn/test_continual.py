@@ -12,9 +12,9 @@ import pytest
 
 from helmholtz.cli.continual import runs
 from helmholtz.cli.learners import build_learner
-from helmholtz.data.recall import MapTask, PairTask
-from helmholtz.evals.continual import ContinualLearning, ContinualResult, joint_accuracy
-from helmholtz.evals.in_context_recall import InContextRecall
+from helmholtz.experiments.continual.run import ContinualLearning, ContinualResult, joint_accuracy
+from helmholtz.experiments.recall.data import MapTask, PairTask
+from helmholtz.experiments.recall.run import InContextRecall
 
 FOLDER = Path(__file__).parents[2] / "docs" / "experiments" / "memory"
 TASK = MapTask()

@@ -2,8 +2,8 @@
 
 import pytest
 
-from helmholtz.data.images import digits
-from helmholtz.studies.vision import compute_vision, vision_runs
+from helmholtz.experiments.vision.data import digits
+from helmholtz.experiments.vision.run import compute_vision, vision_runs
 
 
 @pytest.mark.learn

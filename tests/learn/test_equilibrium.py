@@ -13,7 +13,7 @@ import pytest
 from helmholtz.data.corpus import shakespeare_files
 from helmholtz.data.prepare import DataConfig, prepare
 from helmholtz.data.tokens import TokenDataset
-from helmholtz.training.equilibrium_tasks import (
+from helmholtz.experiments.equilibrium.run import (
     STABILITY_WEIGHT,
     TARGET,
     learn_bytes,

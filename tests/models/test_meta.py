@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 import helmholtz
 from decoder_cases import codes_of, tokens_of
-from helmholtz.data.mad import Compression, InContextRecall
+from helmholtz.experiments.forecasting.models import (
+    DLinear,
+    EncoderForecaster,
+    ForecasterConfig,
+    SeasonalNaive,
+)
+from helmholtz.experiments.mad.data import Compression, InContextRecall
+from helmholtz.experiments.mad.models import MODELS as MAD_MODELS
+from helmholtz.experiments.mad.models import MadSizes, _build
+from helmholtz.experiments.vision.models import ViT, ViTConfig
 from helmholtz.interop.hf import HelmholtzForCausalLM
 from helmholtz.interop.seeds.fem import FreeEnergyMixer as SeedMixer
 from helmholtz.interop.seeds.fem import FreeEnergyMixerConfig as SeedMixerConfig
@@ -37,10 +46,6 @@ from helmholtz.layers.free_energy_attention import FreeEnergyAttention
 from helmholtz.layers.key_value_memory import KeyValueMemory, NGramKeys
 from helmholtz.layers.latent import Plan
 from helmholtz.models.base import AbstractDecoder
-from helmholtz.models.forecaster import DLinear, EncoderForecaster, ForecasterConfig, SeasonalNaive
-from helmholtz.models.vit import ViT, ViTConfig
-from helmholtz.studies.mad_models import MODELS as MAD_MODELS
-from helmholtz.studies.mad_models import MadSizes, _build
 from helmholtz.training.objectives import learned, next_token
 from helmholtz.training.parallel import Learner
 from hf_cases import CORES

@@ -11,11 +11,11 @@ from helmholtz.data import BPETokenizer, ByteTokenizer, DataConfig, IdTokenizer,
 from helmholtz.data.tokens import TokenDataset, bits_per_byte
 from helmholtz.evals.language import evaluate_language
 from helmholtz.evals.latent import evaluate_bounds, report
+from helmholtz.experiments.equilibrium.run import unigram_bits
+from helmholtz.experiments.language.run import quality
 from helmholtz.models.free_transformer import FreeTransformer, FreeTransformerConfig
 from helmholtz.models.transformer import Transformer, TransformerConfig
-from helmholtz.studies.language import quality
 from helmholtz.training.config import TrainConfig
-from helmholtz.training.equilibrium_tasks import unigram_bits
 from helmholtz.training.loop import Trainer
 
 SEQ_LEN, WINDOWS = 16, 8

@@ -18,9 +18,14 @@ from helmholtz._files import write_atomically
 from helmholtz._hardware import describe_hardware, git_commit
 from helmholtz.cli.arguments import make_parser, parse
 from helmholtz.cli.learners import LEARNERS, build_learner
-from helmholtz.data.recall import MapTask
-from helmholtz.evals.continual import ContinualConfig, ContinualLearning, ContinualResult, joint_accuracy
-from helmholtz.evals.memory_plots import plot_continual
+from helmholtz.experiments.continual.run import (
+    ContinualConfig,
+    ContinualLearning,
+    ContinualResult,
+    joint_accuracy,
+)
+from helmholtz.experiments.recall.data import MapTask
+from helmholtz.experiments.recall.report import plot_continual
 from helmholtz.models.base import AbstractDecoder
 
 DESCRIPTION = (

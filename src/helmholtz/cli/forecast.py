@@ -20,8 +20,8 @@ from helmholtz.cli.queues import (
     spread_text,
     write_summary,
 )
-from helmholtz.data.series import PACKAGED, Series, read_series
-from helmholtz.studies.forecast_report import (
+from helmholtz.experiments.forecasting.data import PACKAGED, Series, read_series
+from helmholtz.experiments.forecasting.report import (
     PUBLISHED,
     of,
     pilot_summary,
@@ -30,8 +30,8 @@ from helmholtz.studies.forecast_report import (
     summary,
     values_of,
 )
-from helmholtz.studies.forecasting import HORIZONS, RECIPES, compute_forecast, forecast_runs
-from helmholtz.studies.queue import SEEDS, QueuedRun, fold_finished, shard, work_off
+from helmholtz.experiments.forecasting.run import HORIZONS, RECIPES, compute_forecast, forecast_runs
+from helmholtz.experiments.queue import SEEDS, QueuedRun, fold_finished, shard, work_off
 
 ACTIONS = {
     "run": "Train and measure forecasters. Finished runs are kept, an interrupted queue goes on where it was.",

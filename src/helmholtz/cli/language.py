@@ -14,7 +14,8 @@ from helmholtz._checks import check_integer
 from helmholtz._files import write_atomically
 from helmholtz.cli.arguments import make_parser, parse
 from helmholtz.cli.queues import add_shard, add_threads, announced, check_options
-from helmholtz.studies.language import (
+from helmholtz.experiments.language.models import LANGUAGE_MODELS
+from helmholtz.experiments.language.run import (
     CORPORA,
     TOKENIZERS,
     LanguageStudy,
@@ -23,9 +24,8 @@ from helmholtz.studies.language import (
     prepare_corpus,
     scaling_fits,
 )
-from helmholtz.studies.language_models import LANGUAGE_MODELS
-from helmholtz.studies.queue import SEEDS, FinishedRun, fold_finished, shard, spread, work_off
-from helmholtz.studies.records import RUNS
+from helmholtz.experiments.queue import SEEDS, FinishedRun, fold_finished, shard, spread, work_off
+from helmholtz.experiments.records import RUNS
 
 DESCRIPTION = (
     "Language models of equal parameters on two texts, by bytes and by BPE, and three sizes of some on one of them. "

@@ -15,10 +15,10 @@ from helmholtz._display import make_losable
 from helmholtz._files import write_atomically
 from helmholtz.cli.arguments import make_parser, parse
 from helmholtz.cli.queues import add_shard, add_threads, check_options, run_action
-from helmholtz.studies.mad_plots import plot_accuracy, plot_curves
-from helmholtz.studies.mad_report import markdown, report_content, rows_of, table_lines
-from helmholtz.studies.mad_runs import PROFILES, MadRun, chosen_rates
-from helmholtz.studies.queue import QueuedRun, fold_finished, shard, work_off
+from helmholtz.experiments.mad.plots import plot_accuracy, plot_curves
+from helmholtz.experiments.mad.report import markdown, report_content, rows_of, table_lines
+from helmholtz.experiments.mad.run import PROFILES, MadRun, chosen_rates
+from helmholtz.experiments.queue import QueuedRun, fold_finished, shard, work_off
 
 ACTIONS = {
     "run": "Train the models of a profile on the MAD tasks. Finished runs are kept, an interrupted queue goes on.",

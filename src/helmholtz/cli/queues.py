@@ -11,7 +11,7 @@ from helmholtz._checks import check, check_choice, check_integer
 from helmholtz._display import make_losable
 from helmholtz._files import write_atomically
 from helmholtz.cli.arguments import Parser
-from helmholtz.studies.queue import QueuedRun
+from helmholtz.experiments.queue import QueuedRun
 
 
 def run_action(

@@ -17,16 +17,16 @@ from helmholtz._files import write_atomically
 from helmholtz._hardware import describe_hardware, git_commit
 from helmholtz.cli.arguments import make_parser, parse
 from helmholtz.cli.learners import LEARNERS, build_learner
-from helmholtz.data.recall import PairTask
-from helmholtz.evals.in_context_recall import InContextRecall, InContextResult, recall_by_memory
-from helmholtz.evals.memory_plots import plot_recall
-from helmholtz.evals.recall import (
+from helmholtz.experiments.recall.data import PairTask
+from helmholtz.experiments.recall.patterns import (
     AssociationResult,
     Corruption,
     RecallResult,
     recall_patterns,
     recall_values,
 )
+from helmholtz.experiments.recall.report import plot_recall
+from helmholtz.experiments.recall.run import InContextRecall, InContextResult, recall_by_memory
 
 DESCRIPTION = (
     "Recall from a Hopfield memory: patterns spoilt by noise, masks and flips beside a float64 oracle and the nearest "

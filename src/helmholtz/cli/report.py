@@ -7,7 +7,7 @@ from rich.console import Console
 
 from helmholtz._files import write_atomically
 from helmholtz.cli.arguments import make_parser, parse
-from helmholtz.studies.report.page import build_sections, render
+from helmholtz.experiments.report.page import build_sections, render
 
 DESCRIPTION = (
     "One HTML page of all results in some folders: tables, pictures, hardware, seeds, commits and commands. It loads "

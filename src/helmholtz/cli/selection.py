@@ -11,10 +11,10 @@ from rich.table import Table
 from helmholtz._checks import check_integer
 from helmholtz.cli.arguments import make_parser, parse
 from helmholtz.cli.queues import add_threads, announced, check_options
-from helmholtz.studies.queue import SEEDS, FinishedRun, Spread, fold_finished, spread, work_off
-from helmholtz.studies.records import RUNS
-from helmholtz.studies.selection import SelectionStudy, compute, queue
-from helmholtz.studies.selection_plots import by_reader, of_part, plot_gaps, plot_reads
+from helmholtz.experiments.queue import SEEDS, FinishedRun, Spread, fold_finished, spread, work_off
+from helmholtz.experiments.records import RUNS
+from helmholtz.experiments.selection.report import by_reader, of_part, plot_gaps, plot_reads
+from helmholtz.experiments.selection.run import SelectionStudy, compute, queue
 
 DESCRIPTION = (
     "Channel-wise selection: the gap between a read and the channel's maximum against its law, one layer that learns "

@@ -19,8 +19,8 @@ from helmholtz._files import write_atomically
 from helmholtz._hardware import describe_hardware, git_commit
 from helmholtz._json import parse_json
 from helmholtz.cli.arguments import make_parser, parse
-from helmholtz.data.plan_letters import LetterLaw, letters_to_text, noise_floor, vanilla_floor
-from helmholtz.evals.plan_letters import (
+from helmholtz.experiments.letters.data import LetterLaw, letters_to_text, noise_floor, vanilla_floor
+from helmholtz.experiments.letters.report import (
     GroupStatistics,
     LetterResult,
     kappa_label,
@@ -29,9 +29,9 @@ from helmholtz.evals.plan_letters import (
     plot_letters,
     sample_letter_groups,
 )
+from helmholtz.experiments.letters.run import PROFILES, LetterExperiment, train_on_letters
 from helmholtz.models.base import AbstractDecoder
 from helmholtz.training.checkpoint import first_difference
-from helmholtz.training.plan_letters import PROFILES, LetterExperiment, train_on_letters
 
 DESCRIPTION = (
     "The synthetic experiment of the Free Transformer's paper: what a plan holds as the free bits per token grow. "

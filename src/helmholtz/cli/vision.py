@@ -20,10 +20,16 @@ from helmholtz.cli.queues import (
     spread_text,
     write_summary,
 )
-from helmholtz.data.images import PACKAGED, ImageSplits, idx_images
-from helmholtz.studies.queue import SEEDS, QueuedRun, fold_finished, shard, work_off
-from helmholtz.studies.vision import LEARNING_RATES, compute_vision, vision_runs
-from helmholtz.studies.vision_report import data_names, pilot_summary, plot_confusion, plot_learning, summary
+from helmholtz.experiments.queue import SEEDS, QueuedRun, fold_finished, shard, work_off
+from helmholtz.experiments.vision.data import PACKAGED, ImageSplits, idx_images
+from helmholtz.experiments.vision.report import (
+    data_names,
+    pilot_summary,
+    plot_confusion,
+    plot_learning,
+    summary,
+)
+from helmholtz.experiments.vision.run import LEARNING_RATES, compute_vision, vision_runs
 
 ACTIONS = {
     "run": "Train and measure vision transformers. Finished runs are kept, an interrupted queue goes on where it was.",

@@ -3,10 +3,15 @@
 from typing import Any
 
 from helmholtz._checks import check_integer
-from helmholtz.data.recall import MapTask, PairTask
-from helmholtz.evals.continual import ContinualConfig, ContinualLearning, ContinualResult, MemoryKeys
-from helmholtz.evals.in_context_recall import InContextRecall, InContextResult
-from helmholtz.evals.recall import Corruption, RecallResult, by_size_and_level, recall_patterns
+from helmholtz.experiments.continual.run import (
+    ContinualConfig,
+    ContinualLearning,
+    ContinualResult,
+    MemoryKeys,
+)
+from helmholtz.experiments.recall.data import MapTask, PairTask
+from helmholtz.experiments.recall.patterns import Corruption, RecallResult, by_size_and_level, recall_patterns
+from helmholtz.experiments.recall.run import InContextRecall, InContextResult
 from helmholtz.interop.seeds.unified.model import UnifiedMambaHopfieldDEQ
 
 SIZES = (16, 64, 256)

@@ -1,0 +1,1 @@
+"""Maps learnt one after another."""

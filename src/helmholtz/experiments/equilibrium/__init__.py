@@ -1,0 +1,1 @@
+"""Recall and periodic sequences for models that solve for an equilibrium."""

@@ -1,0 +1,1 @@
+"""Language models at matched parameters."""

@@ -1,0 +1,1 @@
+"""What a plan holds of sequences of letters, by the free bits per token."""

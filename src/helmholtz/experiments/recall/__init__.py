@@ -1,0 +1,1 @@
+"""Recall from a memory and from a context."""

@@ -1,0 +1,103 @@
+"""Tables and pictures of the vision study."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from helmholtz.evals.plots import pyplot, save_figure
+from helmholtz.experiments.queue import FinishedRun, spread
+from helmholtz.experiments.vision.run import LEARNING_RATES
+
+
+def by_model(done: Sequence[FinishedRun], data: str) -> dict[str, list[FinishedRun]]:
+    """Runs on one set by mixer, in the order of ``LEARNING_RATES``."""
+    own = [run for run in done if run.run.settings["data"]["name"] == data]
+    groups = {name: [run for run in own if run.run.settings["model"] == name] for name in LEARNING_RATES}
+    return {name: runs for name, runs in groups.items() if runs}
+
+
+def data_names(done: Sequence[FinishedRun]) -> list[str]:
+    return list(dict.fromkeys(run.run.settings["data"]["name"] for run in done))
+
+
+def summary(done: Sequence[FinishedRun]) -> list[dict[str, Any]]:
+    """A row per set and mixer: accuracies and test loss as a spread over seeds."""
+    rows = []
+    for data in data_names(done):
+        for model, runs in by_model(done, data).items():
+            results = [run.result for run in runs]
+            rows.append(
+                {
+                    "data": data,
+                    "model": model,
+                    "seeds": [run.run.settings["seed"] for run in runs],
+                    "parameters": results[0]["parameters"],
+                    "validation_accuracy": asdict(spread([r["validation"]["accuracy"] for r in results])),
+                    "test_accuracy": asdict(spread([r["test"]["accuracy"] for r in results])),
+                    "test_loss": asdict(spread([r["test"]["loss"] for r in results])),
+                    "cpu_seconds": round(sum(run.timing.get("cpu_seconds", 0.0) for run in runs), 1),
+                }
+            )
+    return rows
+
+
+def pilot_summary(done: Sequence[FinishedRun]) -> list[dict[str, Any]]:
+    """A row per run of a pilot: what its learning rate gives on the validation images."""
+    return [
+        {
+            "data": run.run.settings["data"]["name"],
+            "model": run.run.settings["model"],
+            "lr": run.run.settings["lr"],
+            "seed": run.run.settings["seed"],
+            "validation": run.result["validation"],
+            "best_step": run.result["best_step"],
+        }
+        for run in done
+    ]
+
+
+def plot_learning(done: Sequence[FinishedRun], data: str, file: Path) -> None:
+    """Validation loss (line) and training loss (faint) against steps, a colour per mixer and a line per seed."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for number, (model, runs) in enumerate(by_model(done, data).items()):
+        for run in runs:
+            steps, train, validation = zip(*run.result["curve"], strict=True)
+            label = model if run is runs[0] else None
+            axes.plot(steps, validation, color=f"C{number}", marker="o", markersize=3, label=label)
+            axes.plot(steps, train, color=f"C{number}", alpha=0.3, linewidth=1)
+    axes.set_yscale("log")
+    axes.set_xlabel("steps")
+    axes.set_ylabel("cross-entropy, nats")
+    axes.set_title(f"{data}: validation (marked) and training (faint)", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save_figure(figure, file, plt)
+
+
+def plot_confusion(done: Sequence[FinishedRun], data: str, file: Path) -> None:
+    """Share of each class that is taken for each other one, a panel per mixer, over all seeds."""
+    plt = pyplot()
+    groups = by_model(done, data)
+    figure, panels = plt.subplots(
+        1, len(groups), figsize=(5.2 * len(groups), 4.8), layout="constrained", squeeze=False
+    )
+    for axes, (model, runs) in zip(panels[0], groups.items(), strict=True):
+        counts = np.sum([run.result["confusion"] for run in runs], axis=0)
+        shares = counts / counts.sum(1, keepdims=True)
+        names = runs[0].run.settings["data"]["classes"]
+        axes.imshow(shares, vmin=0, vmax=1, cmap="viridis")
+        for i, j in zip(*np.nonzero(counts), strict=True):
+            colour = "white" if shares[i, j] < 0.6 else "black"
+            text = f"{100 * shares[i, j]:.0f}"
+            axes.text(j, i, text, ha="center", va="center", fontsize=6, color=colour)
+        axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_xlabel("taken for")
+        axes.set_title(f"{model}, {len(runs)} seeds", fontsize=10)
+    panels[0][0].set_ylabel("is")
+    figure.suptitle(f"{data}: test images of a class, in percent", fontsize=10)
+    save_figure(figure, file, plt)
