@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from helmholtz.layers.latent import LatentEncoder, Plan, TablePostSampler
-from helmholtz.models.base import AbstractDecoder, LMOutput
+from helmholtz.models.decoder import Decoder
 from helmholtz.models.free_transformer import FreeTransformer, FreeTransformerConfig
+from helmholtz.models.outputs import LMOutput
 
 SIZES: dict[str, Any] = {"vocab_size": 37, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}
 N_BITS = 5
 
 
 @torch.no_grad()
-def liven(model: AbstractDecoder) -> AbstractDecoder:
+def liven(model: Decoder) -> Decoder:
     """Redraw all matrices at the scale that keeps variance, those included that start at 0."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -56,15 +57,20 @@ def plan_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def planned(draw_plan: Callable[..., LMOutput]) -> Callable[..., LMOutput]:
         def call(
-            self: FreeTransformer, tokens: Tensor, *state: Any, z: Plan | None = None, **masks: Any
+            self: Decoder,
+            tokens: Tensor,
+            *state: Any,
+            z: Plan | None = None,
+            z_init: Tensor | None = None,
+            **masks: Any,
         ) -> LMOutput:
-            if z is not None:
-                return draw_plan(self, tokens, *state, z=z, **masks)
+            if z is not None or self.plan is None:
+                return draw_plan(self, tokens, *state, z=z, z_init=z_init, **masks)
             half = self.lower(tokens, *state, **masks)
-            code = (5 * tokens + 3) % 2**self.config.n_latent_bits
-            return self.upper(half, Plan(code, self.posterior(half)))
+            code = (5 * tokens + 3) % 2**self.plan.n_bits
+            return self.upper(half, Plan(code, self.posterior(half)), z_init=z_init)
 
         return call
 
     for name in ("forward", "step"):
-        monkeypatch.setattr(FreeTransformer, name, planned(getattr(FreeTransformer, name)))
+        monkeypatch.setattr(Decoder, name, planned(getattr(Decoder, name)))

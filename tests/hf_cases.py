@@ -8,7 +8,7 @@ from decoder_cases import SIZES, liven
 from helmholtz.interop.hf import HelmholtzForCausalLM
 from helmholtz.layers.fem_config import PRIORS
 from helmholtz.models import MODELS
-from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.decoder import Decoder
 from helmholtz.models.fem_lm import FEMLM, FEMLMConfig, MixerOptions
 from helmholtz.models.free_transformer import FreeTransformer, FreeTransformerConfig
 from helmholtz.models.mamba import Mamba, MambaConfig
@@ -36,7 +36,7 @@ def _with_written_slots() -> MambaHopfield:
     return model
 
 
-CORES: dict[str, Callable[[], AbstractDecoder]] = {
+CORES: dict[str, Callable[[], Decoder]] = {
     "transformer": lambda: Transformer(TransformerConfig(**SIZES)),
     "transformer-gqa-untied": lambda: Transformer(
         TransformerConfig(**SIZES, n_kv_heads=2, tie_embeddings=False)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from helmholtz.cli.runs import run_config, run_parser
 from helmholtz.layers.latent import Plan
 from helmholtz.models import MODELS
-from helmholtz.models.base import AbstractDecoder
 from helmholtz.training.run import prepare
 
 TESTS = Path(__file__).parent
@@ -27,20 +26,21 @@ SEED, DEMO_STEPS = 3, 10
 
 
 @torch.no_grad()
-def numbers(model: AbstractDecoder, tokens: Tensor, code: Tensor | None, **mask: Tensor) -> dict[str, Tensor]:
+def numbers(model: nn.Module, tokens: Tensor, code: Tensor | None, **mask: Tensor) -> dict[str, Tensor]:
     """Logits of a whole pass, under the plan ``code`` if there is one, and what a plan or an equilibrium adds."""
     if code is not None:
         half = model.lower(tokens, **mask)
         return {"logits": model.upper(half, Plan(code)).logits, "bit_logits": model.posterior(half)}
     output = model(tokens, **mask)
     found = {"logits": output.logits}
-    if hasattr(output, "equilibrium"):
-        found |= {"z": output.equilibrium.z, "energy": output.equilibrium.energy}
+    equilibrium = getattr(output, "equilibrium", None)  # of the old code only some outputs have the field
+    if equilibrium is not None:
+        found |= {"z": equilibrium.z, "energy": equilibrium.energy}
     return found
 
 
 @torch.no_grad()
-def streamed(model: AbstractDecoder, tokens: Tensor, code: Tensor | None, **mask: Tensor) -> Tensor:
+def streamed(model: nn.Module, tokens: Tensor, code: Tensor | None, **mask: Tensor) -> Tensor:
     """The logits of ``numbers`` by a prefill of half the tokens and a step for each of the others."""
     time = tokens.shape[1]
     bounds = [0, *range(time // 2, time + 1)]
@@ -55,7 +55,7 @@ def streamed(model: AbstractDecoder, tokens: Tensor, code: Tensor | None, **mask
     return torch.cat(logits, dim=1)
 
 
-def initial_model(architecture: str, options: dict[str, Any]) -> AbstractDecoder:
+def initial_model(architecture: str, options: dict[str, Any]) -> nn.Module:
     """The model of these options as ``SEED`` begins it."""
     config = MODELS[architecture].config_class.from_dict(options)
     torch.manual_seed(SEED)

@@ -13,7 +13,7 @@ def ruled_by_its_plan(**fields: object) -> FreeTransformer:
     for block in model.blocks:
         block.mlp.down_proj.weight.zero_()
         block.mixer.o_proj.weight.zero_()
-    mixer = model.blocks[model.split_layer].mixer
+    mixer = model.blocks[model.plan.layer].mixer
     mixer.in_proj.weight[: model.config.d_model] = 0  # equal scores: every code so far counts the same
     mixer.o_proj.weight.copy_(1000 * torch.eye(model.config.d_model))
     model.post_sampler.weight.mul_(1000)

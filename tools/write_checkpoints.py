@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 import helmholtz  # noqa: E402
 from helmholtz.data.corpus import shakespeare_files  # noqa: E402
-from helmholtz.models.base import AbstractDecoder  # noqa: E402
 from helmholtz.models.checkpoint import save_checkpoint  # noqa: E402
 from helmholtz.training.config import TrainConfig  # noqa: E402
 from helmholtz.training.equilibrium import EquilibriumObjective, EquilibriumObjectiveConfig  # noqa: E402
@@ -135,7 +134,7 @@ def objective_of(name: str, architecture: str) -> ObjectiveFunction:
     return next_token
 
 
-def train(name: str, architecture: str, options: dict[str, Any]) -> AbstractDecoder:
+def train(name: str, architecture: str, options: dict[str, Any]) -> nn.Module:
     """50 steps on the bytes of a play, after which no parameter is where it began."""
     model = initial_model(architecture, options)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

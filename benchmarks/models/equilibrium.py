@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from _timing import interleave, parse_options, print_table, write_results
 
 from helmholtz.layers.equilibrium import Equilibrium
-from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.decoder import Decoder
 from helmholtz.models.mamba import Mamba, MambaConfig
 from helmholtz.models.mamba_hopfield import MambaHopfield, MambaHopfieldConfig, medium
 from helmholtz.ops.losses import cross_entropy
@@ -45,7 +45,7 @@ def check(found: Equilibrium, exact: Equilibrium, mode: str) -> None:
         raise RuntimeError(f"{mode}: an equilibrium is off by {distance:.3g}, allowed {allowed:.3g}")
 
 
-def passes(model: AbstractDecoder, tokens: Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
+def passes(model: Decoder, tokens: Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
     @torch.no_grad()
     def forward() -> None:
         model(tokens[:, :-1])

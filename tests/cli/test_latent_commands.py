@@ -88,9 +88,9 @@ def test_evaluate_of_fewer_windows_reads_fewer(workspace, capsys):
 @pytest.mark.parametrize(
     ("run", "option", "message"),
     [
-        ("plain", "--n_samples=4", "n_samples: only a free_transformer has it"),
-        ("plain", "--n_windows=4", "n_windows: only a free_transformer has it"),
-        ("planned", "--overlap=8", "overlap: the windows of a free_transformer have none"),
+        ("plain", "--n_samples=4", "n_samples: this model has no plan"),
+        ("plain", "--n_windows=4", "n_windows: this model has no plan"),
+        ("planned", "--overlap=8", "overlap: the windows of a model with a plan have none"),
         ("planned", "--n_samples=0", "n_samples must be an integer of at least 1, got 0"),
         ("planned", "--n_windows=100000", "n_windows must be at most the split's"),
         ("planned", "--seq_len=0", "seq_len must be an integer of at least 1, got 0"),

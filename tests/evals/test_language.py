@@ -9,7 +9,8 @@ from helmholtz.data.prepare import DataConfig, prepare
 from helmholtz.data.tokens import TokenDataset
 from helmholtz.evals.language import _windows, decode_tokens_per_second, evaluate_language
 from helmholtz.models import MODELS
-from helmholtz.models.base import LMOutput, evaluation_mode
+from helmholtz.models.base import evaluation_mode
+from helmholtz.models.outputs import LMOutput
 from helmholtz.models.transformer import Transformer, TransformerConfig
 from tiny_runs import prepare_text
 

@@ -7,7 +7,7 @@ import torch
 
 from decoder_cases import SIZES, liven, plan_by_tokens
 from helmholtz.layers.fem_config import PRIORS
-from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.decoder import Decoder
 from helmholtz.models.fem_lm import FEMLM, FEMLMConfig, MixerOptions
 from helmholtz.models.free_transformer import FreeTransformer, FreeTransformerConfig
 from helmholtz.models.mamba import Mamba, MambaConfig
@@ -16,25 +16,25 @@ from helmholtz.models.transformer import Transformer, TransformerConfig
 from helmholtz.solvers import SolverConfig
 
 
-def _transformer(**fields: object) -> Callable[[], AbstractDecoder]:
+def _transformer(**fields: object) -> Callable[[], Decoder]:
     return lambda: Transformer(TransformerConfig(**SIZES, **fields))
 
 
-def _fem(**fields: object) -> Callable[[], AbstractDecoder]:
+def _fem(**fields: object) -> Callable[[], Decoder]:
     options = MixerOptions(tdc_width=8)  # a layer norm over the default 2 channels would only keep signs
     return lambda: FEMLM(FEMLMConfig(**SIZES, mixer=options, d_ff=80, **fields))
 
 
-def _free(**fields: object) -> Callable[[], AbstractDecoder]:
+def _free(**fields: object) -> Callable[[], Decoder]:
     return lambda: FreeTransformer(FreeTransformerConfig(**SIZES, n_latent_bits=5, **fields))
 
 
-def _mamba(**fields: object) -> Callable[[], AbstractDecoder]:
+def _mamba(**fields: object) -> Callable[[], Decoder]:
     sizes = {name: SIZES[name] for name in ("vocab_size", "d_model", "n_layers", "max_seq_len")}
     return lambda: Mamba(MambaConfig(**sizes, d_state=8, d_head=16, **fields))
 
 
-def _mamba_hopfield(**fields: object) -> Callable[[], AbstractDecoder]:
+def _mamba_hopfield(**fields: object) -> Callable[[], Decoder]:
     sizes = {name: SIZES[name] for name in ("vocab_size", "d_model", "n_layers", "max_seq_len")}
     solver = SolverConfig(max_steps=100, rtol=1e-6, energy_rtol=1e-6)
     return lambda: MambaHopfield(
@@ -42,7 +42,7 @@ def _mamba_hopfield(**fields: object) -> Callable[[], AbstractDecoder]:
     )
 
 
-DECODERS: dict[str, Callable[[], AbstractDecoder]] = {
+DECODERS: dict[str, Callable[[], Decoder]] = {
     "transformer": _transformer(),
     "transformer-gqa-untied": _transformer(n_kv_heads=2, tie_embeddings=False),
     "fem-hybrid": _fem(prior=("gla", "softmax"), n_kv_heads=2, tie_embeddings=False),
@@ -60,13 +60,13 @@ DECODERS: dict[str, Callable[[], AbstractDecoder]] = {
 
 
 @pytest.fixture(params=DECODERS)
-def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AbstractDecoder:
+def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Decoder:
     plan_by_tokens(monkeypatch)
     torch.manual_seed(1)
     return liven(DECODERS[request.param]())
 
 
 @pytest.fixture
-def transformer() -> AbstractDecoder:
+def transformer() -> Decoder:
     torch.manual_seed(1)
     return liven(DECODERS["transformer"]())

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies
 from torch import Tensor
 
 from helmholtz.layers.state import map_state
-from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.decoder import Decoder
 from helmholtz.models.mamba_hopfield import MambaHopfield
 from helmholtz.ops.losses import cross_entropy
 
@@ -25,7 +25,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     assert error < TOLERANCE, f"relative error {error:.3g}"
 
 
-def trained(model: AbstractDecoder) -> dict[str, Tensor]:
+def trained(model: Decoder) -> dict[str, Tensor]:
     """Parameters that logits depend on: not on where an iteration starts, which a loss of its own trains."""
     return {
         name: p for name, p in model.named_parameters() if not name.endswith("dynamics.start_proj.weight")
@@ -40,7 +40,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("pattern", MASKS)
-def test_padded_rows_equal_rows_without_pads(model: AbstractDecoder, pattern: str) -> None:
+def test_padded_rows_equal_rows_without_pads(model: Decoder, pattern: str) -> None:
     mask, tokens = torch.tensor(MASKS[pattern]), tokens_of(2, 9)
     logits = model(tokens, attention_mask=mask).logits
     for row, real in enumerate(mask.bool()):
@@ -49,7 +49,7 @@ def test_padded_rows_equal_rows_without_pads(model: AbstractDecoder, pattern: st
 
 
 @pytest.mark.parametrize("pattern", MASKS)
-def test_what_is_at_pads_does_not_matter(model: AbstractDecoder, pattern: str) -> None:
+def test_what_is_at_pads_does_not_matter(model: Decoder, pattern: str) -> None:
     mask, tokens = torch.tensor(MASKS[pattern]).bool(), tokens_of(2, 9)
     others = tokens.masked_fill(~mask, -100)  # not even an id
     assert torch.equal(
@@ -57,7 +57,7 @@ def test_what_is_at_pads_does_not_matter(model: AbstractDecoder, pattern: str) -
     )
 
 
-def test_a_row_of_pads_is_zero_and_has_no_gradient_trouble(model: AbstractDecoder) -> None:
+def test_a_row_of_pads_is_zero_and_has_no_gradient_trouble(model: Decoder) -> None:
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])
     logits = model(tokens_of(2, 4), attention_mask=mask).logits
     assert (logits[1] == 0).all()
@@ -65,7 +65,7 @@ def test_a_row_of_pads_is_zero_and_has_no_gradient_trouble(model: AbstractDecode
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_packed_sequences_equal_separate_ones(model: AbstractDecoder) -> None:
+def test_packed_sequences_equal_separate_ones(model: Decoder) -> None:
     tokens, bounds = tokens_of(1, 21), [0, 1, 8, 21]
     packed = model(tokens, cu_seqlens=torch.tensor(bounds)).logits
     for start, stop in zip(bounds, bounds[1:], strict=False):
@@ -76,7 +76,7 @@ def test_packed_sequences_equal_separate_ones(model: AbstractDecoder) -> None:
 @given(
     cuts=strategies.lists(strategies.integers(1, 19), max_size=4, unique=True), padded=strategies.booleans()
 )
-def _split_anywhere(model: AbstractDecoder, cuts: list[int], padded: bool) -> None:
+def _split_anywhere(model: Decoder, cuts: list[int], padded: bool) -> None:
     tokens = tokens_of(2, 20)
     mask = torch.rand(2, 20, generator=torch.Generator().manual_seed(3)) > 0.3 if padded else None
     state, parts, bounds = model.init_state(2), [], [0, *sorted(cuts), 20]
@@ -90,13 +90,13 @@ def _split_anywhere(model: AbstractDecoder, cuts: list[int], padded: bool) -> No
 
 
 @torch.no_grad()
-def test_a_stream_cut_anywhere_equals_the_full_pass(model: AbstractDecoder) -> None:
+def test_a_stream_cut_anywhere_equals_the_full_pass(model: Decoder) -> None:
     """In float64: in float32 these weights make 1e-5 of the rounding of a single sum."""
     _split_anywhere(copy.deepcopy(model).double())
 
 
 @torch.no_grad()
-def test_token_by_token_after_a_padded_prompt_equals_the_full_pass(model: AbstractDecoder) -> None:
+def test_token_by_token_after_a_padded_prompt_equals_the_full_pass(model: Decoder) -> None:
     tokens = tokens_of(2, 16)
     mask = torch.ones(2, 16, dtype=torch.bool)
     mask[0, :5] = False
@@ -107,7 +107,7 @@ def test_token_by_token_after_a_padded_prompt_equals_the_full_pass(model: Abstra
         assert_close(output.logits[:, 0], expected[:, t])
 
 
-def test_a_step_leaves_its_state_unchanged(model: AbstractDecoder) -> None:
+def test_a_step_leaves_its_state_unchanged(model: Decoder) -> None:
     state = model.step(tokens_of(2, 5), model.init_state(2)).state
     kept = copy.deepcopy(map_state(Tensor.detach, state))
     first = model.step(tokens_of(2, 3, seed=1), state)
@@ -116,14 +116,14 @@ def test_a_step_leaves_its_state_unchanged(model: AbstractDecoder) -> None:
     assert torch.equal(state.position, kept.position)
 
 
-def test_rows_of_a_state_can_be_reordered(model: AbstractDecoder) -> None:
+def test_rows_of_a_state_can_be_reordered(model: Decoder) -> None:
     state, tokens = model.step(tokens_of(3, 5), model.init_state(3)).state, tokens_of(3, 2, seed=1)
     rows = torch.tensor([2, 0])
     picked = model.step(tokens[rows], map_state(lambda x: x[rows], state)).logits
     assert_close(picked, model.step(tokens, state).logits[rows])
 
 
-def unchanged(model: AbstractDecoder, one: Tensor, other: Tensor, places: tuple) -> None:
+def unchanged(model: Decoder, one: Tensor, other: Tensor, places: tuple) -> None:
     """Logits of two texts at ``places``: equal, as the same places in the same products.
 
     But in float64's rounding where a solver drops the tokens that have converged, and the others stand elsewhere.
@@ -136,21 +136,21 @@ def unchanged(model: AbstractDecoder, one: Tensor, other: Tensor, places: tuple)
 
 
 @pytest.mark.parametrize("border", [1, 8, 16])
-def test_the_future_changes_nothing_at_all(model: AbstractDecoder, border: int) -> None:
+def test_the_future_changes_nothing_at_all(model: Decoder, border: int) -> None:
     tokens, other = tokens_of(2, 17), tokens_of(2, 17, seed=1)
     changed = torch.cat([tokens[:, :border], other[:, border:]], dim=1)
     unchanged(model, tokens, changed, (slice(None), slice(border)))
     assert not torch.equal(model(tokens).logits[:, border:], model(changed).logits[:, border:])
 
 
-def test_neighbours_in_the_batch_change_nothing(model: AbstractDecoder) -> None:
+def test_neighbours_in_the_batch_change_nothing(model: Decoder) -> None:
     tokens, other = tokens_of(3, 12), tokens_of(3, 12, seed=1)
     other[1] = tokens[1]
     unchanged(model, tokens, other, (1,))
     assert_close(model(tokens).logits[1:2], model(tokens[1:2]).logits)
 
 
-def test_every_parameter_has_a_gradient(model: AbstractDecoder) -> None:
+def test_every_parameter_has_a_gradient(model: Decoder) -> None:
     tokens = tokens_of(2, 33)
     cross_entropy(model(tokens[:, :-1]).logits, tokens[:, 1:]).backward()
     for name, parameter in trained(model).items():
@@ -159,7 +159,7 @@ def test_every_parameter_has_a_gradient(model: AbstractDecoder) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_narrow_dtypes_stay_finite_and_near(model: AbstractDecoder, dtype: torch.dtype) -> None:
+def test_narrow_dtypes_stay_finite_and_near(model: Decoder, dtype: torch.dtype) -> None:
     tokens = tokens_of(2, 40)
     mask = torch.ones(2, 40, dtype=torch.bool)
     mask[0, :7] = False
@@ -173,7 +173,7 @@ def test_narrow_dtypes_stay_finite_and_near(model: AbstractDecoder, dtype: torch
     assert all(p.grad.isfinite().all() for p in trained(narrow).values())
 
 
-def test_autocast_streams_as_it_reads(model: AbstractDecoder) -> None:
+def test_autocast_streams_as_it_reads(model: Decoder) -> None:
     tokens = tokens_of(2, 10)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model(tokens).logits
@@ -183,7 +183,7 @@ def test_autocast_streams_as_it_reads(model: AbstractDecoder) -> None:
     assert error < 16 * torch.finfo(torch.bfloat16).eps
 
 
-def test_two_constructions_from_one_seed_are_equal(model: AbstractDecoder) -> None:
+def test_two_constructions_from_one_seed_are_equal(model: Decoder) -> None:
     built = []
     for _ in range(2):
         torch.manual_seed(5)
@@ -207,7 +207,7 @@ BAD_TOKENS = {
 
 
 @pytest.mark.parametrize("case", BAD_TOKENS)
-def test_bad_tokens_are_refused(transformer: AbstractDecoder, case: str) -> None:
+def test_bad_tokens_are_refused(transformer: Decoder, case: str) -> None:
     tokens, message = BAD_TOKENS[case]
     with pytest.raises(ValueError, match=message):
         transformer(tokens)
@@ -227,13 +227,13 @@ BAD_MASKS = {
 
 
 @pytest.mark.parametrize("case", BAD_MASKS)
-def test_bad_masks_are_refused(transformer: AbstractDecoder, case: str) -> None:
+def test_bad_masks_are_refused(transformer: Decoder, case: str) -> None:
     arguments, message = BAD_MASKS[case]
     with pytest.raises(ValueError, match=message):
         transformer(tokens_of(2, 4), **arguments)
 
 
-def test_the_length_limit_counts_the_stream_and_only_real_tokens(transformer: AbstractDecoder) -> None:
+def test_the_length_limit_counts_the_stream_and_only_real_tokens(transformer: Decoder) -> None:
     state = transformer.step(tokens_of(1, 60), transformer.init_state(1)).state
     with pytest.raises(ValueError, match="a sequence of 65 tokens is longer than max_seq_len=64"):
         transformer.step(tokens_of(1, 5), state)
@@ -244,14 +244,14 @@ def test_the_length_limit_counts_the_stream_and_only_real_tokens(transformer: Ab
         transformer(tokens_of(1, 100), cu_seqlens=torch.tensor([0, 35, 100]))
 
 
-def test_a_state_of_another_batch_is_refused(transformer: AbstractDecoder) -> None:
+def test_a_state_of_another_batch_is_refused(transformer: Decoder) -> None:
     with pytest.raises(ValueError, match="tokens: 3 rows came, the state is of a batch of 2"):
         transformer.step(tokens_of(3, 2), transformer.init_state(2))
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)], ids=str)
 def test_no_tokens_give_no_logits_and_leave_a_stream_as_it_was(
-    model: AbstractDecoder, shape: tuple[int, int]
+    model: Decoder, shape: tuple[int, int]
 ) -> None:
     empty, tokens = torch.zeros(shape, dtype=torch.long), tokens_of(2, 5)
     model(empty).logits.sum().backward()

@@ -14,7 +14,7 @@ from derivative_cases import REFUSAL, WARNINGS, assert_right_or_refused
 from helmholtz.layers.equilibrium_config import AdjointName
 from helmholtz.layers.fem_config import PRIORS
 from helmholtz.models import MODELS
-from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.decoder import Decoder
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in MODELS},
@@ -25,7 +25,7 @@ every_model = pytest.mark.parametrize("name", CASES)
 pytestmark = WARNINGS
 
 
-def make(name: str) -> AbstractDecoder:
+def make(name: str) -> Decoder:
     architecture, options = CASES[name]
     config = MODELS[architecture].config_class
     known = {field.name for field in fields(config)}

@@ -9,12 +9,12 @@ import torch
 
 from helmholtz.layers.fem_config import PRIORS
 from helmholtz.models import fem_lm, transformer
-from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.decoder import Decoder
 from helmholtz.models.fem_lm import FEMLM, FEMLMConfig, MixerOptions
 from helmholtz.models.transformer import Transformer, TransformerConfig
 
 
-def size(model: AbstractDecoder) -> int:
+def size(model: Decoder) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 

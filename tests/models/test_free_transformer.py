@@ -13,13 +13,8 @@ from helmholtz import ops
 from helmholtz.layers.latent import Plan
 from helmholtz.layers.row_draws import drawn_by_row
 from helmholtz.models.checkpoint import load_checkpoint, save_checkpoint
-from helmholtz.models.free_transformer import (
-    FreeTransformer,
-    FreeTransformerConfig,
-    PlannedState,
-    control,
-    small,
-)
+from helmholtz.models.free_transformer import FreeTransformer, FreeTransformerConfig, control, small
+from helmholtz.models.outputs import LMState
 from helmholtz.models.transformer import Transformer
 from helmholtz.ops.row_random import row_keys
 from helpers import assert_matches
@@ -77,7 +72,7 @@ def test_a_call_without_a_plan_draws_it_from_the_prior() -> None:
     assert not torch.equal(logits, model(tokens).logits)
     torch.manual_seed(4)
     streamed = model.step(tokens, model.init_state(2))
-    assert isinstance(streamed.state, PlannedState) and torch.equal(streamed.state.code, plan.code)
+    assert isinstance(streamed.state, LMState) and torch.equal(streamed.state.plan.code, plan.code)
     torch.testing.assert_close(streamed.logits, logits)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from decoder_cases import N_BITS, codes_of, make_free, tokens_of
 from helmholtz.layers.latent import Plan
 from helmholtz.layers.state import map_state
-from helmholtz.models.free_transformer import FreeTransformer, PlannedState
+from helmholtz.models.free_transformer import FreeTransformer
+from helmholtz.models.outputs import LMState
 
 BUILD: dict[str, Callable[[], FreeTransformer]] = {
     "every head its own": lambda: make_free(),
@@ -30,10 +31,10 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def prefill(model: FreeTransformer, tokens: Tensor, code: Tensor, mask: Tensor | None = None) -> PlannedState:
+def prefill(model: FreeTransformer, tokens: Tensor, code: Tensor, mask: Tensor | None = None) -> LMState:
     half = model.lower(tokens, model.init_state(len(tokens)), attention_mask=mask)
     state = model.upper(half, Plan(code)).state
-    assert isinstance(state, PlannedState)
+    assert isinstance(state, LMState)
     return state
 
 
@@ -52,7 +53,7 @@ def test_a_prompt_read_in_stages_and_a_text_written_token_by_token(
     parts, codes = [output.logits], torch.cat([plan.code, drawn[:, 6:]], 1)
     for t in range(6, 14):
         output = model.step(tokens[:, t : t + 1], output.state, z=Plan(codes[:, t : t + 1]))
-        assert torch.equal(output.state.code, codes[:, : t + 1])
+        assert torch.equal(output.state.plan.code, codes[:, : t + 1])
         parts.append(output.logits)
     assert len(calls) == 1
     whole = None if mask is None else torch.cat([mask, torch.ones(2, 8, dtype=torch.bool)], 1)
@@ -62,12 +63,12 @@ def test_a_prompt_read_in_stages_and_a_text_written_token_by_token(
 @torch.no_grad()
 def test_a_step_without_a_plan_draws_one_code_per_token_and_keeps_it(model: FreeTransformer) -> None:
     tokens, state = tokens_of(2, 12), model.init_state(2)
-    parts, seen = [], state.code
+    parts, seen = [], state.plan.code
     for t in range(12):
         output = model.step(tokens[:, t : t + 1], state)
         state = output.state
-        assert torch.equal(state.code[:, :t], seen) and state.code.shape == (2, t + 1)
-        seen = state.code
+        assert torch.equal(state.plan.code[:, :t], seen) and state.plan.code.shape == (2, t + 1)
+        seen = state.plan.code
         parts.append(output.logits)
     assert len(seen.unique()) > 8 and int(seen.min()) >= 0 and int(seen.max()) < 2**N_BITS
     close(torch.cat(parts, 1), model(tokens, z=Plan(seen)).logits)
@@ -101,7 +102,7 @@ def test_a_second_turn_is_encoded_in_the_context_of_the_first(
     half = model.lower(tokens[:, 10:], state, attention_mask=second)
     bits = model.posterior(half)
     output = model.upper(half, Plan(code[:, 10:]))
-    assert torch.equal(output.state.code, code)
+    assert torch.equal(output.state.plan.code, code)
     all_real = torch.ones(2, 6, dtype=torch.bool)
     whole = torch.cat(
         [all_real if first is None else first, all_real[:, :4], all_real if second is None else second], 1
@@ -135,9 +136,10 @@ def test_every_part_of_a_state_is_reordered_with_its_rows(model: FreeTransformer
     state = prefill(model, tokens_of(3, 4), codes_of(3, 4), mask)
     rows = torch.tensor([2, 0])
     picked = map_state(lambda x: x[rows], state)
-    for name in ("position", "code", "hidden", "mask"):
-        assert torch.equal(getattr(picked, name), getattr(state, name)[rows]), name
-    assert {f.name for f in fields(state)} == {"blocks", "position", "code", "hidden", "mask"}
+    assert torch.equal(picked.position, state.position[rows])
+    for name in ("code", "hidden", "mask"):
+        assert torch.equal(getattr(picked.plan, name), getattr(state.plan, name)[rows]), name
+    assert {f.name for f in fields(state.plan)} == {"code", "hidden", "mask"}
     new, code = tokens_of(3, 5, seed=2), codes_of(3, 5, seed=2)
     half, half_picked = model.lower(new, state), model.lower(new[rows], picked)
     close(model.posterior(half_picked), model.posterior(half)[rows])
@@ -151,8 +153,9 @@ def test_a_state_is_left_as_it_was_and_can_be_continued_twice(model: FreeTransfo
     tokens = tokens_of(2, 3, seed=1)
     first, second = (model.step(tokens, state, z=Plan(codes_of(2, 3, seed))) for seed in (1, 2))
     assert not torch.equal(first.logits, second.logits)
-    for name in ("position", "code", "hidden"):
-        assert torch.equal(getattr(state, name), getattr(kept, name))
+    assert torch.equal(state.position, kept.position)
+    for name in ("code", "hidden"):
+        assert torch.equal(getattr(state.plan, name), getattr(kept.plan, name))
     assert torch.equal(first.logits, model.step(tokens, kept, z=Plan(codes_of(2, 3, 1))).logits)
 
 
@@ -163,7 +166,9 @@ def test_a_stream_under_a_table_of_zeros_is_the_plain_decoders(model: FreeTransf
         parameter.zero_()
     tokens, state = tokens_of(2, 12), model.init_state(2)
     first, second = (model.step(tokens, state) for _ in range(2))
-    assert torch.equal(first.logits, second.logits) and not torch.equal(first.state.code, second.state.code)
+    assert torch.equal(first.logits, second.logits) and not torch.equal(
+        first.state.plan.code, second.state.plan.code
+    )
 
 
 def test_a_stream_ends_at_the_longest_sequence(model: FreeTransformer) -> None:

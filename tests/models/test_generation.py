@@ -8,7 +8,7 @@ from hypothesis import given, strategies
 from torch import Tensor
 
 from helmholtz.layers.latent import Plan
-from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.decoder import Decoder
 from helmholtz.models.free_transformer import FreeTransformer
 from helmholtz.models.generation import generate
 from helmholtz.models.planning import generate_planned
@@ -18,9 +18,7 @@ PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5]]
 SETTINGS = SamplingSettings(max_new_tokens=10, temperature=0.8, top_k=12, top_p=0.9, seed=11)
 
 
-def sampled_from_full_passes(
-    model: AbstractDecoder, prompt: list[int], settings: SamplingSettings
-) -> list[int]:
+def sampled_from_full_passes(model: Decoder, prompt: list[int], settings: SamplingSettings) -> list[int]:
     """One prompt, no state: the whole sequence is read again for every token, under the plan that is reported."""
     generator = torch.Generator().manual_seed(settings.seed)
     sequence, given = list(prompt), {}
@@ -38,28 +36,28 @@ def sampled_from_full_passes(
 
 
 @torch.no_grad()
-def test_a_padded_batch_equals_full_passes_row_by_row(model: AbstractDecoder) -> None:
+def test_a_padded_batch_equals_full_passes_row_by_row(model: Decoder) -> None:
     found = generate(model, PROMPTS, SETTINGS)
     for row, prompt in enumerate(PROMPTS):
         settings = replace(SETTINGS, seed=SETTINGS.seed + row)
         assert found[row] == sampled_from_full_passes(model, prompt, settings)
 
 
-def test_a_row_sampled_alone_equals_it_in_a_batch(model: AbstractDecoder) -> None:
+def test_a_row_sampled_alone_equals_it_in_a_batch(model: Decoder) -> None:
     found = generate(model, PROMPTS, SETTINGS)
     for row, prompt in enumerate(PROMPTS):
         assert generate(model, [prompt], replace(SETTINGS, seed=SETTINGS.seed + row)) == [found[row]]
 
 
 def test_prompts_longer_than_a_chunk_are_read_in_parts(
-    model: AbstractDecoder, monkeypatch: pytest.MonkeyPatch
+    model: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = generate(model, PROMPTS, SETTINGS)
     monkeypatch.setattr("helmholtz.models.generation.PREFILL_CHUNK", 2)
     assert generate(model, PROMPTS, SETTINGS) == expected
 
 
-def test_sampling_is_reproducible_and_leaves_no_trace(transformer: AbstractDecoder) -> None:
+def test_sampling_is_reproducible_and_leaves_no_trace(transformer: Decoder) -> None:
     transformer.train()
     transformer.blocks[0].eval()
     modes = [module.training for module in transformer.modules()]
@@ -72,7 +70,7 @@ def test_sampling_is_reproducible_and_leaves_no_trace(transformer: AbstractDecod
     assert torch.is_grad_enabled()
 
 
-def test_modes_are_restored_after_an_error(transformer: AbstractDecoder) -> None:
+def test_modes_are_restored_after_an_error(transformer: Decoder) -> None:
     transformer.train()
 
     def fail(row: int, token: int) -> None:
@@ -83,7 +81,7 @@ def test_modes_are_restored_after_an_error(transformer: AbstractDecoder) -> None
     assert transformer.training and transformer.blocks[1].mlp.training
 
 
-def test_a_stop_token_ends_its_row_and_is_left_out(transformer: AbstractDecoder) -> None:
+def test_a_stop_token_ends_its_row_and_is_left_out(transformer: Decoder) -> None:
     free = generate(transformer, PROMPTS, SETTINGS)
     stop = free[0][4]
     stopped = generate(transformer, PROMPTS, replace(SETTINGS, stop_tokens=(stop,)))
@@ -91,9 +89,7 @@ def test_a_stop_token_ends_its_row_and_is_left_out(transformer: AbstractDecoder)
         assert after == (before[: before.index(stop)] if stop in before else before)
 
 
-def test_generation_ends_when_every_row_has(
-    transformer: AbstractDecoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_generation_ends_when_every_row_has(transformer: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     free = generate(transformer, PROMPTS, SETTINGS)
     steps, step = [], transformer.step
     monkeypatch.setattr(transformer, "step", lambda *a, **k: steps.append(1) or step(*a, **k))
@@ -102,14 +98,14 @@ def test_generation_ends_when_every_row_has(
     assert len(steps) == 1
 
 
-def test_the_callback_sees_every_token_in_order(transformer: AbstractDecoder) -> None:
+def test_the_callback_sees_every_token_in_order(transformer: Decoder) -> None:
     seen: list[list[int]] = [[] for _ in PROMPTS]
     settings = replace(SETTINGS, stop_tokens=(generate(transformer, PROMPTS, SETTINGS)[1][3],))
     found = generate(transformer, PROMPTS, settings, callback=lambda row, token: seen[row].append(token))
     assert seen == found
 
 
-def test_the_whole_length_can_be_used(transformer: AbstractDecoder) -> None:
+def test_the_whole_length_can_be_used(transformer: Decoder) -> None:
     longest = transformer.config.max_seq_len
     found = generate(transformer, [[1] * 60, [2]], SamplingSettings(max_new_tokens=longest - 60))
     assert [len(tokens) for tokens in found] == [4, 4]
@@ -119,7 +115,7 @@ def test_the_whole_length_can_be_used(transformer: AbstractDecoder) -> None:
         generate(transformer, [[1] * 60, [2]], SamplingSettings(max_new_tokens=5))
 
 
-def test_bad_prompts_are_refused(transformer: AbstractDecoder) -> None:
+def test_bad_prompts_are_refused(transformer: Decoder) -> None:
     for prompts, message in [
         ([], "prompts: wanted at least one"),
         ([[1], []], r"prompts\[1\] is empty"),
@@ -131,7 +127,7 @@ def test_bad_prompts_are_refused(transformer: AbstractDecoder) -> None:
 
 
 @torch.no_grad()
-def test_nan_logits_are_an_error(transformer: AbstractDecoder) -> None:
+def test_nan_logits_are_an_error(transformer: Decoder) -> None:
     transformer.norm.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="model: its logits are NaN"):
         generate(transformer, PROMPTS, SETTINGS)

@@ -6,17 +6,17 @@ import torch
 from decoder_cases import liven, tokens_of
 from helmholtz import Mamba, MambaConfig, Transformer
 from helmholtz.models import mamba, transformer
-from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.decoder import Decoder
 from helmholtz.ops.losses import cross_entropy
 
 
-def make_model(**fields: object) -> AbstractDecoder:
+def make_model(**fields: object) -> Decoder:
     torch.manual_seed(1)
     sizes = {"vocab_size": 37, "d_model": 32, "n_layers": 3, "d_state": 8, "d_head": 16}
     return liven(Mamba(MambaConfig(**sizes | fields)))
 
 
-def size(model: AbstractDecoder) -> int:
+def size(model: Decoder) -> int:
     return sum(p.numel() for p in model.parameters()) - model.embed.weight.numel()
 
 

@@ -45,10 +45,11 @@ from helmholtz.interop.seeds.unified.model import UnifiedMambaHopfieldDEQ
 from helmholtz.layers.free_energy_attention import FreeEnergyAttention
 from helmholtz.layers.key_value_memory import KeyValueMemory, NGramKeys
 from helmholtz.layers.latent import Plan
-from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.decoder import Decoder
 from helmholtz.training.objectives import learned, next_token
 from helmholtz.training.parallel import Learner
 from hf_cases import CORES
+from hybrid_cases import hybrid_config
 
 TOKENS = tokens_of(2, 12)
 SEED = SeedConfig(vocab_size=37, hidden_dim=32, num_layers=4, num_heads=2, ffn_hidden_dim=32, latent_dim=3)
@@ -63,7 +64,7 @@ def _recall(memory: KeyValueMemory) -> object:
     return memory.read(_x(3, 8)).value
 
 
-def _anew(model: AbstractDecoder) -> Callable[[], nn.Module]:
+def _anew(model: Decoder) -> Callable[[], nn.Module]:
     """A model of these sizes into which nothing was written."""
     return lambda: type(model)(model.config)
 
@@ -72,6 +73,10 @@ Case = tuple[Callable[[], nn.Module], Callable[[Any], object]]
 """How to build a module, and something it computes."""
 CASES: dict[str, Case] = {
     **{name: (_anew(core()), lambda m: m(TOKENS).logits) for name, core in CORES.items()},
+    "hybrid": (
+        lambda: Decoder(hybrid_config("mixed", "middle", "equilibrium")),
+        lambda m: m(TOKENS).logits,
+    ),
     "hf": (
         lambda: HelmholtzForCausalLM(HelmholtzForCausalLM.of(CORES["free"]()).config),
         lambda m: m(TOKENS).logits,

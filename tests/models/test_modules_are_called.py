@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm
 
 from decoder_cases import plan_by_tokens, tokens_of
 from helmholtz.models import MODELS
-from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.decoder import Decoder
 from helmholtz.models.generation import SamplingSettings, generate
 from models.conftest import DECODERS
 
@@ -30,7 +30,7 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
-def stepped(model: AbstractDecoder) -> Tensor:
+def stepped(model: Decoder) -> Tensor:
     """The logits by a prefill and two kinds of steps."""
     state, parts = model.init_state(len(TOKENS)), []
     for part in TOKENS.split([5, 1, 3], dim=1):
@@ -43,7 +43,7 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def assert_acts(model: AbstractDecoder, before: Tensor) -> Tensor:
+def assert_acts(model: Decoder, before: Tensor) -> Tensor:
     """What was attached changes the logits, and those of a stream equally."""
     after = model(TOKENS).logits
     assert (after - before).abs().max() > 1e-2
@@ -59,7 +59,7 @@ def test_every_architecture_is_among_the_cases() -> None:
 
 
 @torch.no_grad()
-def test_every_module_is_called_in_a_whole_pass_and_in_a_stream(model: AbstractDecoder) -> None:
+def test_every_module_is_called_in_a_whole_pass_and_in_a_stream(model: Decoder) -> None:
     wanted = {
         name for name, module in model.named_modules() if name and not isinstance(module, nn.ModuleList)
     }
@@ -75,7 +75,7 @@ def test_every_module_is_called_in_a_whole_pass_and_in_a_stream(model: AbstractD
 
 
 @torch.no_grad()
-def test_hooks_on_the_way_in_and_out_act_in_a_stream_too(model: AbstractDecoder) -> None:
+def test_hooks_on_the_way_in_and_out_act_in_a_stream_too(model: Decoder) -> None:
     before = model(TOKENS).logits
     name = next(name for name in linears(model) if name.startswith("blocks.1.mixer"))
     handle = linears(model)[name].register_forward_hook(lambda module, args, y: 1.5 * y)
@@ -88,7 +88,7 @@ def test_hooks_on_the_way_in_and_out_act_in_a_stream_too(model: AbstractDecoder)
 
 
 @torch.no_grad()
-def test_a_hook_on_a_block_or_mixer_acts_in_a_stream_too(model: AbstractDecoder) -> None:
+def test_a_hook_on_a_block_or_mixer_acts_in_a_stream_too(model: Decoder) -> None:
     def scaled(module: nn.Module, args: Any, out: Any) -> Any:
         return (1.5 * out[0], out[1]) if isinstance(out, tuple) else 1.5 * out
 
@@ -99,7 +99,7 @@ def test_a_hook_on_a_block_or_mixer_acts_in_a_stream_too(model: AbstractDecoder)
         handle.remove()
 
 
-def test_full_backward_hooks_fire_on_every_linear(model: AbstractDecoder) -> None:
+def test_full_backward_hooks_fire_on_every_linear(model: Decoder) -> None:
     fired: set[str] = set()
     for name, module in linears(model).items():
         module.register_full_backward_hook(lambda *_, name=name: fired.add(name))
@@ -109,7 +109,7 @@ def test_full_backward_hooks_fire_on_every_linear(model: AbstractDecoder) -> Non
     }  # no equilibrium depends on its start
 
 
-def test_adapters_learn_act_and_merge(model: AbstractDecoder) -> None:
+def test_adapters_learn_act_and_merge(model: Decoder) -> None:
     names = [name for name in linears(model) if name != "unembed"]
     with torch.no_grad():
         before = model(TOKENS).logits
@@ -131,9 +131,7 @@ def test_adapters_learn_act_and_merge(model: AbstractDecoder) -> None:
 
 @pytest.mark.parametrize("where", ["cpu", "cpu, buffers too", "disk", "one block on disk"])
 @torch.no_grad()
-def test_offloaded_weights_are_brought_back_for_every_use(
-    model: AbstractDecoder, where: str, tmp_path: Path
-) -> None:
+def test_offloaded_weights_are_brought_back_for_every_use(model: Decoder, where: str, tmp_path: Path) -> None:
     expected, prompts = model(TOKENS).logits, [[1, 2, 3], [4]]
     settings = SamplingSettings(max_new_tokens=4, temperature=0)
     texts = generate(model, prompts, settings)
@@ -170,7 +168,7 @@ REPARAMETRISED: dict[str, Callable[[nn.Linear], Any]] = {
 
 @pytest.mark.parametrize("how", REPARAMETRISED)
 @torch.no_grad()
-def test_a_weight_made_of_others_is_the_one_that_acts(model: AbstractDecoder, how: str) -> None:
+def test_a_weight_made_of_others_is_the_one_that_acts(model: Decoder, how: str) -> None:
     before = model(TOKENS).logits
     for name, module in linears(model).items():
         if name.startswith("blocks.1"):
@@ -191,7 +189,7 @@ def test_a_weight_made_of_others_is_the_one_that_acts(model: AbstractDecoder, ho
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @torch.no_grad()
-def test_dynamically_quantised_weights_run(model: AbstractDecoder) -> None:
+def test_dynamically_quantised_weights_run(model: Decoder) -> None:
     before = model(TOKENS).logits
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     assert not linears(quantised)
@@ -200,7 +198,7 @@ def test_dynamically_quantised_weights_run(model: AbstractDecoder) -> None:
 
 
 @torch.no_grad()
-def test_generation_follows_what_was_changed_in_one_place(model: AbstractDecoder) -> None:
+def test_generation_follows_what_was_changed_in_one_place(model: Decoder) -> None:
     settings = SamplingSettings(max_new_tokens=6, temperature=0)
     model.blocks[1].mixer_norm.eps = 10.0
     if hasattr(model.blocks[0].mixer, "rope_theta"):

@@ -12,13 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.checkpoint import CONFIG, WEIGHTS, load_checkpoint, save_checkpoint
+from helmholtz.models.decoder import Decoder
 from old_numbers import CHECKPOINTS, EXPECTED, numbers, streamed
 
 FOLDERS = sorted(folder.name for folder in CHECKPOINTS.iterdir())
 INPUTS = ("tokens", "attention_mask", "code")
-Loaded = tuple[AbstractDecoder, dict[str, Tensor], Path]
+Loaded = tuple[Decoder, dict[str, Tensor], Path]
 
 
 @pytest.fixture(params=FOLDERS)

@@ -15,8 +15,8 @@ from decoder_cases import liven
 from helmholtz.interop.hf import HelmholtzForCausalLM, from_hf
 from helmholtz.interop.seeds import checkpoints as seeds
 from helmholtz.models import MODELS
-from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.checkpoint import load_checkpoint, read_config, save_checkpoint
+from helmholtz.models.decoder import Decoder
 from helmholtz.training.checkpoint import save_run
 from hf_cases import CORES
 
@@ -29,51 +29,51 @@ def test_every_architecture_is_among_the_cases() -> None:
     assert set(TIED) == set(MODELS.values())
 
 
-def make(name: str) -> AbstractDecoder:
+def make(name: str) -> Decoder:
     torch.manual_seed(1)
     return liven(CORES[name]())
 
 
-def logits(model: AbstractDecoder) -> torch.Tensor:
+def logits(model: Decoder) -> torch.Tensor:
     torch.manual_seed(3)  # of a free transformer's plan
     with torch.no_grad():
         return model(TOKENS).logits
 
 
-def with_two(model: AbstractDecoder) -> dict[str, torch.Tensor]:
+def with_two(model: Decoder) -> dict[str, torch.Tensor]:
     """A state dict with a head of its own."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     return state | {"unembed.weight": torch.randn_like(state["embed.weight"])}
 
 
-def on_meta(model: AbstractDecoder) -> AbstractDecoder:
+def on_meta(model: Decoder) -> Decoder:
     with torch.device("meta"):
         return type(model)(model.config)
 
 
-def by_assignment(model: AbstractDecoder) -> AbstractDecoder:
+def by_assignment(model: Decoder) -> Decoder:
     state = with_two(model)
     model.load_state_dict(state, assign=True)
     return model
 
 
-def by_to_empty(model: AbstractDecoder) -> AbstractDecoder:
+def by_to_empty(model: Decoder) -> Decoder:
     fresh = on_meta(model).to_empty(device="cpu")
     fresh.load_state_dict(with_two(model))
     return fresh.eval()
 
 
-def by_another_head(model: AbstractDecoder) -> AbstractDecoder:
+def by_another_head(model: Decoder) -> Decoder:
     model.unembed = nn.Linear(model.config.d_model, model.config.vocab_size, bias=False)
     return model
 
 
-def by_another_embedding(model: AbstractDecoder) -> AbstractDecoder:
+def by_another_embedding(model: Decoder) -> Decoder:
     model.embed = nn.Embedding(model.config.vocab_size, model.config.d_model)
     return model
 
 
-PARTED: dict[str, Callable[[AbstractDecoder], AbstractDecoder]] = {
+PARTED: dict[str, Callable[[Decoder], Decoder]] = {
     "assign": by_assignment,
     "to_empty": by_to_empty,
     "head": by_another_head,
@@ -81,22 +81,22 @@ PARTED: dict[str, Callable[[AbstractDecoder], AbstractDecoder]] = {
 }
 
 
-def own(model: AbstractDecoder, folder: Path) -> AbstractDecoder:
+def own(model: Decoder, folder: Path) -> Decoder:
     save_checkpoint(model, folder)
     return load_checkpoint(folder)
 
 
-def of_a_run(model: AbstractDecoder, folder: Path) -> AbstractDecoder:
+def of_a_run(model: Decoder, folder: Path) -> Decoder:
     save_run(folder, model, {"kind.json": b'{"kind": "bytes"}'}, None)
     return load_checkpoint(folder)
 
 
-def of_transformers(model: AbstractDecoder, folder: Path) -> AbstractDecoder:
+def of_transformers(model: Decoder, folder: Path) -> Decoder:
     HelmholtzForCausalLM.of(model).save_pretrained(folder)
     return from_hf(folder)
 
 
-def of_transformers_afterwards(model: AbstractDecoder, folder: Path) -> AbstractDecoder:
+def of_transformers_afterwards(model: Decoder, folder: Path) -> Decoder:
     """The head is parted while the model is inside the wrapper."""
     config = replace(model.config, tie_embeddings=True)
     wrapper = HelmholtzForCausalLM.of(type(model)(config))
@@ -105,7 +105,7 @@ def of_transformers_afterwards(model: AbstractDecoder, folder: Path) -> Abstract
     return from_hf(folder)
 
 
-def of_the_seeds(model: AbstractDecoder, folder: Path) -> AbstractDecoder:
+def of_the_seeds(model: Decoder, folder: Path) -> Decoder:
     optimizer = torch.optim.AdamW(model.parameters())
     seeds.save(model, optimizer, 3, folder)
     again = copy.deepcopy(model)
@@ -115,7 +115,7 @@ def of_the_seeds(model: AbstractDecoder, folder: Path) -> AbstractDecoder:
     return again
 
 
-SAVERS: dict[str, Callable[[AbstractDecoder, Path], AbstractDecoder]] = {
+SAVERS: dict[str, Callable[[Decoder, Path], Decoder]] = {
     "checkpoint": own,
     "run": of_a_run,
     "transformers": of_transformers,
@@ -243,15 +243,15 @@ def test_layers_that_share_weights_are_saved_as_copies(tmp_path: Path) -> None:
     assert torch.equal(logits(own(model, tmp_path / "a")), logits(model))
 
 
-def _biased(model: AbstractDecoder) -> None:
+def _biased(model: Decoder) -> None:
     model.unembed = nn.Linear(model.config.d_model, model.config.vocab_size)
 
 
-def _longer(model: AbstractDecoder) -> None:
+def _longer(model: Decoder) -> None:
     model.embed = nn.Embedding(model.config.vocab_size + 3, model.config.d_model)
 
 
-def _rootless(model: AbstractDecoder) -> None:
+def _rootless(model: Decoder) -> None:
     del model.norm
 
 
@@ -264,7 +264,7 @@ def _rootless(model: AbstractDecoder) -> None:
     ],
 )
 def test_what_could_not_be_loaded_again_is_not_saved(
-    change: Callable[[AbstractDecoder], None], message: str, tmp_path: Path
+    change: Callable[[Decoder], None], message: str, tmp_path: Path
 ) -> None:
     model = make("transformer")
     change(model)

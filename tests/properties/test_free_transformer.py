@@ -326,7 +326,7 @@ def test_14_a_stream_cut_anywhere_equals_the_full_pass(name: str) -> None:
             output = model.step(tokens[:, here], state, z=Plan(code[:, here]), **masks)
             state = output.state
             parts.append(output.logits)
-            assert torch.equal(state.code, code[:, : here.stop])
+            assert torch.equal(state.plan.code, code[:, : here.stop])
         whole = logits_of(model, tokens, code, **({"attention_mask": mask} if padded else {}))
         torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
 

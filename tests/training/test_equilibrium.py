@@ -214,7 +214,7 @@ def test_another_model_is_refused(tokens):
     plain = Transformer(TransformerConfig(vocab_size=37, d_model=16, n_layers=1))
     objective = EquilibriumObjective(EquilibriumObjectiveConfig())
     for call in (lambda: objective(plain, tokens, 0), lambda: objective.report(plain, [tokens], 0)):
-        with pytest.raises(TypeError, match="trains a MambaHopfield, got Transformer"):
+        with pytest.raises(ValueError, match="equilibrium: wanted .*, got a Transformer without one"):
             call()
 
 

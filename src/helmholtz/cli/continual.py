@@ -26,7 +26,7 @@ from helmholtz.experiments.continual.run import (
 )
 from helmholtz.experiments.recall.data import MapTask
 from helmholtz.experiments.recall.report import plot_continual
-from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.decoder import Decoder
 
 DESCRIPTION = (
     "Continual learning: maps over shared inputs and labels, one after another, by a decoder alone, with a memory, "
@@ -61,7 +61,7 @@ def learn(
         return results, list(joint_accuracy(_build(learner, config, seed), config, seed=seed))
 
 
-def _build(learner: str, config: ContinualConfig, seed: int) -> AbstractDecoder:
+def _build(learner: str, config: ContinualConfig, seed: int) -> Decoder:
     return build_learner(learner, vocab_size=config.task.vocab_size, n_tokens=2, seed=seed)
 
 

@@ -15,9 +15,8 @@ from helmholtz.evals.language import decode_tokens_per_second, evaluate_language
 from helmholtz.evals.latent import evaluate_bounds, report
 from helmholtz.evals.runs import find_checkpoint, training_data
 from helmholtz.layers.placement import device_of
-from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.checkpoint import load_checkpoint
-from helmholtz.models.free_transformer import FreeTransformer
+from helmholtz.models.decoder import Decoder
 
 DESCRIPTION = (
     "Bits per byte and perplexity over a whole split, and the speed of decoding; of a free_transformer, bounds of its "
@@ -36,19 +35,19 @@ NOTES = {
 }
 
 
-def _quality(model: AbstractDecoder, data: TokenDataset, values: dict[str, Any]) -> dict[str, Any]:
+def _quality(model: Decoder, data: TokenDataset, values: dict[str, Any]) -> dict[str, Any]:
     plan_options = {key: values[key] for key in ("n_samples", "n_windows") if values[key] is not None}
     seq_len = model.config.max_seq_len if values["seq_len"] is None else values["seq_len"]
     batch_size = values["batch_size"]
-    if isinstance(model, FreeTransformer):
+    if model.plan is not None:
         if values["overlap"]:
             raise ValueError(
-                "overlap: the windows of a free_transformer have none, each has a plan of its own"
+                "overlap: the windows of a model with a plan have none, each has a plan of its own"
             )
         bounds = evaluate_bounds(model, data, seq_len=seq_len, batch_size=batch_size, **plan_options)
         return report(bounds)
     for name in plan_options:
-        raise ValueError(f"{name}: only a free_transformer has it, this model's number is exact")
+        raise ValueError(f"{name}: this model has no plan, its number is exact")
     overlap = values["overlap"]
     return asdict(evaluate_language(model, data, seq_len=seq_len, overlap=overlap, batch_size=batch_size))
 

@@ -25,9 +25,9 @@ from helmholtz.evals.plots import plot_selection
 from helmholtz.evals.runs import find_checkpoint
 from helmholtz.layers.equilibrium_reading import equilibrium_statistics, learned_strengths
 from helmholtz.layers.unconverged import one_convergence_warning
-from helmholtz.models.base import AbstractDecoder, evaluation_mode
+from helmholtz.models.base import evaluation_mode
 from helmholtz.models.checkpoint import load_checkpoint
-from helmholtz.models.mamba_hopfield import MambaHopfield
+from helmholtz.models.decoder import Decoder, require_equilibrium
 
 DESCRIPTION = (
     "What a model is made of, what its mixers have learned and how they read a text, or what an equilibrium model has "
@@ -47,7 +47,7 @@ EQUILIBRIUM_NOTES = {
 }
 
 
-def parameter_table(model: AbstractDecoder) -> Table:
+def parameter_table(model: Decoder) -> Table:
     counts = count_parameters(model)
     total = sum(count.parameters for count in counts)
     table = Table("module", "parameters", "share", title="Parameters")
@@ -57,7 +57,7 @@ def parameter_table(model: AbstractDecoder) -> Table:
     return table
 
 
-def budget_lines(model: AbstractDecoder) -> list[str]:
+def budget_lines(model: Decoder) -> list[str]:
     """Each block's mixer and feed-forward against the baseline block of the same width and heads."""
     budget = baseline_block_parameters(model)
     sizes = {count.module: count.parameters for count in count_parameters(model)}
@@ -70,7 +70,7 @@ def budget_lines(model: AbstractDecoder) -> list[str]:
     return lines
 
 
-def temperature_table(model: AbstractDecoder) -> Table:
+def temperature_table(model: Decoder) -> Table:
     table = Table(
         "layer", "prior", "beta min", "beta mean", "beta max", title="Learned temperatures (1/value)"
     )
@@ -81,14 +81,15 @@ def temperature_table(model: AbstractDecoder) -> Table:
     return table
 
 
-def equilibrium_table(model: MambaHopfield, text: str | None, checkpoint: Path) -> Table:
+def equilibrium_table(model: Decoder, text: str | None, checkpoint: Path) -> Table:
     """What all tokens share and, of ``text``, how its tokens come to rest."""
-    statistics, title = learned_strengths(model.equilibrium), "What the equilibrium has learned"
+    layer = require_equilibrium(model)
+    statistics, title = learned_strengths(layer), "What the equilibrium has learned"
     if text is not None:
         tokens = _read(text, checkpoint)
         with evaluation_mode(model), one_convergence_warning(model):
             found = model(torch.tensor([tokens])).equilibrium
-        statistics |= equilibrium_statistics(model.equilibrium, [found])
+        statistics |= equilibrium_statistics(layer, [found])
         title = f"{title}, and its equilibria at {len(tokens)} tokens"
     table = Table("quantity", "value", "meaning", title=title)
     for name, value in statistics.items():
@@ -107,7 +108,7 @@ def _read(text: str, checkpoint: Path) -> list[int]:
     return tokens
 
 
-def reading_table(model: AbstractDecoder, text: str, checkpoint: Path, picture: Path | None) -> Table:
+def reading_table(model: Decoder, text: str, checkpoint: Path, picture: Path | None) -> Table:
     """How each layer reads ``text``; the most selective head is drawn into ``picture``."""
     tokens, tokenizer = _read(text, checkpoint), load_tokenizer(checkpoint / TOKENIZER)
     readings = read_text(model, torch.tensor([tokens]))
@@ -148,22 +149,21 @@ def run(arguments: list[str], console: Console) -> int:
     if picture and text is None:
         raise ValueError("picture: there is nothing to draw without a text")
     model = load_checkpoint(checkpoint)
-    if picture and isinstance(model, MambaHopfield):
-        raise ValueError("picture: helmholtz landscape draws the equilibria of a mamba_hopfield")
+    if picture and model.equilibrium is not None and not mixers(model):
+        raise ValueError("picture: helmholtz landscape draws the equilibria of a model")
     console.print(json.dumps(read_complete(checkpoint, _description), indent=2), markup=False)
     console.print(parameter_table(model))
     for line in budget_lines(model):
         console.print(line)
-    if isinstance(model, MambaHopfield):
+    if model.equilibrium is not None:
         console.print(equilibrium_table(model, text, checkpoint))
-        return 0
     if mixers(model):
         console.print(temperature_table(model))
-    elif text is not None:
+    elif text is not None and model.equilibrium is None:
         raise ValueError(
             "text: this model has no Free Energy Mixer and no equilibrium whose reading could be shown"
         )
-    if text is not None:
+    if text is not None and mixers(model):
         console.print(reading_table(model, text, checkpoint, Path(picture) if picture else None))
         if picture:
             console.print(f"wrote {picture}", markup=False)

@@ -20,6 +20,7 @@ from helmholtz.evals.landscape_flow import Basins, Trajectories
 from helmholtz.evals.landscape_plots import plot_basins, plot_memory, plot_slice, plot_trajectories
 from helmholtz.evals.plots import visible
 from helmholtz.evals.runs import find_checkpoint
+from helmholtz.models.decoder import require_equilibrium
 
 DESCRIPTION = (
     "The energy around a token at rest: a slice, the solvers' paths, basins of attraction, the memory."
@@ -129,8 +130,9 @@ def run(arguments: list[str], console: Console) -> int:
     found, paths = analyzer.slice(**plane), analyzer.trajectories(token=values["token"])
     around, memory = analyzer.basins(**plane), analyzer.memory()
     points = analyzer.critical_points(around)
-    title = f"{model.config.stability} model, {name}"
-    plot_slice(found, folder / "slice.png", title=f"Energy of {name} ({model.config.stability} regime)")
+    regime = require_equilibrium(model).config.stability
+    title = f"{regime} model, {name}"
+    plot_slice(found, folder / "slice.png", title=f"Energy of {name} ({regime} regime)")
     plot_trajectories(paths, folder / "trajectories.png", title=f"How the solvers come to rest: {title}")
     plot_basins(around, folder / "basins.png", title=f"Where starts end: {title}", points=points)
     plot_memory(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from helmholtz._checks import check_choice
-from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.decoder import Decoder
 from helmholtz.models.mamba import Mamba, MambaConfig
 from helmholtz.models.mamba_hopfield import MambaHopfield, MambaHopfieldConfig
 from helmholtz.models.transformer import Transformer, TransformerConfig
@@ -14,7 +14,7 @@ LEARNERS = ("transformer", "mamba", "mamba_hopfield")
 D_MODEL, N_LAYERS, N_PATTERNS = 64, 2, 64
 
 
-def build_learner(name: str, *, vocab_size: int, n_tokens: int, seed: int) -> AbstractDecoder:
+def build_learner(name: str, *, vocab_size: int, n_tokens: int, seed: int) -> Decoder:
     """A decoder for sequences of at most ``n_tokens``, its weights drawn by the seed (torch's global one is set)."""
     check_choice("learner", name, LEARNERS)
     torch.manual_seed(seed)

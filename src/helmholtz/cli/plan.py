@@ -29,8 +29,8 @@ from helmholtz.evals.plan_file import (
 from helmholtz.evals.plan_picture import NamedGroup, plot_plans
 from helmholtz.evals.plans import bit_effects, changed, compare_plans, sample_under
 from helmholtz.evals.runs import find_checkpoint
-from helmholtz.models.checkpoint import load_checkpoint, read_config
-from helmholtz.models.free_transformer import FreeTransformer
+from helmholtz.models.checkpoint import architecture_of, load_checkpoint
+from helmholtz.models.decoder import Decoder, require_plan
 from helmholtz.models.planning import PlanSettings
 from helmholtz.models.sampling import SamplingSettings
 from helmholtz.ops.binary_latent import code_to_bits
@@ -77,9 +77,8 @@ def run(arguments: list[str], console: Console) -> int:
     _check_combination(values, parser)
     checkpoint = find_checkpoint(values["checkpoint"])
     model, tokenizer = load_checkpoint(checkpoint), load_tokenizer(checkpoint / TOKENIZER)
-    if not isinstance(model, FreeTransformer):
-        kind = read_config(checkpoint)[0]
-        raise ValueError(f"checkpoint: {checkpoint} is a {kind}; only a free_transformer has plans")
+    if model.plan is None:
+        raise ValueError(f"checkpoint: the {architecture_of(model)} in {checkpoint} has no plan")
     action = _encode if values["prompt"] is None else _sample
     result = action(model, tokenizer, values, Console(quiet=True) if values["json"] else console)
     if values["json"]:
@@ -103,12 +102,12 @@ def _check_combination(values: dict[str, Any], parser: Parser) -> None:
 
 
 def _encode(
-    model: FreeTransformer, tokenizer: AbstractTokenizer, values: dict[str, Any], console: Console
+    model: Decoder, tokenizer: AbstractTokenizer, values: dict[str, Any], console: Console
 ) -> dict[str, Any]:
     """Read the plan of a text, change it as asked, show it and save it."""
     check(bool(values["encode"]), "encode", values["encode"], "a text that is not empty")
     tokens, seed = _document(tokenizer, values["encode"]), values["plan_seed"] or 0
-    n_bits = model.config.n_latent_bits
+    n_bits = require_plan(model).n_bits
     read = read_plan(model, tokens, seed=seed)
     held = [Edit(place, bit, value) for bit, value in _held(values, model) for place in range(len(tokens))]
     codes = edit_codes(read.codes, held + _edits(values), n_bits)
@@ -146,7 +145,7 @@ def _plan_table(plan: PlanFile, read: ReadPlan) -> Table:
 
 
 def _sample(
-    model: FreeTransformer, tokenizer: AbstractTokenizer, values: dict[str, Any], console: Console
+    model: Decoder, tokenizer: AbstractTokenizer, values: dict[str, Any], console: Console
 ) -> dict[str, Any]:
     """Sample in groups, show the first group of each kind and one to set beside them, and measure all groups."""
     edits, prompt = _edits(values), _document(tokenizer, values["prompt"])
@@ -156,7 +155,7 @@ def _sample(
     found = compare_plans(model, prompt, settings, plan, n_samples=n_samples, n_plans=n_plans)
     last = NamedGroup("plan B", found.shared[1], True)
     if edits:
-        edited = edit_codes(found.plans[0], edits, model.config.n_latent_bits)
+        edited = edit_codes(found.plans[0], edits, require_plan(model).n_bits)
         samples = sample_under(model, prompt, settings, [edited] * n_samples)
         last = NamedGroup("plan A, edited", samples, True)
     first = NamedGroup("independent plans", found.independent[0], False)
@@ -184,9 +183,7 @@ def _sample(
     return result
 
 
-def _plan_settings(
-    model: FreeTransformer, values: dict[str, Any], n_codes: int, console: Console
-) -> PlanSettings:
+def _plan_settings(model: Decoder, values: dict[str, Any], n_codes: int, console: Console) -> PlanSettings:
     codes: tuple[int, ...] = ()
     held = _held(values, model)
     if values["plan"] is not None:
@@ -267,8 +264,8 @@ def _edits(values: dict[str, Any]) -> list[Edit]:
     return edits
 
 
-def _held(values: dict[str, Any], model: FreeTransformer) -> tuple[tuple[int, int], ...]:
-    n_bits = model.config.n_latent_bits
+def _held(values: dict[str, Any], model: Decoder) -> tuple[tuple[int, int], ...]:
+    n_bits = require_plan(model).n_bits
     held: dict[int, int] = {}
     for text in values["hold"]:
         bit, value = map(int, _match(HOLD, "hold", text, "BIT=0 or BIT=1").groups())

@@ -30,7 +30,7 @@ from helmholtz.experiments.letters.report import (
     sample_letter_groups,
 )
 from helmholtz.experiments.letters.run import PROFILES, LetterExperiment, train_on_letters
-from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.decoder import Decoder
 from helmholtz.training.checkpoint import first_difference
 
 DESCRIPTION = (
@@ -77,7 +77,7 @@ def compute_cell(experiment: LetterExperiment, kappa_bits: float | None, seed: i
     }
 
 
-def written_samples(model: AbstractDecoder, law: LetterLaw, seed: int) -> dict[str, list[str]]:
+def written_samples(model: Decoder, law: LetterLaw, seed: int) -> dict[str, list[str]]:
     """Three groups from one prompt: a plan for each sequence, then twice a plan for all of them."""
     generator = torch.Generator().manual_seed(seed)
     groups = {}

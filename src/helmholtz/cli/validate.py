@@ -17,7 +17,8 @@ from helmholtz.cli.arguments import Parser, make_parser, parse
 from helmholtz.data.tokenizer import load_tokenizer
 from helmholtz.evals.convergence import ConvergenceReport, ConvergenceValidator
 from helmholtz.evals.runs import find_checkpoint
-from helmholtz.models.checkpoint import load_checkpoint
+from helmholtz.models.checkpoint import architecture_of, load_checkpoint
+from helmholtz.models.decoder import Decoder, require_equilibrium
 from helmholtz.models.mamba_hopfield import MambaHopfield, MambaHopfieldConfig
 
 DESCRIPTION = (
@@ -69,7 +70,7 @@ def options(arguments: list[str]) -> dict[str, Any]:
     return values
 
 
-def load(values: dict[str, Any]) -> tuple[MambaHopfield, torch.Tensor | None]:
+def load(values: dict[str, Any]) -> tuple[Decoder, torch.Tensor | None]:
     """The model to test, and the tokens of the text if there is one."""
     if values["fresh"]:
         torch.manual_seed(values["seed"])
@@ -83,13 +84,11 @@ def load(values: dict[str, Any]) -> tuple[MambaHopfield, torch.Tensor | None]:
     return model, torch.tensor([ids])
 
 
-def load_equilibrium_model(checkpoint: Path) -> MambaHopfield:
+def load_equilibrium_model(checkpoint: Path) -> Decoder:
     """Raises: ValueError for a model without equilibria."""
     model = load_checkpoint(checkpoint)
-    if not isinstance(model, MambaHopfield):
-        raise ValueError(
-            f"checkpoint: {checkpoint} is a {type(model).__name__}; only a MambaHopfield has equilibria"
-        )
+    if model.equilibrium is None:
+        raise ValueError(f"checkpoint: the {architecture_of(model)} in {checkpoint} has no equilibrium")
     return model
 
 
@@ -129,7 +128,10 @@ def run(arguments: list[str], console: Console) -> int:
     else:
         console.print(report_table(report))
         verdict = "all tests passed" if report.all_passed else f"failed: {', '.join(report.failed)}"
-        console.print(f"{model.config.stability} regime, {result['seconds']:.0f} s: {verdict}", markup=False)
+        console.print(
+            f"{require_equilibrium(model).config.stability} regime, {result['seconds']:.0f} s: {verdict}",
+            markup=False,
+        )
     if values["output"] is not None:
         write_atomically(Path(values["output"]), text + "\n")
     return 0 if report.all_passed else 1

@@ -17,9 +17,8 @@ from helmholtz.evals.inspection import count_parameters
 from helmholtz.evals.language import decode_tokens_per_second, evaluate_language
 from helmholtz.evals.latent import bounds_per_byte, evaluate_bounds, report
 from helmholtz.evals.runs import Run, read_run
-from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.checkpoint import load_checkpoint
-from helmholtz.models.free_transformer import FreeTransformer
+from helmholtz.models.decoder import Decoder
 
 BUDGET_TOLERANCE = 0.02
 DECODE_REPEATS = 3
@@ -156,17 +155,17 @@ def _row(run: Run, window: int, data_folder: str | Path | None, batch_size: int 
 
 
 def _quality(
-    model: AbstractDecoder, data: TokenDataset, window: int, batch_size: int
+    model: Decoder, data: TokenDataset, window: int, batch_size: int
 ) -> tuple[float, float, dict[str, Any] | None]:
     """Nats per token, bits per byte, and all bounds where these are of one of them."""
-    if not isinstance(model, FreeTransformer):
+    if model.plan is None:
         quality = evaluate_language(model, data, seq_len=window, overlap=0, batch_size=batch_size)
         return quality.nats_per_token, quality.bits_per_byte, None
     bounds = evaluate_bounds(model, data, seq_len=window, batch_size=batch_size, n_samples=POSTERIOR_SAMPLES)
     return bounds.mixture_weighted, bounds_per_byte(bounds)["mixture_weighted"], report(bounds)
 
 
-def _parts(model: AbstractDecoder) -> dict[str, int]:
+def _parts(model: Decoder) -> dict[str, int]:
     parts: dict[str, int] = {}
     for count in count_parameters(model):
         name = count.module.split(".")[0]

@@ -31,7 +31,7 @@ from helmholtz.evals.convergence_solutions import (
 )
 from helmholtz.evals.equilibria import random_tokens
 from helmholtz.models.base import evaluation_mode
-from helmholtz.models.mamba_hopfield import MambaHopfield
+from helmholtz.models.decoder import Decoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class ConvergenceValidator:
 
     def __init__(
         self,
-        model: MambaHopfield,
+        model: Decoder,
         tokens: Shaped[Tensor, "..."] | None = None,
         *,
         seed: int = 0,

@@ -14,7 +14,7 @@ from torch import Tensor
 from helmholtz.evals.equilibria import active_patterns
 from helmholtz.layers.equilibrium import TokenProblem
 from helmholtz.models.base import evaluation_mode
-from helmholtz.models.mamba_hopfield import MambaHopfield
+from helmholtz.models.decoder import Decoder, require_equilibrium
 from helmholtz.ops.token_energy import contraction_certificate
 from helmholtz.solvers import AbstractAdjoint, SolverConfig, solve
 
@@ -72,7 +72,7 @@ class AbstractTest(abc.ABC):
 class ValidationCase:
     """A model, a text, and the energies that the model makes of its tokens; a row per token."""
 
-    model: MambaHopfield
+    model: Decoder
     tokens: Int[Tensor, "B T"]
     problem: TokenProblem
     """In the dtype in which the model solves it."""
@@ -111,18 +111,19 @@ def silent(solver: SolverConfig) -> SolverConfig:
 
 @contextmanager
 def solving_with(
-    model: MambaHopfield, solver: SolverConfig, adjoint: AbstractAdjoint | None = None
+    model: Decoder, solver: SolverConfig, adjoint: AbstractAdjoint | None = None
 ) -> Iterator[None]:
     """The model with another solver and adjoint, in evaluation mode; afterwards it is as it was."""
-    own = model.solver, model.equilibrium.adjoint
-    model.solver = solver
+    layer = require_equilibrium(model)
+    own = layer.solver, layer.adjoint
+    layer.solver = solver
     if adjoint is not None:
-        model.equilibrium.adjoint = adjoint
+        layer.adjoint = adjoint
     try:
         with evaluation_mode(model):
             yield
     finally:
-        model.solver, model.equilibrium.adjoint = own
+        layer.solver, layer.adjoint = own
 
 
 def tight(solver: SolverConfig) -> SolverConfig:
@@ -135,7 +136,7 @@ def tight(solver: SolverConfig) -> SolverConfig:
     )
 
 
-def validation_case(model: MambaHopfield, tokens: Int[Tensor, "B T"], *, seed: int) -> ValidationCase:
+def validation_case(model: Decoder, tokens: Int[Tensor, "B T"], *, seed: int) -> ValidationCase:
     """Run the model on ``tokens`` as a user would, and solve once more, for more digits."""
     with solving_with(model, silent(model.solver)):
         equilibrium = model(tokens).equilibrium
@@ -148,7 +149,7 @@ def validation_case(model: MambaHopfield, tokens: Int[Tensor, "B T"], *, seed: i
         start=equilibrium.solution.start.detach(),
         z=solve(problem, equilibrium.solution.value, tight(model.solver)).value,
         found=equilibrium.solution.converged,
-        contractive=model.config.stability == "contractive",
+        contractive=require_equilibrium(model).config.stability == "contractive",
         certificate=contraction_certificate(problem.field, problem.parameters),
         radius=patterns.norm(dim=-1).amax().item() if len(patterns) else 1.0,
         seed=seed,

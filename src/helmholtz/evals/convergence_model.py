@@ -19,7 +19,8 @@ from helmholtz.evals.convergence_case import (
     solving_with,
 )
 from helmholtz.evals.equilibria import in_double
-from helmholtz.models.mamba_hopfield import MambaHopfield, MambaHopfieldOutput
+from helmholtz.models.decoder import Decoder
+from helmholtz.models.outputs import LMOutput
 from helmholtz.solvers import (
     AbstractAdjoint,
     ConvergenceError,
@@ -143,7 +144,7 @@ def _unrolled_steps(contraction: float) -> int:
 
 
 def _gradients(
-    model: MambaHopfield,
+    model: Decoder,
     tokens: Int[Tensor, "B T"],
     z_init: Float[Tensor, "B T D"],
     solver: SolverConfig,
@@ -160,8 +161,8 @@ def _gradients(
 
 
 def _with_embedding(
-    model: MambaHopfield, tokens: Int[Tensor, "B T"], *, z_init: Tensor | None = None
-) -> tuple[MambaHopfieldOutput, Float[Tensor, "B T D"]]:
+    model: Decoder, tokens: Int[Tensor, "B T"], *, z_init: Tensor | None = None
+) -> tuple[LMOutput, Float[Tensor, "B T D"]]:
     """A call, and the embedded tokens that it read."""
     kept: list[Tensor] = []
     handle = model.embed.register_forward_hook(lambda module, inputs, output: kept.append(output))
@@ -224,8 +225,9 @@ def _changed(case: ValidationCase, place: int) -> Int[Tensor, "B T"]:
     return changed
 
 
-def _values(output: MambaHopfieldOutput) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _values(output: LMOutput) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     found = output.equilibrium
+    assert found is not None
     return output.logits, found.z, found.energy, found.num_steps.to(found.z.dtype)
 
 

@@ -10,22 +10,22 @@ from helmholtz._checks import check, check_integer
 from helmholtz.layers.equilibrium import Equilibrium, TokenProblem
 from helmholtz.layers.placement import device_of
 from helmholtz.models.base import evaluation_mode
-from helmholtz.models.mamba_hopfield import MambaHopfield
+from helmholtz.models.decoder import Decoder, require_equilibrium
 from helmholtz.ops.token_energy import EnergyParameters, TokenField
 from helmholtz.solvers import AbstractProblem
 
 ProblemT = TypeVar("ProblemT", bound=AbstractProblem)
 
 
-def equilibrium_of(model: MambaHopfield, tokens: Int[Tensor, "B T"]) -> Equilibrium:
+def equilibrium_of(model: Decoder, tokens: Int[Tensor, "B T"]) -> Equilibrium:
     """The equilibria of a text, without gradients, the model in evaluation mode and afterwards as it was."""
     with evaluation_mode(model):
-        return model(tokens).equilibrium
+        require_equilibrium(model)
+        found: Equilibrium = model(tokens).equilibrium
+    return found
 
 
-def random_tokens(
-    model: MambaHopfield, batch: int, time: int, *, generator: torch.Generator
-) -> Int[Tensor, "B T"]:
+def random_tokens(model: Decoder, batch: int, time: int, *, generator: torch.Generator) -> Int[Tensor, "B T"]:
     """Ids drawn uniformly from the vocabulary. Raises: ValueError for a length beyond the model's."""
     check_integer("batch", batch)
     check_integer("time", time)

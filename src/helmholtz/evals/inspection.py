@@ -6,12 +6,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from helmholtz.layers.equilibrium import EquilibriumLayer
 from helmholtz.layers.fem import FreeEnergyMixer
 from helmholtz.layers.fem_reading import Reading, inspect_read
+from helmholtz.layers.mixer_config import MambaMixerConfig
 from helmholtz.layers.sizing import attention_parameters
-from helmholtz.models.base import AbstractDecoder, AttentionModelConfig, evaluation_mode
-from helmholtz.models.free_transformer import FreeTransformer
-from helmholtz.models.mamba_hopfield import MambaHopfield
+from helmholtz.models.base import default_d_ff, evaluation_mode
+from helmholtz.models.decoder import Decoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +41,20 @@ class ReadSummary:
     inner_gate: float
 
 
-def count_parameters(model: AbstractDecoder) -> list[ParameterCount]:
+def count_parameters(model: Decoder) -> list[ParameterCount]:
     """Embedding, each block's mixer, feed-forward and norms, encoder and table of a plan, dynamics and patterns of an
     equilibrium, final norm, output matrix."""
     parts: list[tuple[str, nn.Module | nn.Parameter]] = [("embed", model.embed)]
     for index, block in enumerate(model.blocks):
         parts += _children(f"blocks.{index}", block)
-    if isinstance(model, FreeTransformer):
+    if model.encoder is not None and model.post_sampler is not None:
         parts.append(("encoder.query", model.encoder.query))
         for name, child in model.encoder.named_children():
             parts += _children("encoder.block", child) if name == "block" else [(f"encoder.{name}", child)]
         parts.append(("post_sampler", model.post_sampler))
-    if isinstance(model, MambaHopfield):
+    if model.context_norm is not None and model.equilibrium is not None:
         parts.append(("context_norm", model.context_norm))
-        parts += _equilibrium_parts(model)
+        parts += _equilibrium_parts(model.equilibrium)
     parts += [("norm", model.norm), ("unembed", model.unembed)]
     seen: set[int] = set()
     counts = []
@@ -66,8 +67,7 @@ def count_parameters(model: AbstractDecoder) -> list[ParameterCount]:
     return counts
 
 
-def _equilibrium_parts(model: MambaHopfield) -> list[tuple[str, nn.Module | nn.Parameter]]:
-    layer = model.equilibrium
+def _equilibrium_parts(layer: EquilibriumLayer) -> list[tuple[str, nn.Module | nn.Parameter]]:
     own = list(layer.dynamics.named_parameters(recurse=False))
     return [
         *_children("equilibrium.dynamics", layer.dynamics),
@@ -82,17 +82,16 @@ def _children(name: str, module: nn.Module) -> list[tuple[str, nn.Module | nn.Pa
     return [(f"{name}.{key}", child) for key, child in children if any(True for _ in child.parameters())]
 
 
-def baseline_block_parameters(model: AbstractDecoder) -> int:
+def baseline_block_parameters(model: Decoder) -> int:
     """Mixer and feed-forward of the baseline's block of the same width and heads: the budget of a FEM block.
 
     Of a model without heads: the block whose heads share nothing.
     """
     c = model.config
-    n_heads, n_kv_heads = (c.n_heads, c.n_kv_heads) if isinstance(c, AttentionModelConfig) else (1, 1)
-    assert n_kv_heads is not None
-    baseline = AttentionModelConfig(vocab_size=c.vocab_size, d_model=c.d_model, n_heads=n_heads)
-    assert baseline.d_ff is not None
-    return attention_parameters(c.d_model, n_heads, n_kv_heads) + 3 * c.d_model * baseline.d_ff
+    found = [layer.mixer for layer in c.layer_configs() if not isinstance(layer.mixer, MambaMixerConfig)]
+    n_heads = max((mixer.n_heads for mixer in found), default=1)
+    n_kv_heads = min((mixer.n_kv_heads or mixer.n_heads for mixer in found), default=1)
+    return attention_parameters(c.d_model, n_heads, n_kv_heads) + 3 * c.d_model * default_d_ff(c.d_model)
 
 
 def mixers(model: nn.Module) -> dict[str, FreeEnergyMixer]:
@@ -101,7 +100,7 @@ def mixers(model: nn.Module) -> dict[str, FreeEnergyMixer]:
     return {name: mixer for name, mixer in found.items() if mixer.config.read != "mean"}
 
 
-def read_text(model: AbstractDecoder, tokens: Int[Tensor, "1 T"]) -> dict[str, Reading]:
+def read_text(model: Decoder, tokens: Int[Tensor, "1 T"]) -> dict[str, Reading]:
     """Each mixer's reading of one text, by the mixer's name; empty for a model without mixers."""
     inputs: dict[str, Tensor] = {}
 
@@ -122,7 +121,7 @@ def read_text(model: AbstractDecoder, tokens: Int[Tensor, "1 T"]) -> dict[str, R
             handle.remove()
 
 
-def summarise(model: AbstractDecoder, readings: dict[str, Reading]) -> list[ReadSummary]:
+def summarise(model: Decoder, readings: dict[str, Reading]) -> list[ReadSummary]:
     """One line per layer. The first query is left out: with one token to read there is nothing to select."""
     found = mixers(model)
     return [_summary(name, found[name], reading) for name, reading in readings.items()]

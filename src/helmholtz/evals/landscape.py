@@ -22,7 +22,7 @@ from helmholtz.evals.landscape_flow import (
     trajectories,
 )
 from helmholtz.layers.equilibrium import Equilibrium
-from helmholtz.models.mamba_hopfield import MambaHopfield
+from helmholtz.models.decoder import Decoder
 from helmholtz.ops.hopfield import hopfield_weights, pattern_margins
 from helmholtz.solvers import SolverConfig
 from helmholtz.solvers.base import Mode
@@ -100,9 +100,7 @@ class EnergyLandscapeAnalyzer:
         self.seed = seed
 
     @classmethod
-    def of(
-        cls, model: MambaHopfield, tokens: Int[Tensor, "B T"], *, seed: int = 0
-    ) -> "EnergyLandscapeAnalyzer":
+    def of(cls, model: Decoder, tokens: Int[Tensor, "B T"], *, seed: int = 0) -> "EnergyLandscapeAnalyzer":
         """Of the equilibria of a text under ``model``, which is left in the mode it was in."""
         return cls(equilibrium_of(model, tokens), model.solver, seed=seed)
 

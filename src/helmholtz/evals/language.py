@@ -13,7 +13,8 @@ from helmholtz._checks import check, check_integer
 from helmholtz.data.tokens import TokenDataset, bits_per_byte
 from helmholtz.layers.placement import device_of
 from helmholtz.layers.unconverged import one_convergence_warning
-from helmholtz.models.base import AbstractDecoder, evaluation_mode
+from helmholtz.models.base import evaluation_mode
+from helmholtz.models.decoder import Decoder
 from helmholtz.models.generation import SamplingSettings, generate
 
 WARM_UP = 4
@@ -32,7 +33,7 @@ class LanguageResult:
 
 
 def evaluate_language(
-    model: AbstractDecoder,
+    model: Decoder,
     data: TokenDataset,
     *,
     seq_len: int,
@@ -64,7 +65,7 @@ def evaluate_language(
 
 
 def stream_nats(
-    model: AbstractDecoder, stream: Int[Tensor, " n"], *, seq_len: int, overlap: int, batch_size: int = 16
+    model: Decoder, stream: Int[Tensor, " n"], *, seq_len: int, overlap: int, batch_size: int = 16
 ) -> float:
     """Nats of all tokens of a stream but the first, which is context: ``evaluate_language`` of any tokens.
 
@@ -82,7 +83,7 @@ def stream_nats(
     return nats
 
 
-def check_window(model: AbstractDecoder, seq_len: int) -> None:
+def check_window(model: Decoder, seq_len: int) -> None:
     """Raises: ValueError if the model cannot take windows of ``seq_len`` tokens."""
     check_integer("seq_len", seq_len)
     longest = model.config.max_seq_len
@@ -108,7 +109,7 @@ def _windows(
     return list(zip(rows[:, :-1].split(batch_size), targets.split(batch_size), strict=True))
 
 
-def decode_tokens_per_second(model: AbstractDecoder, *, n_tokens: int = 128, batch_size: int = 1) -> float:
+def decode_tokens_per_second(model: Decoder, *, n_tokens: int = 128, batch_size: int = 1) -> float:
     """Tokens generated per second, one after another, all rows counted: greedy, from a prompt of one token.
 
     Raises: ValueError if the model's ``max_seq_len`` is not longer than ``n_tokens``.

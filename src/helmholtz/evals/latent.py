@@ -17,7 +17,8 @@ from helmholtz.evals.language import check_window, text_stream
 from helmholtz.layers.latent import Plan, sample_plan
 from helmholtz.layers.placement import device_of
 from helmholtz.models.base import evaluation_mode
-from helmholtz.models.free_transformer import FreeTransformer, Halfway
+from helmholtz.models.decoder import Decoder
+from helmholtz.models.outputs import LowerOutput
 from helmholtz.ops.binary_latent import code_log_probability, kl_per_token
 from helmholtz.ops.code_usage import CodeUsage, code_usage
 
@@ -70,7 +71,7 @@ class _Measured:
 
 
 def evaluate_bounds(
-    model: FreeTransformer,
+    model: Decoder,
     data: TokenDataset,
     *,
     seq_len: int,
@@ -110,7 +111,7 @@ def evaluate_bounds(
 
 
 def stream_bounds(
-    model: FreeTransformer,
+    model: Decoder,
     stream: Int[Tensor, " n"],
     *,
     seq_len: int,
@@ -173,7 +174,7 @@ def _batches(
 
 
 def _measure(
-    model: FreeTransformer, rows: Int[Tensor, "B T1"], indices: list[int], n_samples: int, seed: int
+    model: Decoder, rows: Int[Tensor, "B T1"], indices: list[int], n_samples: int, seed: int
 ) -> _Measured:
     rows = rows.to(device_of(model))
     half, targets = model.lower(rows[:, :-1]), rows[:, 1:]
@@ -202,7 +203,7 @@ def _measure(
 
 
 def _draw(
-    model: FreeTransformer, logits: Float[Tensor, "B T H"], indices: list[int], n_samples: int, seed: int
+    model: Decoder, logits: Float[Tensor, "B T H"], indices: list[int], n_samples: int, seed: int
 ) -> Int[Tensor, "KJ B T"]:
     """Plans of each window: ``n_samples`` of the posterior, then ``PRIOR_DRAWS`` of the prior."""
     windows = []
@@ -219,7 +220,7 @@ def _generator(seed: int, window: int, purpose: int) -> torch.Generator:
 
 
 def _loss(
-    model: FreeTransformer, half: Halfway, code: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]
+    model: Decoder, half: LowerOutput, code: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]
 ) -> Float[Tensor, "B"]:
     """Nats of each window given a plan, in float64 on the CPU."""
     logits = model.upper(half, Plan(code.to(targets.device))).logits.float()

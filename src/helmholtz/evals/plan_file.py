@@ -17,7 +17,7 @@ from helmholtz._files import write_atomically
 from helmholtz._json import parse_json
 from helmholtz.layers.placement import device_of
 from helmholtz.models.base import evaluation_mode
-from helmholtz.models.free_transformer import FreeTransformer
+from helmholtz.models.decoder import Decoder, require_plan
 from helmholtz.ops.binary_latent import MAX_LATENT_BITS, kl_per_token
 
 
@@ -57,7 +57,7 @@ class PlanFile:
         write_atomically(file, json.dumps(asdict(self), indent=1) + "\n")
 
 
-def load_plan(file: str | os.PathLike[str], model: FreeTransformer) -> PlanFile:
+def load_plan(file: str | os.PathLike[str], model: Decoder) -> PlanFile:
     """The plan in ``file``, checked against the model that is to use it.
 
     Raises: ValueError naming the file if it is missing, not a plan, or of a model with other bits or other weights.
@@ -70,7 +70,7 @@ def load_plan(file: str | os.PathLike[str], model: FreeTransformer) -> PlanFile:
         raise ValueError(f"{file}: not valid JSON ({error})") from error
     try:
         plan = _parse(content)
-        bits, fingerprint = model.config.n_latent_bits, model_fingerprint(model)
+        bits, fingerprint = require_plan(model).n_bits, model_fingerprint(model)
         check(plan.n_latent_bits == bits, "n_latent_bits", plan.n_latent_bits, f"{bits} as the model's")
         wanted = (
             f"{fingerprint!r}, that of the model (codes of other weights mean something else; null fits all)"
@@ -101,7 +101,7 @@ def _parse(content: Any) -> PlanFile:
     return PlanFile(**content | {name: tuple(content[name]) for name in lists})
 
 
-def model_fingerprint(model: FreeTransformer) -> str:
+def model_fingerprint(model: Decoder) -> str:
     """16 hexadecimal digits of the SHA-256 of config and weights: the same wherever the same model is loaded."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -121,7 +121,7 @@ class ReadPlan:
     """Of the posterior from the prior, in nats per token: what the code could hold of the text at most."""
 
 
-def read_plan(model: FreeTransformer, tokens: Sequence[int], *, seed: int = 0) -> ReadPlan:
+def read_plan(model: Decoder, tokens: Sequence[int], *, seed: int = 0) -> ReadPlan:
     """The encoder's plan of a text, drawn from the posterior; position ``t`` has the same code distribution as in a
     prompt of these tokens.
 

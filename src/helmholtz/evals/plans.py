@@ -13,7 +13,7 @@ from torch import Tensor
 from helmholtz._checks import check, check_integer
 from helmholtz.evals.plan_file import set_bit
 from helmholtz.models.base import evaluation_mode
-from helmholtz.models.free_transformer import FreeTransformer
+from helmholtz.models.decoder import Decoder, require_plan
 from helmholtz.models.planning import PlannedRow, PlannedStream, PlanSettings, generate_planned
 from helmholtz.models.sampling import SamplingSettings, check_prompts
 
@@ -60,7 +60,7 @@ class PlanComparison:
 
 
 def draw_plans(
-    model: FreeTransformer,
+    model: Decoder,
     prompt: Sequence[int],
     settings: SamplingSettings,
     plan: PlanSettings | None = None,
@@ -86,7 +86,7 @@ def draw_plans(
 
 
 def sample_under(
-    model: FreeTransformer, prompt: Sequence[int], settings: SamplingSettings, plans: Sequence[Codes]
+    model: Decoder, prompt: Sequence[int], settings: SamplingSettings, plans: Sequence[Codes]
 ) -> Group:
     """One continuation of the prompt per plan; row ``r`` draws its tokens from ``seed + r``."""
     given = PlanSettings(prompt="prior", codes=tuple(plans))  # nothing is left to the encoder
@@ -94,7 +94,7 @@ def sample_under(
 
 
 def compare_plans(
-    model: FreeTransformer,
+    model: Decoder,
     prompt: Sequence[int],
     settings: SamplingSettings,
     plan: PlanSettings | None = None,
@@ -125,7 +125,7 @@ def compare_plans(
 
 
 def bit_effects(
-    model: FreeTransformer,
+    model: Decoder,
     prompt: Sequence[int],
     settings: SamplingSettings,
     plan: PlanSettings | None = None,
@@ -143,7 +143,7 @@ def bit_effects(
     check_integer("n_samples", n_samples, minimum=2)
     plans = draw_plans(model, prompt, settings, plan, n_plans=n_samples)
     effects = []
-    for bit in range(model.config.n_latent_bits):
+    for bit in range(require_plan(model).n_bits):
         off, on = (
             sample_under(
                 model, prompt, settings, [tuple(set_bit(c, bit, value) for c in codes) for codes in plans]

@@ -49,6 +49,7 @@ class FreeEnergyMixerConfig:
     Raises: ValueError naming the field for a size that does not fit or an option that would have no effect.
     """
 
+    kind: Literal["fem"] = "fem"
     d_model: int
     """Width D of the input and the output."""
     n_heads: int
@@ -95,6 +96,7 @@ class FreeEnergyMixerConfig:
     """Kernel of the prior: "auto", "torch", or "flash_attn" (softmax) / "fla" (linear, gla), which run or raise."""
 
     def __post_init__(self) -> None:
+        check_choice("kind", self.kind, ("fem",))
         for name in ("d_model", "n_heads"):
             check_integer(name, getattr(self, name))
         check_choice("prior", self.prior, PRIORS)

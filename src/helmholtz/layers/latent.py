@@ -62,6 +62,34 @@ def sample_code(
     return torch.randint(codes, shape, device=device) if uniform is None else (uniform * codes).long()
 
 
+def check_plan(z: Plan, shape: tuple[int, ...], n_latent_bits: int) -> None:
+    """ValueError unless there is a code in ``[0, 2**H)`` for each of ``B T`` tokens, and logits of its bits if any."""
+    codes = 2**n_latent_bits
+    check(tuple(z.code.shape) == shape, "z.code", tuple(z.code.shape), f"of shape {shape} as the tokens")
+    integer = not (z.code.is_floating_point() or z.code.is_complex() or z.code.dtype == torch.bool)
+    check(integer, "z.code", z.code.dtype, "of an integer dtype")
+    if z.code.numel():
+        low, high = (int(bound) for bound in z.code.aminmax())
+        check(low >= 0 and high < codes, "z.code", f"values from {low} to {high}", f"in [0, {codes})")
+    if z.logits is not None:
+        wanted = (*shape, n_latent_bits)
+        check(tuple(z.logits.shape) == wanted, "z.logits", tuple(z.logits.shape), f"of shape {wanted}")
+
+
+def joined_mask(
+    before: Float[Tensor, "B S D"],
+    before_mask: Bool[Tensor, "B S"] | None,
+    x: Float[Tensor, "B T D"],
+    mask: Bool[Tensor, "B T"] | None,
+) -> Bool[Tensor, "B U"] | None:
+    """The real tokens among ``before`` and then ``x``; None while all are."""
+    if before_mask is None and mask is None:
+        return None
+    parts = [(before, before_mask), (x, mask)]
+    masks = [x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask for x, mask in parts]
+    return torch.cat(masks, dim=1)
+
+
 @final
 class LatentEncoder(nn.Module):
     r"""Bit logits of every token from the whole text, :math:`L = W\,\mathrm{norm}(\mathrm{block}(\zeta, x))`.

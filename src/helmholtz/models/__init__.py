@@ -1,6 +1,6 @@
 """Language models, by the name that a checkpoint gives its architecture."""
 
-from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.decoder import Decoder
 from helmholtz.models.fem_lm import FEMLM
 from helmholtz.models.free_transformer import FreeTransformer
 from helmholtz.models.mamba import Mamba
@@ -9,7 +9,7 @@ from helmholtz.models.transformer import Transformer
 
 __all__ = ["FEMLM", "MODELS", "FreeTransformer", "Mamba", "MambaHopfield", "Transformer"]
 
-MODELS: dict[str, type[AbstractDecoder]] = {
+MODELS: dict[str, type[Decoder]] = {
     "transformer": Transformer,
     "fem_lm": FEMLM,
     "free_transformer": FreeTransformer,

@@ -22,13 +22,14 @@ from helmholtz._files import atomic_folder, complete_folder, first_damage, read_
 from helmholtz._hardware import usable_device
 from helmholtz._json import parse_json
 from helmholtz.models import MODELS
-from helmholtz.models.base import AbstractDecoder, ModelConfig
+from helmholtz.models.base import ModelConfig
+from helmholtz.models.decoder import Decoder
 from helmholtz.models.tied import EMBED, UNEMBED, is_tied, local_part
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def save_checkpoint(model: AbstractDecoder, folder: str | os.PathLike[str]) -> None:
+def save_checkpoint(model: Decoder, folder: str | os.PathLike[str]) -> None:
     """Make ``folder`` a checkpoint of ``model``, replacing any that is there without ever losing it.
 
     Raises: ValueError for a model whose tensors are not those that its config describes, so that they could not be
@@ -39,9 +40,7 @@ def save_checkpoint(model: AbstractDecoder, folder: str | os.PathLike[str]) -> N
         write_checkpoint(model, partial)
 
 
-def write_checkpoint(
-    model: AbstractDecoder, folder: Path, weights: Mapping[str, Tensor] | None = None
-) -> None:
+def write_checkpoint(model: Decoder, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """Write the two files of a checkpoint into an existing folder.
 
     Args:
@@ -59,7 +58,7 @@ def write_checkpoint(
         raise OSError(f"{folder / WEIGHTS}: cannot be written ({error})") from error
 
 
-def architecture_of(model: AbstractDecoder) -> str:
+def architecture_of(model: Decoder) -> str:
     """The key of ``MODELS`` for a model. Raises: ValueError if it is none of them."""
     names = [name for name, cls in MODELS.items() if cls is type(model)]
     if not names:
@@ -69,7 +68,7 @@ def architecture_of(model: AbstractDecoder) -> str:
 
 def load_checkpoint(
     folder: str | os.PathLike[str], device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> AbstractDecoder:
+) -> Decoder:
     """The model saved in ``folder``, in evaluation mode, on ``device``.
 
     The random number generators are left as they were.
@@ -84,7 +83,7 @@ def load_checkpoint(
     return read_complete(folder, _load).to(device=device, dtype=dtype).eval()
 
 
-def _load(folder: Path) -> AbstractDecoder:
+def _load(folder: Path) -> Decoder:
     architecture, config = read_config(folder)
     damage = first_damage(folder, (CONFIG, WEIGHTS))
     if damage:
@@ -99,7 +98,7 @@ def _load(folder: Path) -> AbstractDecoder:
     return model
 
 
-def _empty_model(source: object, architecture: str, config: ModelConfig) -> AbstractDecoder:
+def _empty_model(source: object, architecture: str, config: ModelConfig) -> Decoder:
     """The model without memory for its tensors. Raises: ValueError naming ``source`` for sizes no tensor can have."""
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -144,7 +143,7 @@ def _parse(description: Any) -> tuple[str, ModelConfig]:
     return architecture, MODELS[architecture].config_class.from_dict(description["config"])
 
 
-def checkpoint_weights(model: AbstractDecoder) -> dict[str, Tensor]:
+def checkpoint_weights(model: Decoder) -> dict[str, Tensor]:
     """What a checkpoint stores of a model, by name: no two of them share memory.
 
     Raises: ValueError for a tensor on the meta device, which holds nothing.
@@ -163,7 +162,7 @@ def checkpoint_weights(model: AbstractDecoder) -> dict[str, Tensor]:
     return weights
 
 
-def _check_saveable(model: AbstractDecoder) -> None:
+def _check_saveable(model: Decoder) -> None:
     """``load_checkpoint`` will find all that it needs and nothing else."""
     wanted = _empty_model("model.config", architecture_of(model), model.config).state_dict()
     found = model.state_dict()

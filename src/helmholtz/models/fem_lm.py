@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, final
 
 from helmholtz._checks import check_integer
-from helmholtz.layers.fem import FreeEnergyMixer
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig, Prior, Read
 from helmholtz.layers.sizing import TOLERANCE, attention_parameters, mixer_parameters
-from helmholtz.models.base import AbstractDecoder, AttentionModelConfig, ModelConfig
+from helmholtz.models.base import AttentionModelConfig, LayerConfig, ModelConfig
+from helmholtz.models.decoder import Decoder
 
 _USED_BY: dict[str, tuple[str, ...]] = {
     "d_head": ("softmax", "linear", "gla"),
@@ -88,6 +88,12 @@ class FEMLMConfig(AttentionModelConfig):
     def layer_priors(self) -> tuple[Prior, ...]:
         """The prior of each layer."""
         return (self.prior,) * self.n_layers if isinstance(self.prior, str) else tuple(self.prior)
+
+    def layer_configs(self) -> tuple[LayerConfig, ...]:
+        layers = {
+            prior: LayerConfig(mixer=self.mixer_config(prior), d_ff=self.d_ff) for prior in self.layer_priors
+        }
+        return tuple(layers[prior] for prior in self.layer_priors)
 
     def mixer_config(self, prior: Prior) -> FreeEnergyMixerConfig:
         """The config of the layers that read from ``prior``."""
@@ -163,17 +169,11 @@ def _completed(options: MixerOptions, built: Sequence[FreeEnergyMixerConfig]) ->
 
 
 @final
-class FEMLM(AbstractDecoder):
+class FEMLM(Decoder):
     """Decoder of Free Energy Mixer blocks (Lu & Yang, "Free Energy Mixer", 2026)."""
 
     config_class: ClassVar[type[ModelConfig]] = FEMLMConfig
     config: FEMLMConfig
-
-    def __init__(self, config: FEMLMConfig) -> None:
-        super().__init__(config)
-
-    def build_mixer(self, layer: int) -> FreeEnergyMixer:
-        return FreeEnergyMixer(self.config.mixer_config(self.config.layer_priors[layer]))
 
 
 def small(vocab_size: int, prior: Prior | tuple[Prior, ...] = "softmax") -> FEMLMConfig:

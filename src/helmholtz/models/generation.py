@@ -6,8 +6,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from helmholtz.layers.unconverged import one_convergence_warning
-from helmholtz.models.base import AbstractDecoder, LMState
-from helmholtz.models.free_transformer import FreeTransformer
+from helmholtz.models.decoder import Decoder
+from helmholtz.models.outputs import LMState
 from helmholtz.models.planning import generate_planned
 from helmholtz.models.sampling import AbstractStream, SamplingSettings, TokenCallback, continue_rows
 
@@ -18,7 +18,7 @@ PREFILL_CHUNK = 256
 
 
 def generate(
-    model: AbstractDecoder,
+    model: Decoder,
     prompts: Sequence[Sequence[int]],
     settings: SamplingSettings,
     *,
@@ -26,7 +26,7 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt, token by token, with the state of the stream instead of the whole sequence.
 
-    Prompts may differ in length. A Free Transformer plans as ``PlanSettings()`` says: the prompt by its encoder, each
+    Prompts may differ in length. A model with a plan plans as ``PlanSettings()`` says: the prompt by its encoder, each
     new token by the prior. A row ends at a stop token, which is left out, or after ``max_new_tokens``;
     the call ends when all rows have. A row depends on its prompt and on ``seed + row`` alone: sampled alone
     with that seed it gives the same tokens, up to the rounding of logits, which differs between batch sizes.
@@ -39,7 +39,7 @@ def generate(
         continuation exceeds ``max_seq_len``.
     Warns: ConvergenceWarning, once, if equilibria did not converge.
     """
-    if isinstance(model, FreeTransformer):
+    if model.plan is not None:
         return [row.tokens for row in generate_planned(model, prompts, settings, callback=callback)]
     with one_convergence_warning(model):
         return continue_rows(_DecoderStream(model), prompts, settings, callback)

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from helmholtz._checks import check_divides, check_integer
-from helmholtz.layers.mamba import MambaMixer
-from helmholtz.models.base import AbstractDecoder, ModelConfig
+from helmholtz.layers.mixer_config import MambaMixerConfig
+from helmholtz.models.base import FlatConfig, LayerConfig, ModelConfig
+from helmholtz.models.decoder import Decoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MambaConfig(ModelConfig):
+class MambaConfig(FlatConfig):
     """Sizes of a Mamba decoder."""
 
     d_inner: int | None = None
@@ -22,41 +23,30 @@ class MambaConfig(ModelConfig):
     """Channels that share a decay; a divisor of d_inner."""
 
     def __post_init__(self) -> None:
-        ModelConfig.__post_init__(self)
+        FlatConfig.__post_init__(self)
         self._fill("d_inner", 2 * self.d_model)
         for name in ("d_inner", "d_state", "d_conv"):
             check_integer(name, getattr(self, name))
         assert self.d_inner is not None
         check_divides("d_head", self.d_head, "d_inner", self.d_inner)
 
+    def layer_configs(self) -> tuple[LayerConfig, ...]:
+        mixer = MambaMixerConfig(
+            d_model=self.d_model,
+            d_inner=self.d_inner,
+            d_state=self.d_state,
+            d_conv=self.d_conv,
+            d_head=self.d_head,
+        )
+        return (LayerConfig(mixer=mixer),) * self.n_layers
+
 
 @final
-class Mamba(AbstractDecoder):
+class Mamba(Decoder):
     """Decoder of Mamba-2 blocks (Dao & Gu, "Transformers are SSMs", 2024): norm, mixer, residual."""
 
     config_class: ClassVar[type[ModelConfig]] = MambaConfig
     config: MambaConfig
-
-    def __init__(self, config: MambaConfig) -> None:
-        super().__init__(config)
-
-    def build_mixer(self, layer: int) -> MambaMixer:
-        c = self.config
-        assert c.d_inner is not None
-        return MambaMixer(c.d_model, d_inner=c.d_inner, d_state=c.d_state, d_conv=c.d_conv, d_head=c.d_head)
-
-    def gradient_checkpointing_enable(self) -> None:
-        """Recompute the mixers in the backward pass instead of keeping what it needs: slower, less memory."""
-        self._checkpoint_gradients(True)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep what the backward pass needs."""
-        self._checkpoint_gradients(False)
-
-    def _checkpoint_gradients(self, enabled: bool) -> None:
-        for block in self.blocks:
-            assert isinstance(block.mixer, MambaMixer)
-            block.mixer.gradient_checkpointing = enabled
 
 
 def small(vocab_size: int) -> MambaConfig:

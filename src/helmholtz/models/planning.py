@@ -11,7 +11,9 @@ from torch import Tensor
 from helmholtz._checks import check, check_choice, check_integer
 from helmholtz.layers.latent import Plan
 from helmholtz.layers.placement import device_of
-from helmholtz.models.free_transformer import FreeTransformer, PlannedState
+from helmholtz.layers.unconverged import one_convergence_warning
+from helmholtz.models.decoder import Decoder, require_plan
+from helmholtz.models.outputs import LMState
 from helmholtz.models.sampling import AbstractStream, SamplingSettings, TokenCallback, continue_rows
 from helmholtz.ops.binary_latent import bits_to_code, sample_bits
 
@@ -54,7 +56,7 @@ class PlannedRow:
 
 
 def generate_planned(
-    model: FreeTransformer,
+    model: Decoder,
     prompts: Sequence[Sequence[int]],
     settings: SamplingSettings,
     plan: PlanSettings | None = None,
@@ -73,7 +75,8 @@ def generate_planned(
         held bit that the model does not have.
     """
     stream = PlannedStream(model, [len(prompt) for prompt in prompts], settings, plan or PlanSettings())
-    rows = continue_rows(stream, prompts, settings, callback)
+    with one_convergence_warning(model):
+        rows = continue_rows(stream, prompts, settings, callback)
     codes = [
         row[stream.longest - len(prompt) :][: len(prompt) + len(tokens)]
         for row, prompt, tokens in zip(stream.codes.tolist(), prompts, rows, strict=True)
@@ -84,15 +87,14 @@ def generate_planned(
 class PlannedStream(AbstractStream):
     """A batch under way whose codes are all drawn in advance; the prompt's may be replaced by the encoder's."""
 
-    model: FreeTransformer
-    state: PlannedState
+    state: LMState
 
     def __init__(
-        self, model: FreeTransformer, lengths: Sequence[int], settings: SamplingSettings, plan: PlanSettings
+        self, model: Decoder, lengths: Sequence[int], settings: SamplingSettings, plan: PlanSettings
     ) -> None:
         super().__init__(model)
         self.settings, self.lengths, self.longest = plan, lengths, max(lengths, default=0)
-        self.n_bits, device = model.config.n_latent_bits, device_of(model)
+        self.n_bits, device = require_plan(model).n_bits, device_of(model)
         self._check()
         seed = settings.seed if plan.seed is None else plan.seed
         self.generators = [_code_generator(seed + row, "posterior") for row in range(len(lengths))]
@@ -125,7 +127,7 @@ class PlannedStream(AbstractStream):
         place = self.position
         self.position += 1
         output = self.model(tokens, z=Plan(self.codes[:, place : place + 1]), state=self.state)
-        assert isinstance(output.state, PlannedState)
+        assert output.state is not None
         self.state = output.state
         return output.logits[:, -1]
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from helmholtz._checks import check, check_integer, check_non_negative
 from helmholtz.layers.placement import device_of
-from helmholtz.models.base import AbstractDecoder, evaluation_mode
+from helmholtz.models.base import evaluation_mode
+from helmholtz.models.decoder import Decoder
 
 TokenCallback = Callable[[int, int], None]
 """Called with ``(row, token)`` as soon as a token is known."""
@@ -87,7 +88,7 @@ def draw(probabilities: Float[Tensor, "B vocab"], uniform: Float[Tensor, "B 1"])
 class AbstractStream(abc.ABC):
     """Rows of text that a model is reading and continuing."""
 
-    def __init__(self, model: AbstractDecoder) -> None:
+    def __init__(self, model: Decoder) -> None:
         self.model = model
 
     @abc.abstractmethod
@@ -155,9 +156,7 @@ def _next_tokens(
     return draw(sampling_probabilities(logits, settings), uniform)
 
 
-def check_prompts(
-    model: AbstractDecoder, prompts: Sequence[Sequence[int]], settings: SamplingSettings
-) -> None:
+def check_prompts(model: Decoder, prompts: Sequence[Sequence[int]], settings: SamplingSettings) -> None:
     """Raises: ValueError for prompts that the model cannot continue, as ``generate`` says."""
     vocabulary, longest = model.config.vocab_size, model.config.max_seq_len
     if not prompts:

@@ -7,8 +7,9 @@ from a Llama's weights it computes the same logits.
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from helmholtz.layers.attention import Attention, check_heads
-from helmholtz.models.base import AbstractDecoder, AttentionModelConfig, ModelConfig
+from helmholtz.layers.attention import check_heads
+from helmholtz.models.base import AttentionModelConfig, ModelConfig
+from helmholtz.models.decoder import Decoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,18 +23,11 @@ class TransformerConfig(AttentionModelConfig):
 
 
 @final
-class Transformer(AbstractDecoder):
+class Transformer(Decoder):
     """Decoder of softmax attention blocks (Touvron et al., "LLaMA", 2023, with grouped-query heads)."""
 
     config_class: ClassVar[type[ModelConfig]] = TransformerConfig
     config: TransformerConfig
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__(config)
-
-    def build_mixer(self, layer: int) -> Attention:
-        c = self.config
-        return Attention(c.d_model, c.n_heads, n_kv_heads=c.n_kv_heads, rope_theta=c.rope_theta)
 
 
 def small(vocab_size: int) -> TransformerConfig:

@@ -30,8 +30,8 @@ from helmholtz._files import (
 )
 from helmholtz._json import parse_json
 from helmholtz._run_folder import BEST, LAST, METRICS, RUN, SUMMARY, TOKENIZER
-from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.checkpoint import checkpoint_weights, write_checkpoint
+from helmholtz.models.decoder import Decoder
 from helmholtz.training.distributed import on_main, world
 from helmholtz.training.parallel import whole
 from helmholtz.training.state import Progress, load_progress, save_training_state, saved_identity
@@ -48,7 +48,7 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def save_run(
-    folder: Path, model: AbstractDecoder, tokenizer: Mapping[str, bytes], state: TrainingState | None
+    folder: Path, model: Decoder, tokenizer: Mapping[str, bytes], state: TrainingState | None
 ) -> None:
     """Make ``folder`` a checkpoint that stands on its own: model, tokenizer and, if given, training state.
 
@@ -74,7 +74,7 @@ def save_run(
         raise
 
 
-def _gathered(model: AbstractDecoder) -> dict[str, Tensor]:
+def _gathered(model: Decoder) -> dict[str, Tensor]:
     """Whole weights in the memory of the main process, gathered one by one; nothing in the others."""
     weights = {}
     for name, tensor in checkpoint_weights(model).items():
@@ -85,7 +85,7 @@ def _gathered(model: AbstractDecoder) -> dict[str, Tensor]:
 
 
 def save_last(
-    folder: Path, model: AbstractDecoder, tokenizer: Mapping[str, bytes], state: TrainingState, *, keep: int
+    folder: Path, model: Decoder, tokenizer: Mapping[str, bytes], state: TrainingState, *, keep: int
 ) -> Path:
     """Write the checkpoint of the run in ``folder`` after ``state``'s step and keep the ``keep`` newest ones."""
     target = step_folder(folder, state[2].step)

@@ -18,7 +18,7 @@ from helmholtz.layers.equilibrium_reading import (
     retrieval_energy,
     start_distance,
 )
-from helmholtz.models.mamba_hopfield import MambaHopfield
+from helmholtz.models.decoder import Decoder, require_equilibrium
 from helmholtz.ops.losses import cross_entropy
 from helmholtz.solvers import SolverConfig
 from helmholtz.solvers.spectrum import local_lipschitz
@@ -50,7 +50,7 @@ class SolverStage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EquilibriumObjectiveConfig:
-    """What a Mamba-Hopfield model minimises beside its cross-entropy, and how its training changes with the step."""
+    """What a model with an equilibrium minimises beside its cross-entropy, and what changes with the step."""
 
     energy_weight: float = 0.0
     """Of the retrieval energy: pulls equilibria and patterns towards each other."""
@@ -112,13 +112,13 @@ class EquilibriumObjective:
         self.config, self.seed, self.n_targets = config, seed, n_targets
 
     def __call__(self, model: nn.Module, tokens: Int[Tensor, "B T1"], step: int) -> Objective:
-        model, c = _with_equilibria(model), self.config
+        (model, layer), c = _with_equilibria(model), self.config
         with training_solver(model, c.stage(step) if model.training else None):
             output = model(tokens[:, :-1])
         found = output.equilibrium
         n_targets = self.n_targets or tokens.shape[1] - 1
         nats = cross_entropy(output.logits[:, -n_targets:], tokens[:, -n_targets:])
-        weighted = self._terms(model.equilibrium, found)
+        weighted = self._terms(layer, found)
         loss = nats
         for weight, term in weighted.values():
             loss = loss + weight * term
@@ -144,13 +144,13 @@ class EquilibriumObjective:
             terms["stability"] = (c.stability_weight, excess)
         return terms
 
-    def report(self, model: nn.Module, batches: Sequence[Int[Tensor, "_ T1"]], step: int) -> Report:
+    def report(self, model: nn.Module, batches: Sequence[Int[Tensor, "_ _"]], step: int) -> Report:
         """``equilibrium_statistics`` of the text under the model's own solver, and what is wrong with them."""
-        model = _with_equilibria(model)
+        model, layer = _with_equilibria(model)
         with training_solver(model, None):
             calls = (model(tokens[:, :-1]).equilibrium for tokens in batches)
-            statistics = equilibrium_statistics(model.equilibrium, calls)
-        return Report(statistics, _warnings(model.equilibrium, statistics))
+            statistics = equilibrium_statistics(layer, calls)
+        return Report(statistics, _warnings(layer, statistics))
 
 
 def contraction_excess(found: Equilibrium, target: float, *, seed: int = 0) -> Float[Tensor, ""]:
@@ -170,7 +170,7 @@ def contraction_excess(found: Equilibrium, target: float, *, seed: int = 0) -> F
 
 
 @contextlib.contextmanager
-def training_solver(model: MambaHopfield, stage: SolverStage | None) -> Iterator[None]:
+def training_solver(model: Decoder, stage: SolverStage | None) -> Iterator[None]:
     """The model solves as ``stage`` says, or as ever if None, and leaves it to the caller to count what is unsolved."""
     own: SolverConfig = model.solver
     quiet = "ignore" if stage is not None or own.on_nonconvergence == "warn" else own.on_nonconvergence
@@ -205,7 +205,7 @@ def _warnings(layer: EquilibriumLayer, statistics: dict[str, float]) -> dict[str
     return warnings
 
 
-def _with_equilibria(model: nn.Module) -> MambaHopfield:
-    if not isinstance(model, MambaHopfield):
-        raise TypeError(f"EquilibriumObjective trains a MambaHopfield, got {type(model).__name__}")
-    return model
+def _with_equilibria(model: nn.Module) -> tuple[Decoder, EquilibriumLayer]:
+    layer = require_equilibrium(model)
+    assert isinstance(model, Decoder)
+    return model, layer

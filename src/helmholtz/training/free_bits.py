@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from helmholtz._checks import check, check_integer, check_non_negative, check_positive
 from helmholtz.layers.latent import Plan
-from helmholtz.models.free_transformer import FreeTransformer, Halfway
+from helmholtz.models.decoder import Decoder, require_plan
+from helmholtz.models.outputs import LowerOutput
 from helmholtz.ops.binary_latent import bits_to_nats, code_log_probability, free_bits, kl_per_token
 from helmholtz.ops.code_usage import CodeUsage, code_usage
 from helmholtz.ops.losses import cross_entropy
@@ -99,7 +100,7 @@ class FreeBitsObjective:
         elbo = terms["reconstruction"] + terms["kl"]
         return Objective(loss, terms, elbo if model.training else _mixture(model, half, z, tokens[:, 1:]))
 
-    def report(self, model: nn.Module, batches: Sequence[Int[Tensor, "_ T1"]], step: int) -> Report:
+    def report(self, model: nn.Module, batches: Sequence[Int[Tensor, "_ _"]], step: int) -> Report:
         """Cross-entropy under plans of the posterior (it leaks) and under one of the prior each, and the plan's usage.
 
         The plans of the prior are the same at every evaluation.
@@ -147,9 +148,7 @@ class FreeBitsObjective:
         return {"collapsed": text}
 
 
-def _mixture(
-    model: FreeTransformer, half: Halfway, z: Plan, targets: Int[Tensor, "B T"]
-) -> Float[Tensor, ""]:
+def _mixture(model: Decoder, half: LowerOutput, z: Plan, targets: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
     """Nats per token; as ``evals.latent``'s mixture with a plan of either kind per window."""
     logits, prior = _logits(z).double(), model.sample_prior(*targets.shape)
     log_prior = -bits_to_nats(targets.shape[1] * logits.shape[-1])
@@ -163,9 +162,9 @@ def _mixture(
     return (-torch.stack(log_terms).logsumexp(0).mean() / targets.shape[1]).float()
 
 
-def _planned(model: nn.Module) -> FreeTransformer:
-    if not isinstance(model, FreeTransformer):
-        raise TypeError(f"FreeBitsObjective trains a FreeTransformer, got {type(model).__name__}")
+def _planned(model: nn.Module) -> Decoder:
+    require_plan(model)
+    assert isinstance(model, Decoder)
     return model
 
 

@@ -23,7 +23,7 @@ from helmholtz._run_folder import BEST, LAST, NON_FINITE
 from helmholtz.data.tokenizer import tokenizer_files
 from helmholtz.data.tokens import TokenDataset, bits_per_byte
 from helmholtz.layers.row_draws import drawn_by_row
-from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.decoder import Decoder
 from helmholtz.solvers import NonFiniteInputError
 from helmholtz.training.batches import Batch, Batches
 from helmholtz.training.budget import Budget, matmul_peak, measure_budget
@@ -71,7 +71,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: AbstractDecoder,
+        model: Decoder,
         train: TokenDataset,
         validation: TokenDataset,
         config: TrainConfig,

@@ -34,7 +34,7 @@ class Report:
     """By name, what is wrong and what may help."""
 
 
-ReportFunction = Callable[[nn.Module, Sequence[Int[Tensor, "_ T1"]], int], Report]
+ReportFunction = Callable[[nn.Module, Sequence[Int[Tensor, "_ _"]], int], Report]
 """Of the model, all batches of an evaluation and the number of optimizer steps applied so far."""
 
 
@@ -58,6 +58,6 @@ def last_tokens(n_targets: int) -> ObjectiveFunction:
     return objective
 
 
-def learned(model: nn.Module, batches: Sequence[Int[Tensor, "_ T1"]], step: int) -> Report:
+def learned(model: nn.Module, batches: Sequence[Int[Tensor, "_ _"]], step: int) -> Report:
     """Learned temperatures and gates of the model's mixers, the gates on the first batch."""
     return Report(read_statistics(model, lambda: model(batches[0][:, :-1])))

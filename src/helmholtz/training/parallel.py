@@ -16,9 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from helmholtz._checks import check, check_choice, check_integer
-from helmholtz.models.base import AbstractDecoder
-from helmholtz.models.free_transformer import FreeTransformer
-from helmholtz.models.mamba_hopfield import MambaHopfield
+from helmholtz.models.decoder import Decoder
 from helmholtz.models.tied import is_tied
 from helmholtz.training.distributed import world
 from helmholtz.training.objectives import ObjectiveFunction, Report, ReportFunction
@@ -65,7 +63,7 @@ class ParallelConfig:
 class Learner(nn.Module):
     """A model with its objective: one module whose forward pass gives a loss, as DDP and FSDP want it."""
 
-    def __init__(self, model: AbstractDecoder, objective: ObjectiveFunction, report: ReportFunction) -> None:
+    def __init__(self, model: Decoder, objective: ObjectiveFunction, report: ReportFunction) -> None:
         super().__init__()
         self.model = model
         self._objective, self._report = objective, report
@@ -75,7 +73,7 @@ class Learner(nn.Module):
         found = self._objective(self.model, tokens, step)
         return found.loss, found.bound, found.terms
 
-    def report(self, batches: list[Int[Tensor, "_ T1"]], step: int) -> Report:
+    def report(self, batches: list[Int[Tensor, "_ _"]], step: int) -> Report:
         """What an evaluation says beside the loss."""
         return self._report(self.model, batches, step)
 
@@ -127,19 +125,17 @@ def _sharded(learner: Learner, config: ParallelConfig, device: torch.device) -> 
     )
     for unit in _units(model):
         # the objective reads the equilibrium layer's parameters after its forward pass
-        kept = isinstance(model, MambaHopfield) and unit is model.equilibrium
+        kept = unit is model.equilibrium
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=not kept)
     fully_shard(learner, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(learner, "report")
     return learner
 
 
-def _units(model: AbstractDecoder) -> list[nn.Module]:
+def _units(model: Decoder) -> list[nn.Module]:
     units: list[nn.Module] = [*model.blocks]
-    if isinstance(model, FreeTransformer):
-        units += [model.encoder, model.post_sampler]
-    if isinstance(model, MambaHopfield):
-        units.append(model.equilibrium)
+    parts = (model.encoder, model.post_sampler, model.equilibrium)
+    units += [part for part in parts if part is not None]
     if not is_tied(model):
         units += [model.embed, model.unembed]
     return units

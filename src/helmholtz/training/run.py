@@ -20,8 +20,9 @@ from helmholtz._run_folder import METRICS, SUMMARY
 from helmholtz.data.prepare import DataConfig
 from helmholtz.data.tokens import TokenDataset, check_contents
 from helmholtz.models import MODELS
-from helmholtz.models.base import AbstractDecoder, ModelConfig
+from helmholtz.models.base import ModelConfig
 from helmholtz.models.checkpoint import load_checkpoint
+from helmholtz.models.decoder import Decoder, require_equilibrium
 from helmholtz.models.free_transformer import FreeTransformer
 from helmholtz.models.mamba_hopfield import MambaHopfield, MambaHopfieldConfig
 from helmholtz.training.callbacks import Callback, JSONLMetrics, ProgressBar, RunResult, TensorBoard
@@ -189,7 +190,7 @@ def _warning(console: Console | None) -> Callable[[str], None]:
     return lambda text: console.print(f"warning: {text}", style="bold yellow", highlight=False, markup=False)
 
 
-def _bytes_needed(config: TrainConfig, model: AbstractDecoder, checkpoint: Path | None) -> int:
+def _bytes_needed(config: TrainConfig, model: Decoder, checkpoint: Path | None) -> int:
     """Of the checkpoints that will be on disk at once: weights and, but for the best, two averages per weight."""
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     newest = config.keep + 1 if checkpoint is None else 1
@@ -221,14 +222,14 @@ def _identity(config: RunConfig, data: TokenDataset) -> dict[str, Any]:
     return identity
 
 
-def _model(config: RunConfig, checkpoint: Path | None) -> AbstractDecoder:
+def _model(config: RunConfig, checkpoint: Path | None) -> Decoder:
     if checkpoint is not None:
         return _saved_model(config, checkpoint)
     seed_everything(config.train.seed)
     return MODELS[config.architecture](config.model)
 
 
-def _saved_model(config: RunConfig, checkpoint: Path) -> AbstractDecoder:
+def _saved_model(config: RunConfig, checkpoint: Path) -> Decoder:
     """Raises: ValueError if it is another than the run's, which an old checkpoint does not say by itself."""
     model = load_checkpoint(checkpoint)
     # whether the output matrix is the embedding is for the tensors to say
@@ -243,7 +244,7 @@ def _saved_model(config: RunConfig, checkpoint: Path) -> AbstractDecoder:
 
 
 def _trainer(
-    config: RunConfig, model: AbstractDecoder, train_data: TokenDataset, validation: TokenDataset
+    config: RunConfig, model: Decoder, train_data: TokenDataset, validation: TokenDataset
 ) -> Trainer:
     if config.objective is None:
         return Trainer(model, train_data, validation, config.train, parallel=config.parallel)
@@ -254,9 +255,8 @@ def _trainer(
     else:
         objective = EquilibriumObjective(config.objective, seed=config.train.seed)
         factors = {"equilibrium.memory.": config.objective.memory_lr_factor}
-        assert isinstance(model, MambaHopfield)
         # nothing else reaches the start, and DDP waits for the gradient of every trained parameter
-        model.equilibrium.dynamics.start_proj.requires_grad_(config.objective.convergence_weight > 0)
+        require_equilibrium(model).dynamics.start_proj.requires_grad_(config.objective.convergence_weight > 0)
     return Trainer(
         model,
         train_data,

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.decoder import Decoder
 from helmholtz.training.config import TrainConfig
 from helmholtz.training.diagnosis import NonFiniteError
 from helmholtz.training.objectives import Objective, ObjectiveFunction, next_token
@@ -22,7 +22,7 @@ StepCallback = Callable[[int, Objective], None]
 
 
 def train_on_sequences(
-    model: AbstractDecoder,
+    model: Decoder,
     sample: SampleFunction,
     config: TrainConfig,
     *,

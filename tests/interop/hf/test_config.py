@@ -86,7 +86,7 @@ def test_a_size_that_an_architecture_lacks_is_refused():
         ({"architecture": "transformer", "core": SIZES | {"heads": 4}}, "has no key 'heads'"),
         ({"architecture": "transformer", "core": SIZES, "objective": {"kappa_bits": 1}}, "objective must be None"),
         ({"architecture": "transformer", "core": SIZES, "plan_seed": 1}, "plan_seed must be None for transformer"),
-        ({"architecture": "mamba", "core": RECURRENT, "prompt_plan": "prior"}, "only a free_transformer has plans"),
+        ({"architecture": "mamba", "core": RECURRENT, "prompt_plan": "prior"}, "it has no plan"),
         ({"architecture": "free_transformer", "core": SIZES, "objective": {"kappa": 1}}, "has no key 'kappa'"),
         (
             {"architecture": "free_transformer", "core": SIZES, "objective": {"kappa_bits": -1}},

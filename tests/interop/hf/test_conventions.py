@@ -240,7 +240,7 @@ def test_labels_of_a_stream_with_plans():
     with torch.no_grad():
         cache = model(tokens[:, :5], use_cache=True).past_key_values
         assert model(tokens[:, 5:], labels=tokens[:, 5:], past_key_values=cache).loss.isfinite()
-        assert cache.get_seq_length() == 8 and cache.state.code.shape == (2, 8)
+        assert cache.get_seq_length() == 8 and cache.state.plan.code.shape == (2, 8)
 
 
 @every_model

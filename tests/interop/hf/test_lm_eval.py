@@ -297,8 +297,8 @@ def test_options_that_a_model_does_not_have_are_refused(run_folder, free_checkpo
     from helmholtz.interop.hf.lm_eval import HelmholtzLM
 
     cases = [
-        (run_folder, {"bound": "elbo"}, "only a free_transformer has bounds"),
-        (run_folder, {"n_samples": 3}, "only a free_transformer has bounds"),
+        (run_folder, {"bound": "elbo"}, "this model has no plan"),
+        (run_folder, {"n_samples": 3}, "this model has no plan"),
         (run_folder, {"batch_size": "auto"}, "batch_size must be a number"),
         (run_folder, {"max_length": 99}, "seq_len must be at most the model's 32"),
         (free_checkpoint, {"bound": "kl"}, "bound must be one of"),

@@ -98,7 +98,7 @@ def test_return_dict_false_gives_a_tuple():
         ({"labels": torch.zeros(1, 4, dtype=torch.long)}, "labels must be of shape"),
         ({"labels": torch.full((1, 3), 37)}, "labels must be in"),
         ({"labels": torch.zeros(1, 3)}, "labels must be int32 or int64"),
-        ({"plan_seed": 1}, "plan_seed must be None: a transformer has no plans"),
+        ({"plan_seed": 1}, "plan_seed must be None: a transformer has no plan"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_refused(arguments, message):

@@ -18,7 +18,8 @@ from helmholtz.experiments.recall.data import IGNORED, MapTask, epochs, sample_m
 from helmholtz.experiments.recall.run import optimizer_step
 from helmholtz.layers.key_value_memory import KeyValueMemory, NGramKeys
 from helmholtz.layers.slots import SlotPolicy
-from helmholtz.models.base import AbstractDecoder, evaluation_mode
+from helmholtz.models.base import evaluation_mode
+from helmholtz.models.decoder import Decoder
 
 MemoryKeys = Literal["none", "ngram", "features"]
 KEY_WIDTH = 64
@@ -124,7 +125,7 @@ class ContinualLearning:
     Raises: ValueError if the maps have more tokens than the model's vocabulary.
     """
 
-    def __init__(self, model: AbstractDecoder, config: ContinualConfig, *, seed: int = 0) -> None:
+    def __init__(self, model: Decoder, config: ContinualConfig, *, seed: int = 0) -> None:
         self.model, self.config, task = model, config, config.task
         size = model.config.vocab_size
         if size < task.vocab_size:
@@ -200,7 +201,7 @@ def answers(labels: Int[Tensor, "n"]) -> Int[Tensor, "n 2"]:
     return torch.stack([torch.full_like(labels, IGNORED), labels], dim=1)
 
 
-def last_features(model: AbstractDecoder, tokens: Int[Tensor, "n T"]) -> Float[Tensor, "n D"]:
+def last_features(model: Decoder, tokens: Int[Tensor, "n T"]) -> Float[Tensor, "n D"]:
     """What the output matrix reads at the last position."""
     found: list[Tensor] = []
     hook = model.unembed.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
@@ -212,7 +213,7 @@ def last_features(model: AbstractDecoder, tokens: Int[Tensor, "n T"]) -> Float[T
     return found[0][:, -1].float()
 
 
-def joint_accuracy(model: AbstractDecoder, config: ContinualConfig, *, seed: int = 0) -> tuple[float, ...]:
+def joint_accuracy(model: Decoder, config: ContinualConfig, *, seed: int = 0) -> tuple[float, ...]:
     """Accuracy of every map after training on all of them at once, as many steps in total: what could be had."""
     learning = ContinualLearning(model, config, seed=seed)
     tokens, labels = learning.tokens.flatten(0, 1), learning.labels.flatten()

@@ -11,7 +11,8 @@ from helmholtz.data.tokens import TokenDataset, bits_per_byte
 from helmholtz.experiments.equilibrium.data import sample_periodic
 from helmholtz.experiments.recall.data import PairTask, sample_pairs
 from helmholtz.layers.equilibrium_reading import equilibrium_statistics
-from helmholtz.models.base import AbstractDecoder, evaluation_mode
+from helmholtz.models.base import evaluation_mode
+from helmholtz.models.decoder import Decoder
 from helmholtz.models.mamba import Mamba, MambaConfig
 from helmholtz.models.mamba_hopfield import MambaHopfield, MambaHopfieldConfig
 from helmholtz.ops.losses import cross_entropy
@@ -87,7 +88,7 @@ def learn_pairs(seed: int, *, equilibrium: bool, steps: int = 1500) -> dict[str,
     """Accuracy of the value that is asked for, on 4096 fresh sequences, with the equilibrium or the blocks alone."""
     seed_everything(seed)
     config = small_config(PAIRS.vocab_size)
-    model: AbstractDecoder = MambaHopfield(config) if equilibrium else Mamba(without_equilibrium(config))
+    model: Decoder = MambaHopfield(config) if equilibrium else Mamba(without_equilibrium(config))
     objective = (
         EquilibriumObjective(EquilibriumObjectiveConfig(), n_targets=1) if equilibrium else last_tokens(1)
     )
@@ -164,7 +165,7 @@ def learn_stability(seed: int, *, stability_weight: float, steps: int = 200) -> 
     }
 
 
-def local_constants(model: MambaHopfield, tokens: Int[Tensor, "B T1"]) -> Float[Tensor, "N"]:
+def local_constants(model: Decoder, tokens: Int[Tensor, "B T1"]) -> Float[Tensor, "N"]:
     """The Lipschitz constant of each token's map at its equilibrium or at its start, whichever is larger."""
     with evaluation_mode(model):
         found = model(tokens[:, :-1]).equilibrium

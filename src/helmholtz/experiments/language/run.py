@@ -28,9 +28,8 @@ from helmholtz.evals.latent import bounds_per_byte, stream_bounds
 from helmholtz.experiments.language.models import LANGUAGE_MODELS, SIZES, model_config
 from helmholtz.experiments.queue import SEEDS, FinishedRun, QueuedRun
 from helmholtz.experiments.records import TIMINGS
-from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.checkpoint import load_checkpoint
-from helmholtz.models.free_transformer import FreeTransformer
+from helmholtz.models.decoder import Decoder
 from helmholtz.training.callbacks import Callback, EvalRecord, StepRecord
 from helmholtz.training.config import TrainConfig
 from helmholtz.training.run import RunConfig, train
@@ -201,12 +200,10 @@ def _data_settings(prepared: PreparedData) -> dict[str, Any]:
     return dict(prepared.metadata.settings)
 
 
-def quality(
-    model: AbstractDecoder, data: TokenDataset, n_tokens: int, seq_len: int, plans: int
-) -> dict[str, Any]:
+def quality(model: Decoder, data: TokenDataset, n_tokens: int, seq_len: int, plans: int) -> dict[str, Any]:
     """Bits per byte of the first ``n_tokens`` of a split; of a model with a plan also the other bounds."""
     stream = text_stream(data)[: n_tokens + 1]
-    if not isinstance(model, FreeTransformer):
+    if model.plan is None:
         nats = stream_nats(model, stream, seq_len=seq_len, overlap=0)
         bits = bits_per_byte(nats, data.count_bytes(stream[1:]))
         return {"kind": "exact", "bits_per_byte": bits, "bounds": None}

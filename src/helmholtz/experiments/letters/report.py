@@ -27,8 +27,8 @@ from helmholtz.experiments.letters.data import (
     sample_letters,
     vanilla_floor,
 )
-from helmholtz.models.base import AbstractDecoder, evaluation_mode
-from helmholtz.models.free_transformer import FreeTransformer
+from helmholtz.models.base import evaluation_mode
+from helmholtz.models.decoder import Decoder
 from helmholtz.models.generation import SamplingSettings, generate
 from helmholtz.models.planning import PlanSettings, generate_planned
 from helmholtz.ops.binary_latent import kl_per_token
@@ -73,7 +73,7 @@ class LetterBounds:
 
 
 def letter_bounds(
-    model: AbstractDecoder, law: LetterLaw, *, generator: torch.Generator, n_sequences: int
+    model: Decoder, law: LetterLaw, *, generator: torch.Generator, n_sequences: int
 ) -> LetterBounds:
     """Bounds of a model over ``n_sequences`` fresh sequences, one plan each from the posterior and the prior."""
     sequences = sample_letters(law, n_sequences, generator=generator)
@@ -87,10 +87,10 @@ def letter_bounds(
 
 
 def _batch_bounds(
-    model: AbstractDecoder, tokens: Int[Tensor, "B T1"], generator: torch.Generator
+    model: Decoder, tokens: Int[Tensor, "B T1"], generator: torch.Generator
 ) -> tuple[float, float, float]:
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    if not isinstance(model, FreeTransformer):
+    if model.plan is None:
         nats = cross_entropy(model(inputs).logits, targets).item()
         return nats, nats, 0.0
     half = model.lower(inputs)
@@ -156,7 +156,7 @@ def law_statistics(law: LetterLaw, *, generator: torch.Generator) -> GroupStatis
 
 
 def sample_letter_groups(
-    model: AbstractDecoder,
+    model: Decoder,
     law: LetterLaw,
     letters: list[int],
     *,
@@ -174,7 +174,7 @@ def sample_letter_groups(
     """
     prompts = [[letter, MARK] for letter in letters for _ in range(size)]
     settings = SamplingSettings(max_new_tokens=law.n_characters, seed=seed)
-    if isinstance(model, FreeTransformer):
+    if model.plan is not None:
         n_plans = len(letters) if shared else len(prompts)
         plans = model.sample_prior(n_plans, law.n_tokens, generator=generator).code
         codes = plans.repeat_interleave(len(prompts) // n_plans, 0).tolist()
@@ -205,7 +205,7 @@ class LetterResult:
         return cls(LetterBounds(**values["bounds"]), **groups)
 
 
-def measure_letters(model: AbstractDecoder, law: LetterLaw, *, seed: int) -> LetterResult:
+def measure_letters(model: Decoder, law: LetterLaw, *, seed: int) -> LetterResult:
     """Bounds over 8192 sequences, and 24 groups of 16 samples under shared and under independent plans."""
     generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
     bounds = letter_bounds(model, law, generator=generator, n_sequences=N_SEQUENCES)

@@ -6,7 +6,7 @@ from typing import Any
 
 from helmholtz._checks import check_integer
 from helmholtz.experiments.letters.data import ALPHABET, LetterLaw, sample_letters
-from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.decoder import Decoder
 from helmholtz.models.free_transformer import FreeTransformer, FreeTransformerConfig
 from helmholtz.models.transformer import Transformer, TransformerConfig
 from helmholtz.training.config import TrainConfig
@@ -47,7 +47,7 @@ class LetterExperiment:
             seed=seed,
         )
 
-    def build(self, *, planned: bool) -> AbstractDecoder:
+    def build(self, *, planned: bool) -> Decoder:
         """A new Free Transformer, or without a plan the baseline decoder of the same width and depth."""
         sizes: dict[str, Any] = {
             "vocab_size": len(ALPHABET),
@@ -77,7 +77,7 @@ def train_on_letters(
     kappa_bits: float | None,
     seed: int,
     callback: StepCallback | None = None,
-) -> AbstractDecoder:
+) -> Decoder:
     """Train on fresh sequences: a Free Transformer with ``kappa_bits`` free bits per token, or the baseline if None.
 
     The seed fixes the initial weights, the sequences and the plans drawn; torch's global generators are set.

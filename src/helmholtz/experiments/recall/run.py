@@ -10,7 +10,8 @@ from torch import Tensor
 from helmholtz._checks import check_integer, check_positive
 from helmholtz.experiments.recall.data import PairTask, sample_pairs
 from helmholtz.layers.key_value_memory import KeyValueMemory, NGramKeys
-from helmholtz.models.base import AbstractDecoder, evaluation_mode
+from helmholtz.models.base import evaluation_mode
+from helmholtz.models.decoder import Decoder
 from helmholtz.ops.losses import cross_entropy
 
 BATCH_SIZE = 64
@@ -34,7 +35,7 @@ class InContextResult:
 
 
 def optimizer_step(
-    model: AbstractDecoder, optimizer: torch.optim.Optimizer, tokens: Tensor, targets: Tensor
+    model: Decoder, optimizer: torch.optim.Optimizer, tokens: Tensor, targets: Tensor
 ) -> float:
     """One step on the targets that are asked for, gradients clipped to norm 1; returns the loss in nats."""
     loss = cross_entropy(model(tokens).logits, targets)
@@ -52,7 +53,7 @@ class InContextRecall:
     Raises: ValueError if the task has more tokens than the model's vocabulary.
     """
 
-    def __init__(self, model: AbstractDecoder, task: PairTask, *, lr: float = 3e-3, seed: int = 0) -> None:
+    def __init__(self, model: Decoder, task: PairTask, *, lr: float = 3e-3, seed: int = 0) -> None:
         check_positive("lr", lr)
         size = model.config.vocab_size
         if size < task.vocab_size:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from helmholtz.layers.state import map_state
-from helmholtz.models.base import LMState
+from helmholtz.models.outputs import LMState
 
 NOT_CROPPABLE = (
     "a state of helmholtz cannot be cut back to an earlier token (a recurrence forgets where it was): "

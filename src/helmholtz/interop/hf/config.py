@@ -17,12 +17,9 @@ from helmholtz.models import MODELS
 from helmholtz.models.base import ModelConfig
 
 MODEL_TYPE = "helmholtz"
-OBJECTIVES: dict[str, dict[str, float]] = {
-    "free_transformer": {"kappa_bits": 0.5},
-    "mamba_hopfield": {"convergence_weight": 0.05},
-}
+PLAN_OBJECTIVE = {"kappa_bits": 0.5}
+EQUILIBRIUM_OBJECTIVE = {"convergence_weight": 0.05}
 """What training minimises beside the cross-entropy, and its defaults: those of this library's own trainer."""
-PLANNED = "free_transformer"
 SIZES = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("intermediate_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
@@ -41,14 +38,12 @@ class HelmholtzConfig(PreTrainedConfig):
         architecture: a key of ``MODELS``.
         core: the fields of its config, as ``ModelConfig.to_dict`` gives them; completed, so that a later change of a
             default does not change a saved model.
-        objective: of a free_transformer ``{"kappa_bits": ...}``, bits per token that a plan carries at no charge; of a
-            mamba_hopfield ``{"convergence_weight": ...}``, the weight of the distance from start to equilibrium. Others
-            have none.
-        plan_seed: of a free_transformer, the seed of its plans: the code of a token is a function of this and of the
+        objective: of a model with a plan ``kappa_bits``, bits per token that a plan carries at no charge; of one with
+            an equilibrium ``convergence_weight``, the weight of the distance from start to equilibrium. None of others.
+        plan_seed: of a model with a plan, the seed of its plans: the code of a token is a function of this and of the
             token's position alone. None means 0.
-        prompt_plan: of a free_transformer, who plans a prompt that is read into an empty cache: "prior", or
+        prompt_plan: of a model with a plan, who plans a prompt that is read into an empty cache: "prior", or
             "posterior", the encoder. None means "prior".
-
         use_cache: whether a call starts a stream if it does not say.
 
     Sizes have their usual names too: ``vocab_size``, ``hidden_size``, ``num_hidden_layers``, ``num_attention_heads``
@@ -88,9 +83,12 @@ class HelmholtzConfig(PreTrainedConfig):
         return MODELS[self.architecture].config_class.from_dict(self.core)
 
     def _complete_objective(self) -> None:
-        known = OBJECTIVES.get(self.architecture)
-        if known is None:
-            check(self.objective is None, "objective", self.objective, f"None for {self.architecture}")
+        config = self.core_config()
+        known = PLAN_OBJECTIVE if config.plan_config() else {}
+        known = known | (EQUILIBRIUM_OBJECTIVE if config.equilibrium_config() else {})
+        if not known:
+            absent = f"None for {self.architecture}: it has neither a plan nor an equilibrium"
+            check(self.objective is None, "objective", self.objective, absent)
             return
         check_keys("objective", self.objective or {}, known)
         self.objective = known | (self.objective or {})
@@ -98,9 +96,9 @@ class HelmholtzConfig(PreTrainedConfig):
             check_non_negative(f"objective.{name}", value)
 
     def _complete_plan(self) -> None:
-        if self.architecture != PLANNED:
+        if self.core_config().plan_config() is None:
             for name in ("plan_seed", "prompt_plan"):
-                wanted = f"None for {self.architecture}: only a {PLANNED} has plans"
+                wanted = f"None for {self.architecture}: it has no plan"
                 check(getattr(self, name) is None, name, getattr(self, name), wanted)
             return
         self.plan_seed = 0 if self.plan_seed is None else self.plan_seed

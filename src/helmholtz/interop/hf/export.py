@@ -16,11 +16,10 @@ from helmholtz._run_folder import RUN, TOKENIZER
 from helmholtz.data.tokenizer import IdTokenizer, load_tokenizer
 from helmholtz.evals.runs import Run, find_checkpoint, read_run
 from helmholtz.interop.hf.card import CARD, ModelFacts, model_card
-from helmholtz.interop.hf.config import OBJECTIVES
 from helmholtz.interop.hf.model import HelmholtzForCausalLM
 from helmholtz.interop.hf.tokenizer import to_transformers
-from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.checkpoint import load_checkpoint
+from helmholtz.models.decoder import Decoder
 
 MAX_SHARD_SIZE = "5GB"
 UNKNOWN_LICENSE = "unknown"
@@ -80,7 +79,7 @@ def export(
 
 def from_hf(
     folder: str | os.PathLike[str], device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> AbstractDecoder:
+) -> Decoder:
     """The model inside a Hugging Face folder, in evaluation mode: the way back of ``export``.
 
     Args:
@@ -107,11 +106,9 @@ def _run(source: Path) -> Run | None:
 
 def _objective(wrapper: HelmholtzForCausalLM, run: Run | None) -> dict[str, Any] | None:
     """What the run was trained for, as far as transformers' config can say it."""
-    names = OBJECTIVES.get(wrapper.config.architecture)
+    names = wrapper.config.objective
     trained = None if run is None else run.description["objective"]
-    if names is None or trained is None:
-        return wrapper.config.objective
-    return {name: trained[name] for name in names}
+    return names if names is None or trained is None else {name: trained[name] for name in names}
 
 
 def _generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from helmholtz._checks import check
-from helmholtz.models.base import AbstractDecoder, LMOutput, LMState
+from helmholtz.models.decoder import Decoder
+from helmholtz.models.outputs import LMOutput, LMState
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class Inputs:
         """As the models take them."""
         return {"attention_mask": self.mask, "cu_seqlens": self.cu_seqlens}
 
-    def read(self, model: AbstractDecoder, state: LMState | None) -> LMOutput:
+    def read(self, model: Decoder, state: LMState | None) -> LMOutput:
         """The model's output, that of a stream if there is a state."""
         if state is None:
             return model(self.tokens, **self.masks())

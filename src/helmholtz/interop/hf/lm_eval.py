@@ -30,9 +30,9 @@ from helmholtz.interop.hf.export import from_hf
 from helmholtz.interop.hf.generation_kwargs import fit_windows, read_generation_kwargs
 from helmholtz.interop.hf.inputs import Inputs
 from helmholtz.interop.hf.plans import read_planned
-from helmholtz.models.base import AbstractDecoder, evaluation_mode
+from helmholtz.models.base import evaluation_mode
 from helmholtz.models.checkpoint import load_checkpoint
-from helmholtz.models.free_transformer import FreeTransformer
+from helmholtz.models.decoder import Decoder
 from helmholtz.models.generation import generate
 
 BOUNDS = ("mixture_weighted", "importance_weighted", "elbo", "prior_cross_entropy")
@@ -63,8 +63,8 @@ class HelmholtzLM(TemplateLM):
         pretrained: the folder.
         max_length: window; None means the model's longest.
         overlap: tokens of a window that are context only; 0 as in ``helmholtz compare``.
-        bound: of a FreeTransformer, a field of ``LatentBounds``.
-        n_samples: of a FreeTransformer, plans per window.
+        bound: of a model with a plan, a field of ``LatentBounds``.
+        n_samples: of a model with a plan, plans per window.
         seed: of plans and of sampled text.
 
     Raises: ValueError for a folder that is none of these, or an option that its model does not have.
@@ -95,7 +95,7 @@ class HelmholtzLM(TemplateLM):
         self._choose_bound(bound, n_samples)
 
     def _choose_bound(self, bound: str | None, n_samples: int | None) -> None:
-        if isinstance(self.model, FreeTransformer):
+        if self.model.plan is not None:
             self.bound = BOUNDS[0] if bound is None else bound
             self.n_samples = 16 if n_samples is None else n_samples
             check_choice("bound", self.bound, BOUNDS)
@@ -103,7 +103,7 @@ class HelmholtzLM(TemplateLM):
             check(self.overlap == 0, "overlap", self.overlap, "0: a window has a plan of its own")
             return
         for name, value in (("bound", bound), ("n_samples", n_samples)):
-            check(value is None, name, value, "None: only a free_transformer has bounds, this model is exact")
+            check(value is None, name, value, "None: this model has no plan, its numbers are exact")
 
     def get_model_info(self) -> dict[str, Any]:
         """What the scores are; lm_eval puts it into the results."""
@@ -113,7 +113,7 @@ class HelmholtzLM(TemplateLM):
             "overlap": self.overlap,
             "score": EXACT,
         }
-        if isinstance(self.model, FreeTransformer):
+        if self.model.plan is not None:
             info["score"] = (
                 f"lower bound of the log-likelihood ({self.bound}, {self.n_samples} plans of the posterior and "
                 f"{PRIOR_DRAWS} of the prior per window): perplexities and bits per byte are upper bounds; of a "
@@ -141,10 +141,10 @@ class HelmholtzLM(TemplateLM):
         return totals
 
     def _nats(self, stream: Tensor) -> float:
-        """Of all tokens but the first; of a FreeTransformer a bound."""
+        """Of all tokens but the first; of a model with a plan a bound."""
         if len(stream) < 2:
             return 0.0
-        if not isinstance(self.model, FreeTransformer):
+        if self.model.plan is None:
             sizes = {"seq_len": self.max_length, "overlap": self.overlap, "batch_size": self.batch_size}
             return stream_nats(self.model, stream, **sizes)
         bounds = stream_bounds(
@@ -205,15 +205,15 @@ class HelmholtzLM(TemplateLM):
             targets = torch.tensor(tokens[-n_asked:], device=self._device)
             greedy = bool((log_p[row, asked].argmax(-1) == targets).all())
             total = -F.nll_loss(log_p[row, asked].double(), targets, reduction="sum").item()
-            if isinstance(self.model, FreeTransformer):
+            if self.model.plan is not None:
                 stream = torch.tensor(tokens)
                 total = self._nats(stream[: len(tokens) - n_asked]) - self._nats(stream)
             results.append((total, greedy))
         return results
 
     def _logits(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """Of a FreeTransformer under the plan that the seed draws from the prior: what greedy decoding would see."""
-        if isinstance(self.model, FreeTransformer):
+        """Of a model with a plan under the plan that the seed draws from the prior: what greedy decoding would see."""
+        if self.model.plan is not None:
             seeds = torch.tensor([self.seed], device=self._device)
             inputs = Inputs(tokens, None, mask, None, len(tokens))
             return read_planned(self.model, inputs, None, seeds).logits
@@ -234,7 +234,7 @@ class HelmholtzLM(TemplateLM):
         return texts
 
 
-def _load(folder: str, device: str) -> tuple[AbstractDecoder, TextIds]:
+def _load(folder: str, device: str) -> tuple[Decoder, TextIds]:
     if _is_exported(Path(folder)):
         from transformers import AutoTokenizer
 

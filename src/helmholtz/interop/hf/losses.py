@@ -10,9 +10,8 @@ from torch import Tensor
 from helmholtz._checks import check, check_fraction
 from helmholtz.interop.hf.inputs import Inputs
 from helmholtz.layers.equilibrium_reading import start_distance
-from helmholtz.models.base import AbstractDecoder, LMOutput, LMState
-from helmholtz.models.free_transformer import FreeTransformer, PlannedState
-from helmholtz.models.mamba_hopfield import MambaHopfield, MambaHopfieldOutput
+from helmholtz.models.decoder import Decoder
+from helmholtz.models.outputs import LMOutput, LMState
 from helmholtz.ops.binary_latent import bits_to_nats, kl_per_token
 from helmholtz.ops.losses import cross_entropy
 
@@ -60,7 +59,7 @@ class Asked:
 
 
 def read_with_loss(
-    model: AbstractDecoder, inputs: Inputs, state: LMState | None, asked: Asked
+    model: Decoder, inputs: Inputs, state: LMState | None, asked: Asked
 ) -> tuple[Tensor, LMOutput]:
     r"""Loss in nats per asked token, and the output it was read from.
 
@@ -68,13 +67,14 @@ def read_with_loss(
     many small batches is the update from one large batch. In training the loss is
 
     * the cross-entropy :math:`-\frac1N \sum \log p`, with label smoothing as ``torch.nn.functional.cross_entropy``;
-    * of a MambaHopfield, plus ``convergence_weight`` :math:`/ N` times the sum of ``start_distance`` over real tokens;
-    * of a FreeTransformer, under a plan drawn from the encoder (torch's global generator), plus
+    * of a model with an equilibrium, plus ``convergence_weight`` :math:`/ N` times the sum of ``start_distance`` over
+      real tokens;
+    * of a model with a plan, under one drawn from the encoder (torch's global generator), plus
       :math:`\frac1N \sum_t \max(0, \mathrm{KL}_t - \kappa)` over the real tokens.
 
-    In evaluation mode it is what the model says of the text: the cross-entropy, and of a FreeTransformer the negative
-    ELBO, ``(CE total + KL total) / N``, an upper bound of its own cross-entropy from one draw. The logits of a
-    FreeTransformer are in both cases those under the encoder's plan, which has seen the tokens that are asked for.
+    In evaluation mode it is what the model says of the text: the cross-entropy, and of a model with a plan the negative
+    ELBO, ``(CE total + KL total) / N``, an upper bound of its own cross-entropy from one draw. The logits of
+    such a model are in both cases those under the encoder's plan, which has seen the tokens that are asked for.
 
     Args:
         state: the stream that the tokens continue.
@@ -92,24 +92,25 @@ def read_with_loss(
 
 
 def _read(
-    model: AbstractDecoder, inputs: Inputs, state: LMState | None, objective: dict[str, Any]
+    model: Decoder, inputs: Inputs, state: LMState | None, objective: dict[str, Any]
 ) -> tuple[LMOutput, Tensor | float]:
     """The output, and the sum of the objective's other terms."""
-    if isinstance(model, FreeTransformer):
-        assert state is None or isinstance(state, PlannedState)
+    extra: Tensor | float = 0.0
+    if model.plan is None:
+        output = inputs.read(model, state)
+    else:
         half = model.lower(inputs.tokens, state, **inputs.masks())
         plan = model.sample_posterior(half)
         assert plan.logits is not None
         kl = kl_per_token(plan.logits)  # that of a pad is 0, as its logits are
         if model.training:
             kl = F.relu(kl - bits_to_nats(objective["kappa_bits"]))
-        return model.upper(half, plan), kl.sum()
-    output = inputs.read(model, state)
-    if isinstance(model, MambaHopfield) and model.training and objective["convergence_weight"]:
-        assert isinstance(output, MambaHopfieldOutput)
+        output, extra = model.upper(half, plan), kl.sum()
+    if model.equilibrium is not None and model.training and objective["convergence_weight"]:
+        assert output.equilibrium is not None
         distance = start_distance(model.equilibrium, output.equilibrium)
-        return output, objective["convergence_weight"] * distance.sum()
-    return output, 0.0
+        extra = extra + objective["convergence_weight"] * distance.sum()
+    return output, extra
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:

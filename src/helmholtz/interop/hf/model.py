@@ -26,8 +26,8 @@ from helmholtz.interop.hf.taps import is_flat, keeper, tapped
 from helmholtz.layers.init import init_normal
 from helmholtz.layers.placement import dtype_of
 from helmholtz.models import MODELS
-from helmholtz.models.base import AbstractDecoder, LMOutput, LMState
-from helmholtz.models.free_transformer import FreeTransformer, PlannedState
+from helmholtz.models.decoder import Decoder
+from helmholtz.models.outputs import LMOutput, LMState
 from helmholtz.models.tied import is_tied
 
 EMBED, UNEMBED = "model.embed.weight", "model.unembed.weight"
@@ -69,11 +69,11 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: HelmholtzConfig) -> None:
         super().__init__(config)
-        self.model: AbstractDecoder = MODELS[config.architecture](config.core_config())
+        self.model: Decoder = MODELS[config.architecture](config.core_config())
         self.post_init()
 
     @classmethod
-    def of(cls, model: AbstractDecoder) -> "HelmholtzForCausalLM":
+    def of(cls, model: Decoder) -> "HelmholtzForCausalLM":
         """``model`` itself in the interface of transformers, in the mode it is in; nothing is copied.
 
         Raises: ValueError for a model that is none of ``MODELS``.
@@ -163,7 +163,7 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
                 no in training; a stream that nobody asked for reads the tokens once it is continued.
             output_hidden_states: give what enters each block, and what leaves the last norm.
             logits_to_keep: how many logits at the end, 0 for all, or a tensor of their positions.
-            plan_seed: of a FreeTransformer, in place of the config's: one for all rows, or one per row.
+            plan_seed: of a model with a plan, in place of the config's: one for all rows, or one per row.
             cu_seq_lens_q: bounds of sequences packed in one row, as ``cu_seq_lens_k`` or the index ``seq_idx``.
             others: of a loss, ``num_items_in_batch``, ``shift_labels`` and ``label_smoothing``.
 
@@ -256,9 +256,9 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
         return asked
 
     def _read(self, inputs: Inputs, state: LMState | None, seeds: Tensor | None, *, first: bool) -> LMOutput:
-        if not isinstance(self.model, FreeTransformer):
+        if self.model.plan is None:
             return inputs.read(self.model, state)
-        assert seeds is not None and (state is None or isinstance(state, PlannedState))
+        assert seeds is not None
         encoder = first and self.config.prompt_plan == "posterior"
         return read_planned(self.model, inputs, state, seeds, encoder=encoder)
 
@@ -280,7 +280,7 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _seeds(self, plan_seed: int | Tensor | None, tokens: Tensor, asked: Asked | None) -> Tensor | None:
         if self.config.plan_seed is None:
-            wanted = f"None: a {self.config.architecture} has no plans"
+            wanted = f"None: a {self.config.architecture} has no plan"
             check(plan_seed is None, "plan_seed", _short(plan_seed), wanted)
             return None
         if asked is not None:

@@ -7,8 +7,8 @@ from helmholtz._checks import check
 from helmholtz.interop.hf.inputs import Inputs
 from helmholtz.layers.latent import Plan
 from helmholtz.layers.sequence import SequenceLayout
-from helmholtz.models.base import LMOutput
-from helmholtz.models.free_transformer import FreeTransformer, PlannedState
+from helmholtz.models.decoder import Decoder, require_plan
+from helmholtz.models.outputs import LMOutput, LMState
 from helmholtz.ops.binary_latent import bits_to_code, sample_bits
 from helmholtz.ops.row_random import row_keys, row_uniform
 
@@ -17,9 +17,9 @@ PRIOR, POSTERIOR = 0, 1
 
 
 def read_planned(
-    model: FreeTransformer,
+    model: Decoder,
     inputs: Inputs,
-    state: PlannedState | None,
+    state: LMState | None,
     seeds: Tensor,
     *,
     encoder: bool = False,
@@ -33,7 +33,7 @@ def read_planned(
     half = model.lower(inputs.tokens, state, **inputs.masks())
     positions = layout_positions(half.layout, len(inputs.tokens))
     if not encoder:
-        return model.upper(half, Plan(prior_codes(seeds, positions, model.config.n_latent_bits)))
+        return model.upper(half, Plan(prior_codes(seeds, positions, require_plan(model).n_bits)))
     logits = model.posterior(half)
     uniform = _uniform(seeds, positions, logits.shape[-1], POSTERIOR)
     return model.upper(half, Plan(bits_to_code(sample_bits(logits, uniform=uniform))))

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import slice_logits_to_keep
 
-from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.decoder import Decoder
 
 
 @contextlib.contextmanager
 def tapped(
-    model: AbstractDecoder, *, embeds: Tensor | None, keep: Callable[[Tensor], Tensor] | None, hidden: bool
+    model: Decoder, *, embeds: Tensor | None, keep: Callable[[Tensor], Tensor] | None, hidden: bool
 ) -> Iterator[list[Tensor]]:
     """While open, calls of ``model`` in this thread differ in three ways.
 

@@ -10,14 +10,14 @@ import torch
 from helmholtz._checks import check
 from helmholtz._files import atomic_folder, complete_folder
 from helmholtz.models import checkpoint
-from helmholtz.models.base import AbstractDecoder
+from helmholtz.models.decoder import Decoder
 from helmholtz.training.state import Progress, load_progress, load_training_state, save_training_state
 
 METADATA = "metadata.json"
 
 
 def save(
-    model: AbstractDecoder,
+    model: Decoder,
     optimizer: torch.optim.Optimizer,
     step: int,
     path: str | os.PathLike[str],
@@ -35,9 +35,7 @@ def save(
         (partial / METADATA).write_text(json.dumps(metadata or {}, indent=2) + "\n")
 
 
-def load(
-    model: AbstractDecoder, optimizer: torch.optim.Optimizer | None, path: str | os.PathLike[str]
-) -> int:
+def load(model: Decoder, optimizer: torch.optim.Optimizer | None, path: str | os.PathLike[str]) -> int:
     """Restore the model and, unless the optimizer is None, it and the random state of torch, numpy and Python.
 
     Returns: the step.

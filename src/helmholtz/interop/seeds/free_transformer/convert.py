@@ -33,8 +33,8 @@ from helmholtz.interop.seeds.free_transformer.config import (
     read_yaml,
     section,
 )
-from helmholtz.models.base import AbstractDecoder
 from helmholtz.models.checkpoint import save_checkpoint
+from helmholtz.models.decoder import Decoder
 from helmholtz.models.free_transformer import FreeTransformer
 from helmholtz.models.tied import are_equal
 from helmholtz.models.transformer import Transformer
@@ -158,7 +158,7 @@ def _rows(path: Path) -> Int[Tensor, "N T"]:
     return rows
 
 
-def convert_checkpoint(state: Mapping[str, Any], config: ModelConfig) -> AbstractDecoder:
+def convert_checkpoint(state: Mapping[str, Any], config: ModelConfig) -> Decoder:
     """A model with the weights of the original's ``model_state_dict``.
 
     Args:
@@ -172,14 +172,14 @@ def convert_checkpoint(state: Mapping[str, Any], config: ModelConfig) -> Abstrac
     free = "encoder.zeta" in state
     embed, output = state.get("token_embedding.weight"), state.get("output.weight")
     tied = embed is None or output is None or are_equal(embed, output)
-    model: AbstractDecoder
+    model: Decoder
     if free:
         model = FreeTransformer(replace(config.to_core(), tie_embeddings=tied))
     else:
         model = Transformer(replace(config.to_baseline(), tie_embeddings=tied))
     if free:
         warnings.warn(LOGITS_DIFFER, stacklevel=2)
-    weights = _renamed(state, model.split_layer if isinstance(model, FreeTransformer) else 0)
+    weights = _renamed(state, 0 if model.plan is None else model.plan.layer)
     wanted = model.state_dict()
     for name in wanted.keys() ^ weights.keys():
         raise ValueError(f"checkpoint: {name} is {'missing' if name in wanted else 'no part of this model'}")

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from helmholtz.models.mamba_hopfield import MambaHopfield
+from helmholtz.models.decoder import Decoder
 from helmholtz.solvers import SolverConfig
 
 
@@ -24,7 +24,7 @@ class SolverView:
 
     __slots__ = ("_model",)
 
-    def __init__(self, model: MambaHopfield) -> None:
+    def __init__(self, model: Decoder) -> None:
         self._model = model
 
     @property

@@ -1,0 +1,61 @@
+"""Configs from plain values: what JSON, YAML and a command line give, checked by name."""
+
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal
+
+from helmholtz._checks import check, check_choice, check_keys
+
+
+def config_from_dict(cls: type, values: Any, name: str) -> Any:
+    """A config of class ``cls``, nested ones included.
+
+    Where a field may be one of several configs, the value's ``kind`` says which.
+
+    Args:
+        name: of the config in messages.
+
+    Raises: ValueError for an unknown key, naming the nearest one, or a value that the config refuses.
+    """
+    check(isinstance(values, Mapping), name, values, "a mapping of names to values")
+    known = [f.name for f in fields(cls)]
+    check_keys(name, values, known)
+    hints = typing.get_type_hints(cls)
+    built = {key: _value(hints[key], value, f"{name}.{key}") for key, value in values.items()}
+    try:
+        return cls(**built)
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+    """``value`` as the field's type wants it: JSON knows neither nested configs nor tuples, nor which words exist."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    options = typing.get_args(hint) if union else (hint,)
+    if value is None and type(None) in options:
+        return None
+    nested = [option for option in options if is_dataclass(option)]
+    if nested:
+        return config_from_dict(_kind(nested, value, name), value, name)
+    if isinstance(value, list | tuple):
+        items = [typing.get_args(option)[0] for option in options if typing.get_origin(option) is tuple]
+        if not items:
+            return value
+        return tuple(_value(items[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+    words = [w for option in options if typing.get_origin(option) is Literal for w in typing.get_args(option)]
+    if words and isinstance(value, str):
+        check_choice(name, value, words)
+    return value
+
+
+def _kind(classes: Sequence[Any], values: Any, name: str) -> type:
+    """The class among several that ``values["kind"]`` names; the only one without asking."""
+    if len(classes) == 1:
+        return typing.cast(type, classes[0])
+    check(isinstance(values, Mapping), name, values, "a mapping of names to values")
+    kinds = {str(next(f.default for f in fields(cls) if f.name == "kind")): cls for cls in classes}
+    check("kind" in values, f"{name}.kind", "none", f"one of {', '.join(kinds)}")
+    check_choice(f"{name}.kind", values["kind"], kinds)
+    return typing.cast(type, kinds[values["kind"]])

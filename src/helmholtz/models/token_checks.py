@@ -1,0 +1,39 @@
+"""Which tokens a decoder can read."""
+
+import torch
+from torch import Tensor
+
+from helmholtz.layers.sequence import SequenceLayout
+
+
+def check_tokens(tokens: Tensor) -> None:
+    """Integers ``B T``."""
+    if tokens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"tokens: wanted int32 or int64 ids, got {tokens.dtype}")
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens: wanted shape (B, T), got {tuple(tokens.shape)}")
+
+
+def check_length(layout: SequenceLayout, position: Tensor | None, max_seq_len: int) -> None:
+    """No sequence is longer, the ``position`` tokens that a stream has seen included."""
+    if layout.cu_seqlens is not None:
+        longest = int(layout.cu_seqlens.diff().max())
+    elif layout.mask is None and position is None:
+        longest = layout.positions.shape[-1]
+    else:
+        seen = layout.positions.new_zeros(len(layout.positions)) if position is None else position
+        longest = max(layout.advance(seen.to(layout.positions.device)).tolist(), default=0)
+    if longest > max_seq_len:
+        raise ValueError(f"tokens: a sequence of {longest} tokens is longer than max_seq_len={max_seq_len}")
+
+
+def check_vocabulary(tokens: Tensor, vocab_size: int) -> None:
+    """Every id is in the vocabulary."""
+    if not tokens.numel():
+        return
+    low, high = (int(x) for x in tokens.aminmax())
+    if low < 0 or high >= vocab_size:
+        outside = low if low < 0 else high
+        raise ValueError(
+            f"tokens: id {outside} is not in the vocabulary of {vocab_size} ids (0 to {vocab_size - 1})"
+        )
