@@ -17,6 +17,7 @@ from helmholtz.interop.seeds import checkpoints as seeds
 from helmholtz.models import MODELS
 from helmholtz.models.checkpoint import load_checkpoint, read_config, save_checkpoint
 from helmholtz.models.decoder import Decoder
+from helmholtz.models.tied import is_tied
 from helmholtz.training.checkpoint import save_run
 from hf_cases import CORES
 
@@ -192,6 +193,14 @@ def test_one_matrix_is_no_state_dict_of_a_model_with_two() -> None:
     model = make("transformer-gqa-untied")
     with pytest.raises(RuntimeError, match="Missing key.*unembed.weight"):
         model.load_state_dict(state | {n: x for n, x in model.state_dict().items() if "blocks" in n})
+
+
+def test_two_parameters_of_one_memory_are_tied(tmp_path: Path) -> None:
+    model = make("transformer-gqa-untied")
+    model.unembed.weight = nn.Parameter(model.embed.weight.detach())
+    assert is_tied(model) and own(model, tmp_path / "a").config.tie_embeddings
+    model.unembed.weight = nn.Parameter(model.embed.weight.detach().clone())
+    assert not is_tied(model) and not own(model, tmp_path / "b").config.tie_embeddings
 
 
 def test_matrices_of_two_dtypes_are_two() -> None:
