@@ -200,6 +200,26 @@ def test_no_pair_of_inputs_has_a_wrong_second_derivative(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_a_gradient_of_one_input_alone_depends_on_what_comes_in(name: str) -> None:
+    """It is linear in the incoming gradient, also where nothing that was saved has a gradient."""
+    case = CASES[name]
+    for i in range(len(case.inputs)):
+        leaves = [x.detach().clone().requires_grad_(k == i) for k, x in enumerate(case.inputs)]
+        outputs = case.call(*leaves)
+        outputs = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if x.requires_grad]
+        incoming = [torch.randn_like(x).requires_grad_() for x in outputs]
+        (first,) = torch.autograd.grad(outputs, leaves[i], incoming, create_graph=True)
+        total = (first * torch.randn_like(first)).sum()
+        try:
+            found = torch.autograd.grad(total, incoming, materialize_grads=True)
+        except RuntimeError as error:
+            assert re.search(REFUSAL, str(error)), f"{i}: {error}"
+        else:
+            again = sum((x * y).sum() for x, y in zip(found, incoming, strict=True))
+            torch.testing.assert_close(again, total, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_every_route_refuses_with_the_reason_or_is_right(name: str) -> None:
     case, f = CASES[name], weighted(CASES[name])
     x = torch.cat([y.flatten() for y in case.inputs])
