@@ -1,7 +1,9 @@
 """Preparing is complete or does not happen, is done once, and never destroys what it does not own."""
 
+import errno
 import io
 import json
+import resource
 
 import pytest
 import torch
@@ -208,3 +210,17 @@ def test_unknown_choices_suggest_the_nearest(name, value, wanted):
     object.__setattr__(config, name, value)  # the shape checks of the tests would refuse it before we can
     with pytest.raises(ValueError, match=f"{name} must be one of .*got '{value}'; did you mean '{wanted}'"):
         config.__post_init__()
+
+
+def test_a_write_that_the_disk_refuses_says_where_and_why_and_leaves_nothing(config, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (2_000, hard)
+    )  # as on a full disk: part of the file can be written
+    try:
+        with pytest.raises(OSError, match="tokens") as refused:
+            prepare(config())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert refused.value.errno == errno.EFBIG
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]

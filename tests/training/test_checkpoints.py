@@ -86,10 +86,15 @@ def test_a_flipped_bit_in_the_weights_is_refused_by_every_reader(data, tmp_path)
         load_checkpoint(tmp_path / "best")
 
 
-def test_a_damaged_description_of_the_run_is_named(data, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [('{"identity": ', "Expecting value.*"), ("[]", "no mapping with 'identity'"), ("{}", "no mapping with 'identity'"),
+     ("null", "no mapping with 'identity'")],
+)  # fmt: skip
+def test_a_damaged_description_of_the_run_is_named(content, reason, data, tmp_path):
     train(tiny_run(data, tmp_path, steps=4))
-    (tmp_path / "run.json").write_text('{"identity": ')
-    with pytest.raises(ValueError, match=r"run.json is damaged .*; name another train.output_dir"):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"run.json is damaged \({reason}\); name another train.output_dir"):
         train(tiny_run(data, tmp_path, steps=4, resume="auto"))
 
 

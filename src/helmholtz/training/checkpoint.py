@@ -229,7 +229,8 @@ def _identity_of_run(file: Path) -> Any:
     try:
         return parse_json(file.read_text())["identity"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error}); name another train.output_dir") from error
+        reason = error if isinstance(error, ValueError) else "no mapping with 'identity'"
+        raise ValueError(f"{file} is damaged ({reason}); name another train.output_dir") from error
 
 
 def _check_same(what: str, found: Any, identity: dict[str, Any]) -> None:
