@@ -122,7 +122,7 @@ class SplitWriter:
         return SplitCounts(self._n_tokens, self._n_bytes, len(self._starts))
 
     def _append(self, ids: Sequence[int]) -> None:
-        self._file.write(np.asarray(ids, dtype=self._dtype))  # "tofile" hides what the disk says
+        self._file.write(np.asarray(ids, dtype=self._dtype).tobytes())  # "tofile" hides what the disk says
         self._n_tokens += len(ids)
 
     def __enter__(self: WriterT) -> WriterT:
