@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from decoder_cases import liven
 from helmholtz.interop.hf import HelmholtzForCausalLM, from_hf
@@ -193,6 +194,21 @@ def test_one_matrix_is_no_state_dict_of_a_model_with_two() -> None:
     model = make("transformer-gqa-untied")
     with pytest.raises(RuntimeError, match="Missing key.*unembed.weight"):
         model.load_state_dict(state | {n: x for n, x in model.state_dict().items() if "blocks" in n})
+
+
+def test_a_head_that_comes_alone_is_kept() -> None:
+    model, head = make("transformer"), torch.randn(37, 32)
+    model.load_state_dict({"unembed.weight": head}, assign=True, strict=False)
+    assert torch.equal(model.unembed.weight, head) and not torch.equal(model.embed.weight, head)
+
+
+def test_a_head_whose_weight_is_made_of_others_is_loaded_as_it_is() -> None:
+    model, other = make("transformer"), make("transformer")
+    for parted in (model, other):
+        by_another_head(parted)
+        parametrizations.weight_norm(parted.unembed)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(logits(model), logits(other))
 
 
 def test_two_parameters_of_one_memory_are_tied(tmp_path: Path) -> None:
