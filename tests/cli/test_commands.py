@@ -77,6 +77,13 @@ def test_data_without_an_option_is_the_demo_corpus(workspace, tmp_path, monkeypa
     assert "already there, vocabulary 300" in out
 
 
+def test_what_cannot_be_generated_is_told_before_the_prompt_is_shown(workspace, capsys):
+    settings = ["--prompt=To be", "--sampling.max_new_tokens=100000"]
+    code, out, err = call(capsys, "generate", "--checkpoint", workspace / "run", *settings)
+    assert (code, out) == (2, "")
+    assert "exceed max_seq_len=64" in err
+
+
 def test_data_prepared_before_is_reused(workspace, capsys):
     code, out, _ = call(capsys, "data", "--config", workspace / "run.yaml")
     assert code == 0

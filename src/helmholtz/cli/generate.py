@@ -16,19 +16,19 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """Prints the text of tokens as they come; a character whose bytes are not all there yet waits for the rest."""
+    """Prints a prompt and the tokens after it as they come; a character that is not whole yet waits for its bytes."""
 
-    def __init__(self, tokenizer: AbstractTokenizer, console: Console) -> None:
-        self.tokenizer, self.console = tokenizer, console
+    def __init__(self, tokenizer: AbstractTokenizer, console: Console, prompt: str) -> None:
+        self.tokenizer, self.console, self.prompt = tokenizer, console, prompt
         self.tokens: list[int] = []
         self.printed = 0
 
     def __call__(self, row: int, token: int) -> None:
         self.tokens.append(token)
-        self._print(self.tokenizer.decode(self.tokens).rstrip(REPLACEMENT))
+        self._print(self.prompt + self.tokenizer.decode(self.tokens).rstrip(REPLACEMENT))
 
     def end(self) -> None:
-        self._print(self.tokenizer.decode(self.tokens))
+        self._print(self.prompt + self.tokenizer.decode(self.tokens))
         self.console.print()
 
     def _print(self, text: str) -> None:
@@ -61,8 +61,7 @@ def run(arguments: list[str], console: Console) -> int:
     # a document begins after the end of another: so does a prompt
     tokens = [tokenizer.eos_id, *tokenizer.encode(prompt)]
     settings = SamplingSettings(**values["sampling"], stop_tokens=(tokenizer.eos_id,))
-    stream = TextStream(tokenizer, console)
-    console.print(prompt, end="", markup=False)
+    stream = TextStream(tokenizer, console, prompt)
     generate(model, [tokens], settings, callback=stream)
     stream.end()
     return 0
