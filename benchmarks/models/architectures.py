@@ -44,9 +44,9 @@ def demo_models() -> dict[str, nn.Module]:
 
 
 def objective_of(model: nn.Module) -> Callable[[nn.Module, Tensor, int], Any]:
-    if hasattr(model, "encoder"):
+    if getattr(model, "encoder", None) is not None:
         return FreeBitsObjective(FreeBitsConfig())
-    if hasattr(model, "equilibrium"):
+    if getattr(model, "equilibrium", None) is not None:
         return EquilibriumObjective(EquilibriumObjectiveConfig())
     return next_token
 
@@ -67,7 +67,7 @@ def training_step(model: nn.Module) -> Callable[[], None]:
 
 def check(model: nn.Module) -> None:
     """Steps give the logits of the whole; a Free Transformer draws plans, so its own test holds it."""
-    if hasattr(model, "encoder"):
+    if getattr(model, "encoder", None) is not None:
         return
     tokens = torch.randint(VOCABULARY, (1, 9))
     with torch.no_grad():
