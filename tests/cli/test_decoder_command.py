@@ -44,7 +44,10 @@ def test_a_pattern_with_a_plan_and_an_equilibrium(data, tmp_path, capsys):
         "fem",
         "mamba",
     ]
-    assert main(["inspect", f"--checkpoint={tmp_path / 'run'}"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", f"--checkpoint={tmp_path / 'run'}", "--text=ab c"]) == 0
+    shown = capsys.readouterr().out
+    assert "fem, gla" in shown and "plan of 3 bits" in shown and "8 patterns" in shown
     assert (
         main(["generate", f"--checkpoint={tmp_path / 'run'}", "--prompt=a", "--sampling.max_new_tokens=2"])
         == 0

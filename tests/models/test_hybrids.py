@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from decoder_cases import N_BITS, SIZES, codes_of, tokens_of
+from helmholtz.evals.convergence_case import validation_case
+from helmholtz.evals.equilibria import equilibrium_of
+from helmholtz.evals.inspection import count_parameters, read_text
 from helmholtz.interop.hf import HelmholtzForCausalLM
 from helmholtz.layers.latent import Plan
 from helmholtz.models.checkpoint import load_checkpoint, save_checkpoint
@@ -134,6 +137,20 @@ def test_a_source_that_is_the_stream_changes_nothing(case: tuple[str, str, str])
     x = torch.randn(2, TIME, SIZES["d_model"])
     for block in model.blocks:
         near(block(x, source=x.clone()), block(x))
+
+
+@torch.no_grad()
+def test_tools_that_look_inside_read_under_one_plan() -> None:
+    """Mixers of which one has a source, an encoder that does not run, equilibria of a text with a plan."""
+    model, tokens = hybrid("fem-gla", "middle", "equilibrium"), tokens_of(1, TIME)
+    readings = read_text(model, tokens)
+    assert list(readings) == [f"blocks.{i}.mixer" for i in range(3)]
+    found = equilibrium_of(model, tokens)
+    assert torch.equal(equilibrium_of(model, tokens).z, found.z)
+    assert sum(count.parameters for count in count_parameters(model)) == sum(
+        p.numel() for p in model.parameters()
+    )
+    assert validation_case(model, tokens_of(2, TIME), seed=0).found.all()
 
 
 BAD = {
