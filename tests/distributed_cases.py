@@ -16,8 +16,8 @@ from helmholtz.models import MODELS
 from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.training.checkpoint import step_folder
 from helmholtz.training.config import TrainConfig
-from helmholtz.training.equilibrium import EquilibriumObjectiveConfig
 from helmholtz.training.parallel import ParallelConfig
+from helmholtz.training.parts import objective_class
 from helmholtz.training.run import RunConfig
 from helmholtz.training.run import train as run
 
@@ -35,6 +35,15 @@ SIZES = {
     "fem_lm": {"n_layers": 2, "n_heads": 2, "dropout": 0.1},
     "free_transformer": {"n_layers": 2, "n_heads": 2, "n_latent_bits": 4, "dropout": 0.1},
     "mamba_hopfield": {"n_layers": 1, "d_head": 8, "d_state": 8, "n_patterns": 16, "n_slots": 8},
+    "decoder": {
+        "layers": [
+            {"mixer": {"kind": "fem", "n_heads": 2, "prior": prior}, "d_ff": 24}
+            for prior in ("gla", "softmax")
+        ],
+        "plan": {"layer": 1, "n_bits": 4},
+        "equilibrium": {"d_head": 8, "d_state": 8, "n_patterns": 16, "n_slots": 8},
+        "dropout": 0.1,
+    },
 }
 
 
@@ -50,12 +59,15 @@ def distributed_run(data, *, architecture, output, train, parallel=None, objecti
         "threads": 1,
     }
     sizes = {"vocab_size": 257, "d_model": 16, "max_seq_len": 32} | SIZES[architecture]
-    if architecture == "mamba_hopfield":
+    model = MODELS[architecture].config_class.from_dict(sizes)
+    if model.equilibrium_config() is not None:
         terms = {"convergence_weight": 0.1, "energy_weight": 0.1, "stability_weight": 0.1}
-        objective = EquilibriumObjectiveConfig(**terms | {"memory_write_step": 2} | (objective or {}))
+        kind = objective_class(model)
+        assert kind is not None
+        objective = kind(**terms | {"memory_write_step": 2} | (objective or {}))
     return RunConfig(
         architecture=architecture,
-        model=MODELS[architecture].config_class.from_dict(sizes),
+        model=model,
         data=data,
         train=TrainConfig(**settings | train),
         objective=objective,

@@ -15,6 +15,7 @@ from helmholtz.models.mamba import Mamba, MambaConfig
 from helmholtz.models.mamba_hopfield import MambaHopfield, MambaHopfieldConfig
 from helmholtz.models.transformer import Transformer, TransformerConfig
 from helmholtz.solvers import SolverConfig
+from hybrid_cases import hybrid, hybrid_config
 
 PLAIN = {name: SIZES[name] for name in ("vocab_size", "d_model", "n_layers", "max_seq_len")}
 RECURRENT = PLAIN | {"d_state": 8, "d_head": 16}
@@ -50,8 +51,10 @@ CORES: dict[str, Callable[[], Decoder]] = {
     "mamba-hopfield": _hopfield,
     "mamba-hopfield-slots-untied": _with_written_slots,
     **{f"fem-{prior}": (lambda prior=prior: _fem(prior=prior)) for prior in PRIORS},
+    "hybrid": lambda: Decoder(hybrid_config("mixed", "middle", "equilibrium")),
 }
-ONE_OF_EACH = ["transformer", "fem-hybrid-untied", "free", "mamba", "mamba-hopfield"]
+ONE_OF_EACH = ["transformer", "fem-hybrid-untied", "free", "mamba", "mamba-hopfield", "hybrid"]
+WITHOUT_PLAN = [name for name, core in CORES.items() if core().plan is None]
 STREAMS = [name for name in CORES if "slots" not in name]
 """Those whose streams differ: what is written into a memory changes between calls only."""
 
@@ -66,4 +69,9 @@ def of_architecture(name: str, seed: int = 1, **fields: object) -> HelmholtzForC
     """A small model of an architecture of ``MODELS``, whichever it is, in evaluation mode."""
     torch.manual_seed(seed)
     kind = MODELS[name]
+    if kind is Decoder:
+        layers = hybrid_config("mixed", "no plan", "equilibrium").layers[:2]
+        return HelmholtzForCausalLM.of(
+            hybrid("mixed", "no plan", "equilibrium", seed, layers=layers, **fields)
+        )
     return HelmholtzForCausalLM.of(liven(kind(kind.config_class(**PLAIN | fields))))

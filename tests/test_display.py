@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from helmholtz._display import losable, make_losable
-from helmholtz.cli.queues import announced
+from helmholtz.cli.studies.queues import announced
 from helmholtz.experiments.queue import QueuedRun, split_finished, work_off
 from helmholtz.training.callbacks import Callback
 from helmholtz.training.run import train
@@ -71,7 +71,7 @@ def test_a_queue_goes_on_when_nobody_reads_it(tmp_path, capsys, number):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["continual", "data", "recall", "synthetic"])
+@pytest.mark.parametrize("command", ["data", "studies.continual", "studies.letters", "studies.recall"])
 def test_commands_whose_results_are_files_go_on(tmp_path, monkeypatch, command):
     module = importlib.import_module(f"helmholtz.cli.{command}")
     console = Console(file=BreaksAfter(errno.EPIPE))
@@ -86,7 +86,7 @@ def test_commands_whose_results_are_files_go_on(tmp_path, monkeypatch, command):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, work)
     with pytest.raises(ValueError, match="far enough"):
-        module.run(["--data.folder=x"] if command == "data" else [], console)
+        module.run(["--data.folder=x"], console) if command == "data" else module.act("run", [], console)
     assert reached == [command]
 
 

@@ -9,8 +9,9 @@ from helmholtz.layers import (
     inspect_read,
     matched_d_ff,
 )
-from helmholtz.models import FEMLM, MODELS, FreeTransformer, Mamba, MambaHopfield, Transformer
+from helmholtz.models import FEMLM, MODELS, Decoder, FreeTransformer, Mamba, MambaHopfield, Transformer
 from helmholtz.models.checkpoint import load_checkpoint, save_checkpoint
+from helmholtz.models.decoder_config import DecoderConfig
 from helmholtz.models.fem_lm import FEMLMConfig
 from helmholtz.models.free_transformer import FreeTransformerConfig
 from helmholtz.models.generation import SamplingSettings, generate
@@ -29,6 +30,8 @@ __all__ = [
     "FEMLMConfig",
     "FreeEnergyMixer",
     "FreeEnergyMixerConfig",
+    "Decoder",
+    "DecoderConfig",
     "FreeTransformer",
     "FreeTransformerConfig",
     "HopfieldMemory",

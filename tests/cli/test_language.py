@@ -1,4 +1,4 @@
-"""``helmholtz language`` from the shell: words, files, mistakes."""
+"""``helmholtz study language`` from the shell: words, files, mistakes."""
 
 import json
 
@@ -8,7 +8,7 @@ from helmholtz.cli.main import main
 
 
 def call(capsys, *arguments):
-    code = main(["language", *map(str, arguments)])
+    code = main(["study", "language", "run", *map(str, arguments)])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -22,8 +22,10 @@ def fake(run, *, data, folder):
 
 def test_tables_slopes_and_what_is_missing(capsys, tmp_path, monkeypatch):
     prepared = []
-    monkeypatch.setattr("helmholtz.cli.language.prepare_corpus", lambda *names: prepared.append(names[:2]))
-    monkeypatch.setattr("helmholtz.cli.language.compute_language", fake)
+    monkeypatch.setattr(
+        "helmholtz.cli.studies.language.prepare_corpus", lambda *names: prepared.append(names[:2])
+    )
+    monkeypatch.setattr("helmholtz.cli.studies.language.compute_language", fake)
     options = (
         "--corpora",
         "shakespeare",

@@ -1,4 +1,4 @@
-"""``helmholtz mad``: run, resume, share, pilot, report, on sizes that train in a moment."""
+"""``helmholtz study mad``: run, resume, share, pilot, report, on sizes that train in a moment."""
 
 import json
 from dataclasses import replace
@@ -12,7 +12,7 @@ from mad_cases import profile, protocol
 
 
 def call(capsys, *arguments):
-    code = main(["mad", *map(str, arguments)])
+    code = main(["study", "mad", *map(str, arguments)])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -90,7 +90,7 @@ def test_the_pilot_writes_the_rates_when_it_is_whole(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["walk"], "action must be one of ['pilot', 'report', 'run'], got 'walk'"),
+        (["walk"], "action must be one of ['list', 'pilot', 'report', 'run'], got 'walk'"),
         (["run", "--profile=quik"], "did you mean 'quick'?"),
         (["run", "--profile=tiny", "--models", "mambo"], "did you mean 'mamba'?"),
         (["run", "--profile=tiny", "--tasks", "copying"], "tasks must be one of"),
@@ -118,5 +118,5 @@ def test_quick_wants_the_pilot_first(capsys, tmp_path, monkeypatch):
 
 def test_help(capsys):
     code, out, _ = call(capsys)
-    assert code == 2 and "usage: helmholtz mad <action>" in out
+    assert code == 2 and "usage: helmholtz study mad <action>" in out
     assert call(capsys, "--help")[:2] == (0, out)

@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 
-from helmholtz.cli import continual, recall
-from helmholtz.cli.learners import LEARNERS, build_learner
 from helmholtz.cli.main import main
+from helmholtz.cli.studies import continual, recall
+from helmholtz.cli.studies.learners import LEARNERS, build_learner
 from helmholtz.experiments.recall.patterns import Corruption
 
 
@@ -25,7 +25,9 @@ def _tiny(monkeypatch):
 
 def test_recall_from_the_shell(capsys, tmp_path, _tiny):
     command = (
+        "study",
         "recall",
+        "run",
         "--profile=tiny",
         "--trials=25",
         "--pairs=1",
@@ -48,7 +50,9 @@ def test_recall_from_the_shell(capsys, tmp_path, _tiny):
 def test_the_profile_of_capacities_has_no_values_to_recall(capsys, tmp_path, monkeypatch):
     assert recall.MASKED["capacity"] == recall.PAIRS["capacity"] == ()
     monkeypatch.setitem(recall.PROFILES, "capacity", {8: (4, 8)})
-    code, out, _ = call(capsys, "recall", "--profile=capacity", "--trials=10", f"--output={tmp_path}")
+    code, out, _ = call(
+        capsys, "study", "recall", "run", "--profile=capacity", "--trials=10", f"--output={tmp_path}"
+    )
     assert code == 0 and "Values recalled" not in out
     content = json.loads((tmp_path / "recall.json").read_text())
     assert [row["n_patterns"] for row in content["patterns"]] == [4] * 4 + [8] * 4
@@ -56,7 +60,18 @@ def test_the_profile_of_capacities_has_no_values_to_recall(capsys, tmp_path, mon
 
 
 def test_continual_from_the_shell(capsys, tmp_path):
-    command = ("continual", "--seeds", 3, 4, "--tasks=2", "--inputs=10", "--steps=3", f"--output={tmp_path}")
+    command = (
+        "study",
+        "continual",
+        "run",
+        "--seeds",
+        3,
+        4,
+        "--tasks=2",
+        "--inputs=10",
+        "--steps=3",
+        f"--output={tmp_path}",
+    )
     code, out, _ = call(capsys, *command)
     assert code == 0
     content = json.loads((tmp_path / "continual.json").read_text())
@@ -83,13 +98,19 @@ def test_every_learner_can_be_built():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["recall", "--profile=huge"], "profile must be one of ['capacity', 'ci', 'full'], got 'huge'"),
-        (["recall", "--trials=0"], "trials must be an integer of at least 1, got 0"),
-        (["recall", "--train_steps=-1"], "train_steps must be an integer of at least 0, got -1"),
-        (["continual", "--learner=mambo"], "did you mean 'mamba'?"),
-        (["recall", "--learner=rnn"], "learner must be one of"),
-        (["continual", "--seeds", "-1"], "seeds must be an integer of at least 0, got -1"),
-        (["continual", "--step", "1"], "unknown option --step; did you mean 'steps'?"),
+        (
+            ["study", "recall", "run", "--profile=huge"],
+            "profile must be one of ['capacity', 'ci', 'full'], got 'huge'",
+        ),
+        (["study", "recall", "run", "--trials=0"], "trials must be an integer of at least 1, got 0"),
+        (
+            ["study", "recall", "run", "--train_steps=-1"],
+            "train_steps must be an integer of at least 0, got -1",
+        ),
+        (["study", "continual", "run", "--learner=mambo"], "did you mean 'mamba'?"),
+        (["study", "recall", "run", "--learner=rnn"], "learner must be one of"),
+        (["study", "continual", "run", "--seeds", "-1"], "seeds must be an integer of at least 0, got -1"),
+        (["study", "continual", "run", "--step", "1"], "unknown option --step; did you mean 'steps'?"),
     ],
 )
 def test_mistakes_are_one_line_and_touch_nothing(capsys, tmp_path, arguments, message):

@@ -1,4 +1,4 @@
-"""``helmholtz selection`` from the shell, on sizes that take no time."""
+"""``helmholtz study selection`` from the shell, on sizes that take no time."""
 
 import json
 
@@ -23,12 +23,12 @@ def _tiny(monkeypatch):
         maximum=SelectionTask(n_tokens=4, n_channels=4),
         named=SelectionTask(target="named", n_tokens=3, n_channels=8),
     )
-    monkeypatch.setattr("helmholtz.cli.selection.SelectionStudy", lambda steps=3: type(small)(
+    monkeypatch.setattr("helmholtz.cli.studies.selection.SelectionStudy", lambda steps=3: type(small)(
         steps=steps, batch_size=4, maximum=small.maximum, named=small.named))  # fmt: skip
 
 
 def call(capsys, *arguments):
-    code = main(["selection", *map(str, arguments)])
+    code = main(["study", "selection", "run", *map(str, arguments)])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 

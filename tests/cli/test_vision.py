@@ -33,7 +33,7 @@ def folder(tmp_path):
 
 
 def call(capsys, *arguments):
-    code = main(["vision", *map(str, arguments)])
+    code = main(["study", "vision", *map(str, arguments)])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -87,7 +87,7 @@ def test_a_pilot_prints_validation_by_learning_rate(capsys, tmp_path, folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["rum"], "action must be one of ['pilot', 'report', 'run'], got 'rum'"),
+        (["rum"], "action must be one of ['list', 'pilot', 'report', 'run'], got 'rum'"),
         (
             ["run", "--data=digit"],
             "data must be a folder of IDX files or one of digits, fashion-mnist, got 'digit'",
@@ -102,7 +102,7 @@ def test_a_pilot_prints_validation_by_learning_rate(capsys, tmp_path, folder):
         (["pilot", "--data=FOLDER", "--lrs=-1"], "lrs must be a finite number above 0, got -1.0"),
         (
             ["report", "--data=FOLDER"],
-            "output must be a folder of results; helmholtz vision run makes them",
+            "output must be a folder of results; helmholtz study vision run makes them",
         ),
     ],
 )
@@ -118,5 +118,5 @@ def test_mistakes_are_one_line(capsys, tmp_path, folder, arguments, message):
 
 def test_a_call_without_action_explains(capsys):
     code, out, _ = call(capsys)
-    assert code == 2 and "usage: helmholtz vision <action>" in out
+    assert code == 2 and "usage: helmholtz study vision <action>" in out
     assert call(capsys, "-h")[0] == 0

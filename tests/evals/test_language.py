@@ -12,6 +12,7 @@ from helmholtz.models import MODELS
 from helmholtz.models.base import evaluation_mode
 from helmholtz.models.outputs import LMOutput
 from helmholtz.models.transformer import Transformer, TransformerConfig
+from hybrid_cases import hybrid_config
 from tiny_runs import prepare_text
 
 
@@ -97,7 +98,9 @@ def test_decoding_speed_counts_all_rows(model):
 def test_decoding_speed_is_of_the_modules_of_every_model(name):
     """No model has a path of its own that others lack: each token goes through each of the model's blocks."""
     config = MODELS[name].config_class
-    model = MODELS[name](config(vocab_size=20, d_model=64, n_layers=2, max_seq_len=32))
+    sizes = {"vocab_size": 20, "d_model": 64, "n_layers": 2, "max_seq_len": 32}
+    built = hybrid_config("mixed", "middle", "equilibrium") if name == "decoder" else config(**sizes)
+    model = MODELS[name](built)
     calls = dict.fromkeys(model.blocks, 0)
 
     def count(module, arguments, output):

@@ -124,7 +124,7 @@ def test_every_section_has_its_parts(page):
 def test_without_results_every_section_says_so(tmp_path):
     page = render(build_sections([tmp_path]), [tmp_path])
     assert page.count("no results yet</small>") == page.count("No results yet: nothing at") == len(SECTIONS)
-    assert "<table" not in page and "helmholtz selection" in page
+    assert "<table" not in page and "helmholtz study selection run" in page
 
 
 def test_folders_that_are_not_there_are_refused(tmp_path):

@@ -15,6 +15,7 @@ from hypothesis import settings
 from fuzzing import call, snapshot
 from helmholtz.cli.arguments import PATHS, Parser
 from helmholtz.cli.main import COMMANDS, main
+from helmholtz.cli.study import STUDIES
 from tiny_runs import prepare_text
 
 pytestmark = pytest.mark.fuzz
@@ -33,10 +34,14 @@ RUN = {
 }
 SIZES = ["--model.d_model=16", "--model.n_layers=1", "--model.max_seq_len=32"]
 ARCHITECTURES = ["fem_lm", "free_transformer", "mamba_hopfield"]
-LONG = {"data.prepare": "shakespeare_files", "cli.language": "prepare_corpus", "cli.recall": "pattern_results",
-        "cli.report": "build_sections", "cli.selection": "work_off", "cli.forecast": "load", "cli.vision": "load",
-        "cli.data": "prepare_dataset", "interop.hf.export": "export"}  # fmt: skip
-"""Work that begins without a module of torch."""
+LONG = [("data.prepare", "shakespeare_files"), ("cli.report", "build_sections"), ("cli.data", "prepare_dataset"),
+        ("interop.hf.export", "export"), ("cli.studies.language", "prepare_corpus"),
+        ("cli.studies.language", "fold_finished"), ("cli.studies.recall", "pattern_results"),
+        ("cli.studies.recall", "read_content"), ("cli.studies.continual", "read_content"),
+        ("cli.studies.selection", "work_off"), ("cli.studies.selection", "fold_finished"),
+        ("cli.studies.letters", "read_cell"), ("cli.studies.forecasting", "load"),
+        ("cli.studies.vision", "load")]  # fmt: skip
+"""Work that begins without a module of torch, and results that are read."""
 
 
 NOT_OURS = {"help", "config", "print_config", "print_shtab"}
@@ -56,7 +61,10 @@ def prefixes():
     found = []
     for command in COMMANDS:
         actions = getattr(importlib.import_module(f"helmholtz.cli.{command}"), "ACTIONS", [None])
-        found += [(command, *([action] if action else [])) for action in actions]
+        found += [(command, *([action] if action else [])) for action in actions if command != "study"]
+    for study in STUDIES:
+        actions = importlib.import_module(f"helmholtz.cli.studies.{study}").ACTIONS
+        found += [("study", study, action) for action in actions]
     trained = [("train", f"--model.architecture={name}") for name in ARCHITECTURES]
     return [prefix for prefix in found if prefix != ("train",)] + trained
 
@@ -113,7 +121,7 @@ def valid(prefix, workspace):
         wanted["data.folder"] = "out"
     if prefix[0] == "validate":
         wanted = {"checkpoint": run}
-    if prefix[0] in ("forecast", "vision") and prefix[1] == "report":
+    if prefix[:2] in (("study", "forecasting"), ("study", "vision")) and prefix[2] in ("list", "report"):
         wanted["data"] = "file"
     return {name: value for name, value in wanted.items() if name in options_of(prefix)}
 
@@ -146,7 +154,7 @@ def stage(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     (tmp_path / "unreadable").touch(mode=0)  # to root it is readable, and empty
     monkeypatch.setattr(torch.nn.Module, "__call__", reach)
-    for name, what in LONG.items():
+    for name, what in LONG:
         monkeypatch.setattr(importlib.import_module(f"helmholtz.{name}"), what, reach)
     return tmp_path
 

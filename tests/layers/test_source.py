@@ -11,6 +11,7 @@ from fem_cases import WIDTH, make_mixer, tokens
 from helmholtz.layers import AbstractMixer
 from helmholtz.layers.attention import Attention
 from helmholtz.layers.fem_config import PRIORS
+from helmholtz.layers.fem_reading import inspect_read
 from helmholtz.layers.mamba import MambaMixer
 
 MIXERS: dict[str, Callable[[], AbstractMixer[Any]]] = {
@@ -96,12 +97,16 @@ def test_what_a_mixer_shows_of_itself_does_not_depend_on_pads() -> None:
 def test_what_reads_is_made_of_the_stream_and_what_writes_of_the_source(prior: str) -> None:
     mixer, (x, source) = make_mixer(prior), streams()
     layout = mixer._layout(x, None, None, None, None)
-    features, _, _ = mixer._features(x, source, layout, layout, None)
+    features, values = mixer.project(x, layout, source)
     own, others = mixer.project(x, layout)[0], mixer.project(source, layout)[0]
     reads = {name for name in features if torch.equal(features[name], own[name])}
     writes = {name for name in features if torch.equal(features[name], others[name])}
     assert reads == {"q", "inner", "outer", "c"} & features.keys()
     assert writes == features.keys() - reads and "v" in writes
+    assert torch.equal(values, mixer.project(source, layout)[1])
+    found, plain = inspect_read(mixer, x, source=source), inspect_read(mixer, x)
+    assert_close(inspect_read(mixer, x, source=x.clone()).prior, plain.prior)
+    assert not torch.allclose(found.prior, plain.prior)
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from helmholtz.cli.continual import runs
-from helmholtz.cli.learners import build_learner
+from helmholtz.cli.studies.continual import runs
+from helmholtz.cli.studies.learners import build_learner
 from helmholtz.experiments.continual.run import ContinualLearning, ContinualResult, joint_accuracy
 from helmholtz.experiments.recall.data import MapTask, PairTask
 from helmholtz.experiments.recall.run import InContextRecall

@@ -14,6 +14,7 @@ from helmholtz.models.mamba import Mamba, MambaConfig
 from helmholtz.models.mamba_hopfield import MambaHopfield, MambaHopfieldConfig
 from helmholtz.models.transformer import Transformer, TransformerConfig
 from helmholtz.solvers import SolverConfig
+from hybrid_cases import hybrid_config
 
 
 def _transformer(**fields: object) -> Callable[[], Decoder]:
@@ -56,6 +57,9 @@ DECODERS: dict[str, Callable[[], Decoder]] = {
         stability="descent", beta=0.2, n_slots=8, tie_embeddings=False
     ),
     **{f"fem-{prior}": _fem(prior=prior) for prior in PRIORS},
+    "hybrid": lambda: Decoder(hybrid_config("mixed", "middle", "equilibrium")),
+    "hybrid-fem-untied": lambda: Decoder(hybrid_config("fem-gla", "first", "plain", tie_embeddings=False)),
+    "hybrid-mamba": lambda: Decoder(hybrid_config("mamba", "last", "plain")),
 }
 
 

@@ -15,6 +15,7 @@ from helmholtz.layers.equilibrium_config import AdjointName
 from helmholtz.layers.fem_config import PRIORS
 from helmholtz.models import MODELS
 from helmholtz.models.decoder import Decoder
+from hybrid_cases import hybrid
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in MODELS},
@@ -27,6 +28,8 @@ pytestmark = WARNINGS
 
 def make(name: str) -> Decoder:
     architecture, options = CASES[name]
+    if architecture == "decoder":
+        return hybrid("mixed", "middle", "equilibrium")
     config = MODELS[architecture].config_class
     known = {field.name for field in fields(config)}
     return liven(MODELS[architecture](config(**{k: v for k, v in SIZES.items() if k in known} | options)))

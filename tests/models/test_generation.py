@@ -9,7 +9,6 @@ from torch import Tensor
 
 from helmholtz.layers.latent import Plan
 from helmholtz.models.decoder import Decoder
-from helmholtz.models.free_transformer import FreeTransformer
 from helmholtz.models.generation import generate
 from helmholtz.models.planning import generate_planned
 from helmholtz.models.sampling import SamplingSettings, draw, sampling_probabilities
@@ -23,7 +22,7 @@ def sampled_from_full_passes(model: Decoder, prompt: list[int], settings: Sampli
     generator = torch.Generator().manual_seed(settings.seed)
     sequence, given = list(prompt), {}
     for _ in range(settings.max_new_tokens):
-        if isinstance(model, FreeTransformer):
+        if model.plan is not None:
             codes = generate_planned(model, [prompt], settings)[0].codes
             given = {"z": Plan(torch.tensor([codes[: len(sequence)]]))}
         logits = model(torch.tensor([sequence]), **given).logits[:, -1]

@@ -13,6 +13,7 @@ from helmholtz._json import parse_json
 from helmholtz._run_folder import TOKENIZER
 from helmholtz.cli.arguments import make_parser, parse
 from helmholtz.data.tokenizer import load_tokenizer
+from helmholtz.evals.equilibria import equilibrium_of
 from helmholtz.evals.inspection import (
     baseline_block_parameters,
     count_parameters,
@@ -24,8 +25,9 @@ from helmholtz.evals.inspection import (
 from helmholtz.evals.plots import plot_selection
 from helmholtz.evals.runs import find_checkpoint
 from helmholtz.layers.equilibrium_reading import equilibrium_statistics, learned_strengths
+from helmholtz.layers.fem_config import FreeEnergyMixerConfig
+from helmholtz.layers.mixer_config import AttentionConfig, MambaMixerConfig
 from helmholtz.layers.unconverged import one_convergence_warning
-from helmholtz.models.base import evaluation_mode
 from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.models.decoder import Decoder, require_equilibrium
 
@@ -55,6 +57,27 @@ def parameter_table(model: Decoder) -> Table:
         table.add_row(count.module, f"{count.parameters:,}", f"{count.parameters / total:.1%}")
     table.add_row("total", f"{total:,}", "")
     return table
+
+
+def stack_table(model: Decoder) -> Table:
+    """A line per layer, from the first to the last, and where a plan and an equilibrium come in."""
+    table = Table("layer", "mixer", "heads", "feed-forward", "beside it", title="Layers")
+    plan = model.plan
+    for index, layer in enumerate(model.config.layer_configs()):
+        mixer = layer.mixer
+        name = f"fem, {mixer.prior}" if isinstance(mixer, FreeEnergyMixerConfig) else mixer.kind
+        heads = "" if isinstance(mixer, MambaMixerConfig) else _heads(mixer)
+        beside = "" if plan is None or plan.layer != index else f"plan of {plan.n_bits} bits"
+        table.add_row(str(index), name, heads, "" if layer.d_ff is None else f"{layer.d_ff:,}", beside)
+    if model.equilibrium is not None:
+        patterns = f"{model.equilibrium.config.n_patterns:,} patterns"
+        table.add_row("after", "equilibrium", "", "", patterns)
+    return table
+
+
+def _heads(mixer: AttentionConfig | FreeEnergyMixerConfig) -> str:
+    grouped = mixer.n_kv_heads not in (None, mixer.n_heads)
+    return f"{mixer.n_heads} on {mixer.n_kv_heads}" if grouped else str(mixer.n_heads)
 
 
 def budget_lines(model: Decoder) -> list[str]:
@@ -87,8 +110,8 @@ def equilibrium_table(model: Decoder, text: str | None, checkpoint: Path) -> Tab
     statistics, title = learned_strengths(layer), "What the equilibrium has learned"
     if text is not None:
         tokens = _read(text, checkpoint)
-        with evaluation_mode(model), one_convergence_warning(model):
-            found = model(torch.tensor([tokens])).equilibrium
+        with one_convergence_warning(model):
+            found = equilibrium_of(model, torch.tensor([tokens]))
         statistics |= equilibrium_statistics(layer, [found])
         title = f"{title}, and its equilibria at {len(tokens)} tokens"
     table = Table("quantity", "value", "meaning", title=title)
@@ -152,6 +175,7 @@ def run(arguments: list[str], console: Console) -> int:
     if picture and model.equilibrium is not None and not mixers(model):
         raise ValueError("picture: helmholtz landscape draws the equilibria of a model")
     console.print(json.dumps(read_complete(checkpoint, _description), indent=2), markup=False)
+    console.print(stack_table(model))
     console.print(parameter_table(model))
     for line in budget_lines(model):
         console.print(line)

@@ -15,22 +15,18 @@ COMMANDS = {
     "evaluate": "bits per byte, perplexity and speed of a trained model",
     "generate": "continue a prompt",
     "plan": "the latent plan of a text, and what samples share under one",
-    "synthetic": "the experiment of the Free Transformer on a law whose entropy is known",
-    "recall": "what a Hopfield memory recalls of spoilt patterns, keys and pairs in a context",
-    "language": "language models of equal parameters on two texts, and how they scale",
+    "study": "an experiment: run it, report what is done, list what is missing",
     "report": "one page of all results, every number traceable to its file",
-    "selection": "which token every channel can read: attention and free energy against the law",
-    "continual": "learning one map after another with and without a memory",
-    "forecast": "time series: encoders of attention and of FEM against a linear and a naive forecast",
-    "vision": "a small vision transformer of attention or of FEM on digits and Fashion-MNIST",
-    "mad": "the six MAD tasks: attention, the Free Energy Mixer and its parts, Mamba, Mamba-Hopfield",
     "compare": "one table, one result file and pictures for several runs",
     "validate": "whether an equilibrium model keeps what its mathematics promises",
     "landscape": "the energy around a token's equilibrium, drawn",
     "inspect": "what a model is made of, what it has learned, and how it reads a text",
     "export": "a trained model as a Hugging Face folder",
 }
-
+MOVED = {"synthetic": "letters", "forecast": "forecasting"} | {
+    name: name for name in ("recall", "language", "selection", "continual", "vision", "mad")
+}
+"""What used to be commands, by the names of the studies that they are now."""
 
 MIN_WIDTH = 80
 """Columns for tables where the terminal says 0, and at least where there is no terminal."""
@@ -82,6 +78,8 @@ def _run(command: str, arguments: list[str]) -> int:
     if command in ("", "-h", "--help", "--version"):
         console.print(version() if command == "--version" else usage(), markup=False)
         return 0 if command else 2
+    if command in MOVED:
+        raise ValueError(f"this command is now: helmholtz study {MOVED[command]} run")
     check_choice("command", command, COMMANDS)
     return importlib.import_module(f"helmholtz.cli.{command}").run(arguments, console)
 

@@ -4,20 +4,29 @@ from dataclasses import asdict, fields, is_dataclass
 from itertools import pairwise
 from typing import Any
 
-from helmholtz._checks import check_choice
+from helmholtz._checks import check, check_choice
 from helmholtz.cli.arguments import Parser, make_parser, parse
 from helmholtz.cli.documents import documents, read_documents
 from helmholtz.data.prepare import DataConfig
 from helmholtz.data.tokens import TokenDataset
 from helmholtz.interop.datasets import DatasetConfig
 from helmholtz.models import MODELS
+from helmholtz.models.base import ModelConfig
+from helmholtz.models.decoder_config import DecoderConfig
 from helmholtz.training.config import TrainConfig
 from helmholtz.training.equilibrium import SolverStage
 from helmholtz.training.parallel import ParallelConfig
-from helmholtz.training.run import ObjectiveConfig, RunConfig, objective_class
+from helmholtz.training.parts import ObjectiveConfig, objective_class
+from helmholtz.training.run import RunConfig
 
 DEFAULT_ARCHITECTURE = "fem_lm"
 ARCHITECTURE = "--model.architecture"
+WHOLE = {
+    "layers": "list of layers, or a pattern such as 'attention, fem:gla x3, mamba'",
+    "plan": "mapping: layer, n_bits, post_sampler, encoder",
+    "equilibrium": "mapping of the fields of EquilibriumConfig",
+}
+"""Settings of a ``DecoderConfig`` that are a value as a whole."""
 
 
 def read_model_documents(arguments: list[str]) -> list[str]:
@@ -28,8 +37,8 @@ def read_model_documents(arguments: list[str]) -> list[str]:
 def run_parser(command: str, description: str, arguments: list[str]) -> Parser:
     """Groups ``data``, ``dataset``, ``model`` and ``train``, so that one YAML file serves both commands.
 
-    A Free Transformer and a Mamba-Hopfield model have the group ``objective`` as well. The vocabulary size is no
-    option: it is the data's.
+    An architecture that can have a plan or an equilibrium has the group ``objective`` as well. The vocabulary size is
+    no option: it is the data's.
     """
     parser = make_parser(command, description)
     name = _architecture(arguments)
@@ -39,7 +48,7 @@ def run_parser(command: str, description: str, arguments: list[str]) -> Parser:
     _add_config(parser, MODELS[name].config_class, "model", {"vocab_size"})
     parser.add_class_arguments(TrainConfig, "train")
     parser.add_class_arguments(ParallelConfig, "parallel")
-    objective = objective_class(name)
+    objective = objective_class(MODELS[name].config_class)
     if objective is not None:
         parser.add_class_arguments(objective, "objective")
     return parser
@@ -48,7 +57,11 @@ def run_parser(command: str, description: str, arguments: list[str]) -> Parser:
 def _add_config(parser: Parser, config_class: type, group: str, skip: set[str]) -> None:
     """The fields of a config as options, those of configs inside it as ``group.field.option``."""
     nested = {f.name: f.default for f in fields(config_class) if is_dataclass(f.default)}
-    parser.add_class_arguments(config_class, group, skip={*skip, *nested})
+    # what holds configs of several kinds or in any number is read by the config, not by the parser
+    whole = {} if config_class is not DecoderConfig else WHOLE
+    parser.add_class_arguments(config_class, group, skip={*skip, *nested, *whole})
+    for name, help in whole.items():
+        parser.add_argument(f"--{group}.{name}", type=Any, default=None, help=help)
     for name, default in nested.items():
         assert is_dataclass(default) and not isinstance(default, type)
         parser.add_class_arguments(type(default), f"{group}.{name}", default=asdict(default))
@@ -64,23 +77,34 @@ def run_config(parser: Parser, arguments: list[str]) -> tuple[RunConfig, dict[st
     name = model.pop("architecture")
     data = DataConfig(**values["data"])
     vocab_size = TokenDataset(data.folder, "train").vocab_size
+    config = MODELS[name].config_class.from_dict(model | {"vocab_size": vocab_size})
     run = RunConfig(
         architecture=name,
-        model=MODELS[name].config_class.from_dict(model | {"vocab_size": vocab_size}),
+        model=config,
         data=data,
         train=TrainConfig(**values["train"]),
         parallel=ParallelConfig(**values["parallel"]),
-        objective=_objective(name, values["objective"]) if "objective" in values else None,
+        objective=_objective(config, values["objective"]) if "objective" in values else None,
     )
     return run, values
 
 
-def _objective(architecture: str, values: dict[str, Any]) -> ObjectiveConfig:
-    config_class = objective_class(architecture)
-    assert config_class is not None
+def _objective(model: ModelConfig, values: dict[str, Any]) -> ObjectiveConfig | None:
+    """Raises: ValueError for a setting of a part that this model does not have."""
+    possible, wanted = objective_class(type(model)), objective_class(model)
+    assert possible is not None
+    own = {f.name for f in fields(wanted)} if wanted is not None else set()
+    for option in fields(possible):
+        value = values[option.name]
+        value = tuple(value) if isinstance(value, list) else value
+        absent = "absent: the model has no part that it is of"
+        check(option.name in own or value == option.default, f"objective.{option.name}", value, absent)
+    if wanted is None:
+        return None
+    values = {name: value for name, value in values.items() if name in own}
     if "curriculum" in values:
         values = values | {"curriculum": tuple(SolverStage(**vars(stage)) for stage in values["curriculum"])}
-    return config_class(**values)
+    return wanted(**values)
 
 
 def _architecture(arguments: list[str]) -> str:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from helmholtz.evals.equilibria import active_patterns
+from helmholtz.evals.equilibria import active_patterns, read
 from helmholtz.layers.equilibrium import TokenProblem
 from helmholtz.models.base import evaluation_mode
 from helmholtz.models.decoder import Decoder, require_equilibrium
@@ -139,7 +139,8 @@ def tight(solver: SolverConfig) -> SolverConfig:
 def validation_case(model: Decoder, tokens: Int[Tensor, "B T"], *, seed: int) -> ValidationCase:
     """Run the model on ``tokens`` as a user would, and solve once more, for more digits."""
     with solving_with(model, silent(model.solver)):
-        equilibrium = model(tokens).equilibrium
+        equilibrium = read(model, tokens).equilibrium
+    assert equilibrium is not None
     problem = equilibrium.problem
     patterns = active_patterns(problem.parameters)
     return ValidationCase(

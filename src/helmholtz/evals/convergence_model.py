@@ -18,7 +18,7 @@ from helmholtz.evals.convergence_case import (
     silent,
     solving_with,
 )
-from helmholtz.evals.equilibria import in_double
+from helmholtz.evals.equilibria import in_double, read
 from helmholtz.models.decoder import Decoder
 from helmholtz.models.outputs import LMOutput
 from helmholtz.solvers import (
@@ -104,7 +104,8 @@ def check_gradient(case: ValidationCase) -> GradientTest:
         case.model.solver, rtol=1e-12, energy_rtol=1e-12, max_steps=200, on_nonconvergence="ignore"
     )
     with solving_with(model, exact):
-        found = model(case.tokens).equilibrium
+        found = read(model, case.tokens).equilibrium
+    assert found is not None
     local = local_lipschitz(found.problem, found.solution.value, steps=100, generator=case.generator(8))
     largest = local.max()
     n_steps = _unrolled_steps(largest.item())
@@ -167,7 +168,7 @@ def _with_embedding(
     kept: list[Tensor] = []
     handle = model.embed.register_forward_hook(lambda module, inputs, output: kept.append(output))
     try:
-        output = model(tokens, z_init=z_init)
+        output = read(model, tokens, z_init=z_init)
     finally:
         handle.remove()
     return output, kept[0]
@@ -191,14 +192,14 @@ def check_causality(case: ValidationCase) -> CausalityTest:
     for mode, max_steps in itertools.product(SOLVER_MODES, STEP_LIMITS):
         solver = replace(silent(model.solver), mode=mode, max_steps=max_steps)
         with solving_with(model, solver):
-            before = _values(model(tokens))
+            before = _values(read(model, tokens))
             for place, changed in changes:
-                after = _values(model(changed))
+                after = _values(read(model, changed))
                 future += [_change(x[:, :place], y[:, :place]) for x, y in zip(before, after, strict=True)]
                 tested += sum(x[:, :place].numel() for x in before)
             alone = [
                 torch.cat(parts)
-                for parts in zip(*(_values(model(row)) for row in tokens.split(1)), strict=True)
+                for parts in zip(*(_values(read(model, row)) for row in tokens.split(1)), strict=True)
             ]
             batch += [_change(x, y) for x, y in zip(before[:2], alone[:2], strict=True)]
         rows.append(_row_change(case, solver))

@@ -15,7 +15,7 @@ from helmholtz.evals.convergence_case import (
     ValidationCase,
     solving_with,
 )
-from helmholtz.evals.equilibria import equilibrium_ball, points_in_ball, random_directions
+from helmholtz.evals.equilibria import equilibrium_ball, points_in_ball, random_directions, read
 from helmholtz.solvers import Solution, solve
 from helmholtz.solvers.spectrum import top_eigenvector
 
@@ -161,4 +161,6 @@ def _from_z_init(case: ValidationCase, start: Float[Tensor, "N D"]) -> Solution:
     """Solve through the model's forward pass, which a user gives a start."""
     with solving_with(case.model, case.solver):
         z_init = start.view(*case.tokens.shape, -1)
-        return case.model(case.tokens, z_init=z_init).equilibrium.solution
+        found = read(case.model, case.tokens, z_init=z_init).equilibrium
+    assert found is not None
+    return found.solution

@@ -8,20 +8,33 @@ from torch import Tensor
 
 from helmholtz._checks import check, check_integer
 from helmholtz.layers.equilibrium import Equilibrium, TokenProblem
+from helmholtz.layers.latent import Plan
 from helmholtz.layers.placement import device_of
 from helmholtz.models.base import evaluation_mode
 from helmholtz.models.decoder import Decoder, require_equilibrium
+from helmholtz.models.outputs import LMOutput
 from helmholtz.ops.token_energy import EnergyParameters, TokenField
 from helmholtz.solvers import AbstractProblem
 
 ProblemT = TypeVar("ProblemT", bound=AbstractProblem)
 
 
+def read(model: Decoder, tokens: Int[Tensor, "B T"], *, z_init: Tensor | None = None) -> LMOutput:
+    """A call that can be repeated: a model with plans reads every row under the same one, drawn from its prior."""
+    z = None
+    if model.plan is not None:
+        code = model.sample_prior(1, tokens.shape[1], generator=torch.Generator().manual_seed(0)).code
+        z = Plan(code.expand(len(tokens), -1))
+    output: LMOutput = model(tokens, z=z, z_init=z_init)
+    return output
+
+
 def equilibrium_of(model: Decoder, tokens: Int[Tensor, "B T"]) -> Equilibrium:
     """The equilibria of a text, without gradients, the model in evaluation mode and afterwards as it was."""
     with evaluation_mode(model):
         require_equilibrium(model)
-        found: Equilibrium = model(tokens).equilibrium
+        found = read(model, tokens).equilibrium
+    assert found is not None
     return found
 
 

@@ -1,11 +1,13 @@
 """What a model is made of, and how its Free Energy Mixers read a text."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from helmholtz.evals.equilibria import read
 from helmholtz.layers.equilibrium import EquilibriumLayer
 from helmholtz.layers.fem import FreeEnergyMixer
 from helmholtz.layers.fem_reading import Reading, inspect_read
@@ -101,21 +103,24 @@ def mixers(model: nn.Module) -> dict[str, FreeEnergyMixer]:
 
 
 def read_text(model: Decoder, tokens: Int[Tensor, "1 T"]) -> dict[str, Reading]:
-    """Each mixer's reading of one text, by the mixer's name; empty for a model without mixers."""
-    inputs: dict[str, Tensor] = {}
+    """Each mixer's reading of one text, by the mixer's name; empty for a model without mixers.
+
+    A model with a plan reads under one of its prior, and its encoder does not run.
+    """
+    inputs: dict[str, tuple[Tensor, Tensor | None]] = {}
 
     def keep(name: str) -> torch.utils.hooks.RemovableHandle:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            inputs[name] = arguments[0]
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+            inputs[name] = arguments[0], options.get("source")
 
-        return found[name].register_forward_pre_hook(hook)
+        return found[name].register_forward_pre_hook(hook, with_kwargs=True)
 
     found = mixers(model)
     handles = [keep(name) for name in found]
     try:
         with evaluation_mode(model):
-            model(tokens)
-            return {name: inspect_read(mixer, inputs[name]) for name, mixer in found.items()}
+            read(model, tokens)
+            return {name: inspect_read(found[name], x, source=source) for name, (x, source) in inputs.items()}
     finally:
         for handle in handles:
             handle.remove()

@@ -138,10 +138,14 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
         return MixerState(position, self.prior.init_state(position), None)
 
     def project(
-        self, x: Float[Tensor, "B T D"], layout: SequenceLayout
+        self,
+        x: Float[Tensor, "B T D"],
+        layout: SequenceLayout,
+        source: Float[Tensor, "B T D"] | None = None,
     ) -> tuple[Mapping[str, Float[Tensor, "B T _"]], Float[Tensor, "B G T V"]]:
         """``(features by name, values)`` as the prior and the gates see them: for looking inside."""
-        features, _ = self._condition(zero_pads(x, layout), layout, None)
+        source = None if source is None else zero_pads(source, layout)
+        features, _, _ = self._features(zero_pads(x, layout), source, layout, layout, None)
         return features, split_heads(features["v"], self.config.n_kv_heads or 0)
 
     def _mix(

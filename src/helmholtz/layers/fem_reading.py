@@ -44,8 +44,10 @@ def inspect_read(
     x: Float[Tensor, "B T D"],
     *,
     attention_mask: Shaped[Tensor, "..."] | None = None,
+    source: Float[Tensor, "B T D"] | None = None,
 ) -> Reading:
-    """Take apart how ``mixer`` reads ``x``, for any prior: its weights are recovered by averaging one-hot positions.
+    """Take apart how ``mixer`` reads ``x``, or ``source`` by the queries of ``x``, for any prior: its weights are
+    recovered by averaging one-hot positions.
 
     To look at: nothing of it has a gradient.
 
@@ -56,7 +58,7 @@ def inspect_read(
     if c.read == "mean":
         raise ValueError("mixer: read='mean' has no free energy to inspect")
     layout = sequence_layout(x, attention_mask)
-    features, values = mixer.project(x, layout)
+    features, values = mixer.project(x, layout, source)
     onehots = torch.eye(x.shape[1], device=x.device)[None, None, :, :, None]
     weights, _ = mixer.prior(
         features,

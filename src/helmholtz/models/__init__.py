@@ -7,7 +7,7 @@ from helmholtz.models.mamba import Mamba
 from helmholtz.models.mamba_hopfield import MambaHopfield
 from helmholtz.models.transformer import Transformer
 
-__all__ = ["FEMLM", "MODELS", "FreeTransformer", "Mamba", "MambaHopfield", "Transformer"]
+__all__ = ["FEMLM", "MODELS", "Decoder", "FreeTransformer", "Mamba", "MambaHopfield", "Transformer"]
 
 MODELS: dict[str, type[Decoder]] = {
     "transformer": Transformer,
@@ -15,4 +15,5 @@ MODELS: dict[str, type[Decoder]] = {
     "free_transformer": FreeTransformer,
     "mamba": Mamba,
     "mamba_hopfield": MambaHopfield,
+    "decoder": Decoder,
 }

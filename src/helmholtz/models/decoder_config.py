@@ -1,5 +1,6 @@
 """Any combination of mixers, a latent plan and an equilibrium."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -7,7 +8,9 @@ from helmholtz._checks import check, check_choice
 from helmholtz.layers.equilibrium_config import EquilibriumConfig
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig
 from helmholtz.layers.mixer_config import AttentionConfig, MambaMixerConfig, is_causal
-from helmholtz.models.base import LayerConfig, ModelConfig, PlanConfig, default_d_ff
+from helmholtz.models.base import ConfigT, LayerConfig, ModelConfig, PlanConfig, default_d_ff
+from helmholtz.models.codec import config_from_dict
+from helmholtz.models.layer_pattern import layers_of
 
 ENCODER_PRIORS = ("softmax", "linear", "gla", "mamba")
 """Of a FEM that reads a plan's codes from the text."""
@@ -36,6 +39,18 @@ class DecoderConfig(ModelConfig):
             object.__setattr__(self, "plan", self._complete(self.plan))
         if self.equilibrium is not None:
             self._check_width("equilibrium", self.equilibrium)
+
+    @classmethod
+    def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+        """As ``ModelConfig.from_dict``; parts that say no ``d_model`` have the model's.
+
+        ``layers`` may also be a pattern such as ``attention, fem:gla x3, mamba`` (``layer_pattern.layers_of``), and
+        an ``equilibrium`` without ``d_inner`` has twice the width, as a Mamba has.
+        """
+        if isinstance(values, Mapping):
+            values = _with_widths(values)
+        config: ConfigT = config_from_dict(cls, values, cls.__name__)
+        return config
 
     @property
     def n_layers(self) -> int:
@@ -74,6 +89,30 @@ class DecoderConfig(ModelConfig):
         if isinstance(mixer, FreeEnergyMixerConfig):
             check_choice("plan.encoder.mixer.prior", mixer.prior, ENCODER_PRIORS)
         return plan
+
+
+def _with_widths(given: Mapping[str, Any]) -> dict[str, Any]:
+    values = dict(given)
+    width = values.get("d_model", ModelConfig.__dataclass_fields__["d_model"].default)
+    if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+        return values  # which is refused later, by name
+    if isinstance(values.get("layers"), str):
+        values["layers"] = layers_of(values["layers"], width)
+    if isinstance(values.get("layers"), list | tuple):
+        values["layers"] = [_with_width(layer, "mixer", width) for layer in values["layers"]]
+    plan = values.get("plan")
+    if isinstance(plan, Mapping) and plan.get("encoder") is not None:
+        values["plan"] = dict(plan) | {"encoder": _with_width(plan["encoder"], "mixer", width)}
+    if isinstance(values.get("equilibrium"), Mapping):
+        values["equilibrium"] = {"d_model": width, "d_inner": 2 * width} | dict(values["equilibrium"])
+    return values
+
+
+def _with_width(values: Any, name: str, width: int) -> Any:
+    """These values with ``d_model`` in the part ``name``, if it is there and lacks it."""
+    if not isinstance(values, Mapping) or not isinstance(values.get(name), Mapping):
+        return values
+    return dict(values) | {name: {"d_model": width} | dict(values[name])}
 
 
 def _default_encoder(layer: LayerConfig, d_model: int) -> LayerConfig:

@@ -48,7 +48,7 @@ class SolverStage:
         check_positive("objective.curriculum.rtol", self.rtol)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # without slots: it is the second base of a config that has them
 class EquilibriumObjectiveConfig:
     """What a model with an equilibrium minimises beside its cross-entropy, and what changes with the step."""
 
@@ -112,23 +112,33 @@ class EquilibriumObjective:
         self.config, self.seed, self.n_targets = config, seed, n_targets
 
     def __call__(self, model: nn.Module, tokens: Int[Tensor, "B T1"], step: int) -> Objective:
-        (model, layer), c = _with_equilibria(model), self.config
-        with training_solver(model, c.stage(step) if model.training else None):
+        with self.solving(model, step):
             output = model(tokens[:, :-1])
-        found = output.equilibrium
         n_targets = self.n_targets or tokens.shape[1] - 1
         nats = cross_entropy(output.logits[:, -n_targets:], tokens[:, -n_targets:])
-        weighted = self._terms(layer, found)
-        loss = nats
+        plain = Objective(nats, {"cross_entropy": nats.detach()}, nats.detach())
+        return self.added(model, output.equilibrium, plain, step)
+
+    @contextlib.contextmanager
+    def solving(self, model: nn.Module, step: int) -> Iterator[None]:
+        """The model solves as its training asks for after ``step`` optimizer steps."""
+        model, _ = _with_equilibria(model)
+        with training_solver(model, self.config.stage(step) if model.training else None):
+            yield
+
+    def added(self, model: nn.Module, found: Equilibrium, to: Objective, step: int) -> Objective:
+        """An objective and the equilibria's terms; the bound stays. Writes into the memory if it is time to."""
+        (model, layer), c = _with_equilibria(model), self.config
+        weighted, loss = self._terms(layer, found), to.loss
         for weight, term in weighted.values():
             loss = loss + weight * term
         if model.training and c.writes(step):
             rows, chosen = found.rows(found.z).detach(), found.solution.converged
             model.memory.write(gather_rows(rows), gather_rows(chosen), warn=False)
-        terms = {"cross_entropy": nats} | {name: term for name, (_, term) in weighted.items()}
+        terms = {name: term for name, (_, term) in weighted.items()}
         terms["num_steps"] = found.solution.num_steps.float().mean()
         terms["unconverged"] = (~found.solution.converged).float().mean()
-        return Objective(loss, {name: term.detach() for name, term in terms.items()}, nats.detach())
+        return replace(to, loss=loss, terms=to.terms | {name: term.detach() for name, term in terms.items()})
 
     def _terms(
         self, layer: EquilibriumLayer, found: Equilibrium

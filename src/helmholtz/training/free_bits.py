@@ -1,4 +1,4 @@
-"""Training of the Free Transformer: cross-entropy under the posterior's plan, and what the plan costs."""
+"""Training of models with a plan: cross-entropy under the posterior's plan, and what the plan costs."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from helmholtz._checks import check, check_integer, check_non_negative, check_positive
 from helmholtz.layers.latent import Plan
 from helmholtz.models.decoder import Decoder, require_plan
-from helmholtz.models.outputs import LowerOutput
+from helmholtz.models.outputs import LMOutput, LowerOutput
 from helmholtz.ops.binary_latent import bits_to_nats, code_log_probability, free_bits, kl_per_token
 from helmholtz.ops.code_usage import CodeUsage, code_usage
 from helmholtz.ops.losses import cross_entropy
@@ -25,7 +25,7 @@ REMEDIES = "objective.kappa_start_bits, objective.kl_warmup_steps or objective.e
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FreeBitsConfig:
-    """What a Free Transformer's plan may cost. All but the first are remedies for a plan that stays unused."""
+    """What a latent plan may cost. All but the first are remedies for a plan that stays unused."""
 
     kappa_bits: float = 0.5
     """Bits per token that the plan may carry at no charge."""
@@ -88,17 +88,23 @@ class FreeBitsObjective:
         self.config, self.seed = config, seed
 
     def __call__(self, model: nn.Module, tokens: Int[Tensor, "B T1"], step: int) -> Objective:
+        return self.read(model, tokens, step)[0]
+
+    def read(self, model: nn.Module, tokens: Int[Tensor, "B T1"], step: int) -> tuple[Objective, LMOutput]:
+        """The objective, and the model's output under the plan that it is of."""
         model = _planned(model)
         half = model.lower(tokens[:, :-1])
         z = model.sample_posterior(half)
-        reconstruction = cross_entropy(model.upper(half, z).logits, tokens[:, 1:])
+        output = model.upper(half, z)
+        reconstruction = cross_entropy(output.logits, tokens[:, 1:])
         kl = kl_per_token(_logits(z))
         charge = free_bits(kl, self.config.kappa(step))
         terms = {"reconstruction": reconstruction, "free_bits": charge, "kl": kl.mean()}
         terms = {name: term.detach() for name, term in terms.items()}
         loss = reconstruction + self.config.weight(step) * charge
         elbo = terms["reconstruction"] + terms["kl"]
-        return Objective(loss, terms, elbo if model.training else _mixture(model, half, z, tokens[:, 1:]))
+        bound = elbo if model.training else _mixture(model, half, z, tokens[:, 1:])
+        return Objective(loss, terms, bound), output
 
     def report(self, model: nn.Module, batches: Sequence[Int[Tensor, "_ _"]], step: int) -> Report:
         """Cross-entropy under plans of the posterior (it leaks) and under one of the prior each, and the plan's usage.

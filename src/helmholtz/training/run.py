@@ -23,28 +23,16 @@ from helmholtz.models import MODELS
 from helmholtz.models.base import ModelConfig
 from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.models.decoder import Decoder, require_equilibrium
-from helmholtz.models.free_transformer import FreeTransformer
-from helmholtz.models.mamba_hopfield import MambaHopfield, MambaHopfieldConfig
 from helmholtz.training.callbacks import Callback, JSONLMetrics, ProgressBar, RunResult, TensorBoard
 from helmholtz.training.checkpoint import can_resume, claim, first_difference, newest_checkpoint
 from helmholtz.training.config import TrainConfig
 from helmholtz.training.distributed import on_main, process_group, training_device, world
-from helmholtz.training.equilibrium import EquilibriumObjective, EquilibriumObjectiveConfig
-from helmholtz.training.free_bits import FreeBitsConfig, FreeBitsObjective
+from helmholtz.training.equilibrium import EquilibriumObjectiveConfig
+from helmholtz.training.free_bits import FreeBitsConfig
 from helmholtz.training.loop import Trainer, seed_everything
 from helmholtz.training.parallel import ParallelConfig
+from helmholtz.training.parts import ObjectiveConfig, objective_class, objective_of
 from helmholtz.training.tracking import ExperimentTracker
-
-ObjectiveConfig = FreeBitsConfig | EquilibriumObjectiveConfig
-
-
-def objective_class(architecture: str) -> type[FreeBitsConfig] | type[EquilibriumObjectiveConfig] | None:
-    """The settings of what a model minimises beside its cross-entropy; None if that is all."""
-    if MODELS[architecture] is FreeTransformer:
-        return FreeBitsConfig
-    if MODELS[architecture] is MambaHopfield:
-        return EquilibriumObjectiveConfig
-    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,29 +58,31 @@ class RunConfig:
         self._check_objective()
 
     def _check_objective(self) -> None:
-        wanted = objective_class(self.architecture)
+        wanted = objective_class(self.model)
         if wanted is None:
-            absent = f"absent for {self.architecture}: only a free_transformer and a mamba_hopfield have one"
+            absent = f"absent for {self.architecture}: the model has neither a plan nor an equilibrium"
             check(self.objective is None, "objective", self.objective, absent)
             return
         if self.objective is None:
             object.__setattr__(self, "objective", wanted())
         of_this = f"a {wanted.__name__} for {self.architecture}"
-        check(isinstance(self.objective, wanted), "objective", self.objective, of_this)
+        check(type(self.objective) is wanted, "objective", self.objective, of_this)
         for name, steps in self._scheduled().items():
             latest = f"at most train.steps = {self.train.steps}"
             check(steps <= self.train.steps, f"objective.{name}", steps, latest)
 
     def _scheduled(self) -> dict[str, int]:
         """The steps that the objective's schedules name."""
-        c = self.objective
+        c, steps = self.objective, dict[str, int]()
         if isinstance(c, FreeBitsConfig):
-            return {"kappa_steps": c.kappa_steps, "kl_warmup_steps": c.kl_warmup_steps}
-        assert isinstance(c, EquilibriumObjectiveConfig) and isinstance(self.model, MambaHopfieldConfig)
-        steps = {"curriculum.from_step": c.curriculum[-1].from_step} if c.curriculum else {}
-        if c.memory_write_step is not None:
+            steps |= {"kappa_steps": c.kappa_steps, "kl_warmup_steps": c.kl_warmup_steps}
+        if isinstance(c, EquilibriumObjectiveConfig) and c.curriculum:
+            steps["curriculum.from_step"] = c.curriculum[-1].from_step
+        if isinstance(c, EquilibriumObjectiveConfig) and c.memory_write_step is not None:
+            equilibrium = self.model.equilibrium_config()
             wanted = "absent without writable patterns (model.n_slots = 0)"
-            check(self.model.n_slots > 0, "objective.memory_write_step", c.memory_write_step, wanted)
+            assert equilibrium is not None
+            check(equilibrium.n_slots > 0, "objective.memory_write_step", c.memory_write_step, wanted)
             steps["memory_write_step"] = c.memory_write_step
         return steps
 
@@ -248,13 +238,11 @@ def _trainer(
 ) -> Trainer:
     if config.objective is None:
         return Trainer(model, train_data, validation, config.train, parallel=config.parallel)
-    objective: FreeBitsObjective | EquilibriumObjective
+    objective, factors = objective_of(config.objective, seed=config.train.seed), dict[str, float]()
     if isinstance(config.objective, FreeBitsConfig):
-        objective = FreeBitsObjective(config.objective, seed=config.train.seed)
-        factors = {"encoder.": config.objective.encoder_lr_factor}
-    else:
-        objective = EquilibriumObjective(config.objective, seed=config.train.seed)
-        factors = {"equilibrium.memory.": config.objective.memory_lr_factor}
+        factors["encoder."] = config.objective.encoder_lr_factor
+    if isinstance(config.objective, EquilibriumObjectiveConfig):
+        factors["equilibrium.memory."] = config.objective.memory_lr_factor
         # nothing else reaches the start, and DDP waits for the gradient of every trained parameter
         require_equilibrium(model).dynamics.start_proj.requires_grad_(config.objective.convergence_weight > 0)
     return Trainer(

@@ -18,7 +18,7 @@ from hf_cases import CORES, RECURRENT, of_architecture
 def test_a_config_is_complete_and_comes_back_equal(name, tmp_path):
     core = CORES[name]().config
     architecture = name.split("-")[0]
-    names = {"fem": "fem_lm", "free": "free_transformer"}
+    names = {"fem": "fem_lm", "free": "free_transformer", "hybrid": "decoder"}
     architecture = (
         "mamba_hopfield" if name.startswith("mamba-hopfield") else names.get(architecture, architecture)
     )
@@ -58,9 +58,15 @@ def test_sizes_have_their_usual_names():
 def test_sizes_are_set_by_their_usual_names(name, tmp_path):
     config = of_architecture(name).config
     config.vocab_size, config.tie_word_embeddings = 40, False
-    config.num_hidden_layers = 3
+    if name == "decoder":  # which has its layers one by one
+        with pytest.raises(ValueError, match="a decoder has none of n_layers"):
+            config.num_hidden_layers = 3
+    else:
+        config.num_hidden_layers = 3
     core = config.core_config()
-    assert (core.vocab_size, core.tie_embeddings, core.n_layers) == (40, False, 3)
+    n_layers = 2 if name == "decoder" else 3
+    assert (core.vocab_size, core.tie_embeddings, core.n_layers) == (40, False, n_layers)
+    assert config.num_hidden_layers == n_layers
     config.save_pretrained(tmp_path)
     again = HelmholtzConfig.from_pretrained(tmp_path, vocab_size=41)
     assert again.core_config() == dataclasses.replace(core, vocab_size=41)

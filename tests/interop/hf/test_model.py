@@ -6,7 +6,6 @@ from decoder_cases import tokens_of
 from helmholtz.interop.hf import HelmholtzForCausalLM, StateCache
 from helmholtz.interop.hf.plans import prior_codes
 from helmholtz.layers.latent import Plan
-from helmholtz.models.free_transformer import FreeTransformer
 from hf_cases import CORES, ONE_OF_EACH, make
 
 
@@ -14,12 +13,12 @@ from hf_cases import CORES, ONE_OF_EACH, make
 def core_logits(model, tokens, mask=None):
     """Of the model inside, under the plan that the config asks for."""
     core = model.model
-    if not isinstance(core, FreeTransformer):
+    if core.plan is None:
         return core(tokens, attention_mask=mask).logits
     real = torch.ones_like(tokens) if mask is None else mask
     positions = (real.cumsum(1) - 1).clamp(min=0)
     seeds = torch.tensor([model.config.plan_seed])
-    plan = Plan(prior_codes(seeds, positions, core.config.n_latent_bits))
+    plan = Plan(prior_codes(seeds, positions, core.plan.n_bits))
     return core(tokens, z=plan, attention_mask=mask).logits
 
 

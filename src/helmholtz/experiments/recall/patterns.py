@@ -7,7 +7,7 @@ the gain ``delta`` of the token energy and its ``kappa`` do not enter.
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 import torch
@@ -96,6 +96,12 @@ class RecallResult:
     def to_dict(self) -> dict[str, Any]:
         """For a result file."""
         return {**asdict(self), "agrees": self.agrees()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RecallResult":
+        """What ``to_dict`` gave, also as JSON brings it back."""
+        own = {field.name: values[field.name] for field in fields(cls)}
+        return cls(**{**own, "corruption": Corruption(**own["corruption"])})
 
 
 def recall_patterns(
@@ -238,6 +244,11 @@ class AssociationResult:
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "agrees": self.agrees()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "AssociationResult":
+        """What ``to_dict`` gave, also as JSON brings it back."""
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 
 def recall_values(

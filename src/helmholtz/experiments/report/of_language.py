@@ -28,7 +28,7 @@ LANGUAGE_ASKED = (
     "Transformer's number is an upper bound. Curves are means over seeds, against training tokens and against CPU "
     "seconds of one core."
 )
-COMMAND = "helmholtz language --output docs/experiments/language"
+COMMAND = "helmholtz study language run --output docs/experiments/language"
 SCALING = "Language modelling: three sizes"
 SCALING_ASKED = (
     "How much does a tenfold number of parameters buy at equal tokens, on Shakespeare by bytes? The slope is of the "

@@ -12,13 +12,13 @@ RECALL_ASKED = (
     "How many random patterns does the memory tell apart as its margin falls? The margin says by how many nats the "
     "pattern that is told apart worst outweighs all others at its own place; below three the memory warns."
 )
-RECALL_COMMAND = """helmholtz recall --profile full --train_steps 1500 --output docs/experiments/memory
-helmholtz recall --profile capacity --trials 1024 --output docs/experiments/memory/capacity"""
+RECALL_COMMAND = """helmholtz study recall run --profile full --train_steps 1500 --output docs/experiments/memory
+helmholtz study recall run --profile capacity --trials 1024 --output docs/experiments/memory/capacity"""
 CONTINUAL = "Memory: one map after another"
 CONTINUAL_ASKED = (
     "Maps over shared inputs and labels, learned in turn: what is left of the earlier ones at the end?"
 )
-CONTINUAL_COMMAND = "helmholtz continual --seeds 0 1 2 3 4 5 --output docs/experiments/memory"
+CONTINUAL_COMMAND = "helmholtz study continual run --seeds 0 1 2 3 4 5 --output docs/experiments/memory"
 LEARNING = "Mamba-Hopfield: what training finds"
 LEARNING_ASKED = (
     "Does the equilibrium model learn, do its equilibria stay cheap and stable, and what does "

@@ -22,7 +22,7 @@ ASKED = (
     "and the channel's maximum, beside its law; then layers of equal parameters that learn it; then how "
     "many patterns a layer reaches."
 )
-COMMAND = "helmholtz selection --output docs/experiments/selection"
+COMMAND = "helmholtz study selection run --output docs/experiments/selection"
 SHOWN = ("attention, values fixed", "free energy, beta 2", "free energy, beta 20")
 
 

@@ -28,15 +28,15 @@ MAD_ASKED = (
     "Which mixers remember, copy and compress? The baseline setting of every task of the MAD benchmark, one learning "
     "rate per task that a pilot chose on attention alone."
 )
-MAD_COMMAND = "helmholtz mad run --profile quick --output docs/experiments/mad"
+MAD_COMMAND = "helmholtz study mad run --profile quick --output docs/experiments/mad"
 FORECAST = "Forecasting"
 FORECAST_ASKED = (
     "Time series of many variates, look-back 96: attention and free energy against two simple baselines."
 )
-FORECAST_COMMAND = "helmholtz forecast run"
+FORECAST_COMMAND = "helmholtz study forecasting run"
 VISION = "Vision"
 VISION_ASKED = "A small vision transformer whose attention is plain or free energy, both ways in time."
-VISION_COMMAND = "helmholtz vision run"
+VISION_COMMAND = "helmholtz study vision run"
 
 
 def mad(folders: Sequence[Path]) -> Section:
@@ -67,7 +67,7 @@ def mad(folders: Sequence[Path]) -> Section:
 
 
 def _beside_published(file: Path, tasks: Sequence[str]) -> tuple[Table, ...]:
-    """What ``helmholtz mad report`` has written of the papers, if it has been called."""
+    """What ``helmholtz study mad report`` has written of the papers, if it has been called."""
     if not file.exists():
         return ()
     report = read_node(file)

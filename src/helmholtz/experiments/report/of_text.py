@@ -81,7 +81,9 @@ def _comparison(
 
 
 def letters(folders: Sequence[Path]) -> Section:
-    command = "helmholtz synthetic --kappas 0.015625 0.125 1 8 --profile paper --output results/synthetic"
+    command = (
+        "helmholtz study letters run --kappas 0.015625 0.125 1 8 --profile paper --output results/synthetic"
+    )
     file = locate(folders, "plan_letters/paper.json", "synthetic/results.json")
     if file is None:
         return absent("letters", LETTERS, LETTERS_ASKED, command, "plan_letters/paper.json")

@@ -13,6 +13,7 @@ from helmholtz._checks import (
     check_keys,
     check_non_negative,
 )
+from helmholtz.layers.mixer_config import MambaMixerConfig
 from helmholtz.models import MODELS
 from helmholtz.models.base import ModelConfig
 
@@ -47,8 +48,9 @@ class HelmholtzConfig(PreTrainedConfig):
         use_cache: whether a call starts a stream if it does not say.
 
     Sizes have their usual names too: ``vocab_size``, ``hidden_size``, ``num_hidden_layers``, ``num_attention_heads``
-    (of Mamba groups of channels with one decay), ``num_key_value_heads``, ``intermediate_size`` (of Mamba the channels
-    of a mixer), ``max_position_embeddings``, ``rms_norm_eps``, ``tie_word_embeddings``. Setting one changes ``core``.
+    (of the first block; of Mamba groups of channels with one decay), ``num_key_value_heads``, ``intermediate_size`` (of
+    Mamba the channels of a mixer), ``max_position_embeddings``, ``rms_norm_eps``, ``tie_word_embeddings``. Setting one
+    changes ``core``.
 
     Raises: ValueError for an unknown architecture or key, and for a setting that the architecture does not have.
     """
@@ -135,7 +137,6 @@ class HelmholtzConfig(PreTrainedConfig):
 
     vocab_size = _size("vocab_size")
     hidden_size = _size("d_model")
-    num_hidden_layers = _size("n_layers")
     num_key_value_heads = _size("n_kv_heads", "n_heads")
     intermediate_size = _size("d_ff", "d_inner")
     max_position_embeddings = _size("max_seq_len")
@@ -143,15 +144,27 @@ class HelmholtzConfig(PreTrainedConfig):
     tie_word_embeddings = _size("tie_embeddings")
 
     @property
+    def num_hidden_layers(self) -> int:
+        return len(self.core_config().layer_configs())
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value: int) -> None:
+        if value != self.num_hidden_layers:
+            self._set_size(value, "n_layers")
+
+    @property
     def num_attention_heads(self) -> int:
-        assert self.core is not None
-        if "n_heads" not in self.core and "d_head" in self.core:
-            return self._get_size("d_inner") // self.core["d_head"]
-        return self._get_size("n_heads")
+        mixer = self.core_config().layer_configs()[0].mixer
+        if isinstance(mixer, MambaMixerConfig):
+            assert mixer.d_inner is not None
+            return mixer.d_inner // mixer.d_head
+        return mixer.n_heads
 
     @num_attention_heads.setter
     def num_attention_heads(self, value: int) -> None:
         assert self.core is not None
+        if value == self.num_attention_heads:
+            return None
         if "n_heads" in self.core or "d_head" not in self.core:
             return self._set_size(value, "n_heads")
         channels = self._get_size("d_inner")

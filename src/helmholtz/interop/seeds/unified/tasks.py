@@ -19,7 +19,7 @@ NOISES = (0.0, 0.25, 0.5, 1.0, 1.5)
 
 
 class AssociativeRecallExperiment:
-    """What a memory of the model's width and temperature recalls of random patterns (``helmholtz recall``).
+    """What a memory of the model's width and temperature recalls of random patterns (``helmholtz study recall``).
 
     Nothing is trained: the patterns are written, spoilt by noise and settled again.
 
@@ -65,7 +65,7 @@ class AssociativeRecallExperiment:
 
 
 class ContinualLearningExperiment:
-    """Random maps over shared inputs and labels, learned one after another by the model (``helmholtz continual``).
+    """Random maps over shared inputs and labels, learned one after another by a model (``helmholtz study continual``).
 
     The model is trained. A memory beside it is written as the pairs are read and answers where it knows the key; its
     keys come from frozen vectors, so that training does not move them.

@@ -22,7 +22,7 @@ def _tiny(monkeypatch):
 
 
 def call(capsys, *arguments):
-    code = main(["synthetic", *map(str, arguments)])
+    code = main(["study", "letters", "run", *map(str, arguments)])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -65,7 +65,7 @@ def test_finished_cells_are_not_computed_again(capsys, tmp_path, monkeypatch):
 
     from helmholtz.experiments.letters.run import train_on_letters as train
 
-    monkeypatch.setattr("helmholtz.cli.synthetic.train_on_letters", spy)
+    monkeypatch.setattr("helmholtz.cli.studies.letters.train_on_letters", spy)
     before = (tmp_path / "cells" / "0.25-0.json").read_text()
     assert call(capsys, *command, "--kappas", 0.25, 1)[0] == 0
     assert trained == [1.0]

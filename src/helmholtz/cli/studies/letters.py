@@ -1,4 +1,4 @@
-"""``helmholtz synthetic``."""
+"""``helmholtz study letters``."""
 
 import json
 import time
@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from helmholtz._checks import check_choice, check_integer, check_non_negative
+from helmholtz._checks import check, check_choice, check_integer, check_non_negative
 from helmholtz._display import make_losable
 from helmholtz._files import write_atomically
 from helmholtz._hardware import describe_hardware, git_commit
 from helmholtz._json import parse_json
 from helmholtz.cli.arguments import make_parser, parse
+from helmholtz.cli.studies.queues import LIST
 from helmholtz.experiments.letters.data import LetterLaw, letters_to_text, noise_floor, vanilla_floor
 from helmholtz.experiments.letters.report import (
     GroupStatistics,
@@ -33,10 +34,12 @@ from helmholtz.experiments.letters.run import PROFILES, LetterExperiment, train_
 from helmholtz.models.decoder import Decoder
 from helmholtz.training.checkpoint import first_difference
 
-DESCRIPTION = (
-    "The synthetic experiment of the Free Transformer's paper: what a plan holds as the free bits per token grow. "
-    "Each model's result is kept in a file, and not computed again."
-)
+ACTIONS = {
+    "run": "Train models whose free bits per token grow, as in the Free Transformer's paper, and measure their plans; "
+    "then the report. Each model's result is kept in a file, and not computed again.",
+    "report": "Table, picture and results.json of the finished models.",
+    "list": LIST,
+}
 SHOWN = 5
 """Sequences in each of the three groups that are printed: one with a plan each, two with a plan for all."""
 SHOWN_LETTER = 10
@@ -144,19 +147,27 @@ def print_samples(cell: Cell, console: Console) -> None:
             console.print(f"    {line}", style=style, markup=False)
 
 
+def cell_files(
+    folder: Path, kappas: Sequence[float | None], seeds: Sequence[int]
+) -> dict[Path, tuple[float | None, int]]:
+    """Where the cells lie, in order."""
+    return {
+        folder / "cells" / f"{'vanilla' if kappa is None else repr(kappa)}-{seed}.json": (kappa, seed)
+        for seed in seeds
+        for kappa in kappas
+    }  # fmt: skip
+
+
 def cells_of(
     experiment: LetterExperiment, kappas: Sequence[float | None], seeds: Sequence[int], folder: Path, console: Console
 ) -> Iterator[Cell]:  # fmt: skip
     """The cells in order, each computed and written unless it is there."""
-    for seed in seeds:
-        for kappa in kappas:
-            name = "vanilla" if kappa is None else repr(kappa)
-            file = folder / "cells" / f"{name}-{seed}.json"
-            cell = read_cell(file, experiment)
-            if cell is None:
-                cell = compute_cell(experiment, kappa, seed, console)
-                write_atomically(file, json.dumps(cell, indent=1) + "\n")
-            yield cell
+    for file, (kappa, seed) in cell_files(folder, kappas, seeds).items():
+        cell = read_cell(file, experiment)
+        if cell is None:
+            cell = compute_cell(experiment, kappa, seed, console)
+            write_atomically(file, json.dumps(cell, indent=1) + "\n")
+        yield cell
 
 
 def summary(cells: Sequence[Cell], profile: str, law: LetterLaw, own: GroupStatistics) -> dict[str, Any]:
@@ -171,9 +182,9 @@ def summary(cells: Sequence[Cell], profile: str, law: LetterLaw, own: GroupStati
     }
 
 
-def options(arguments: list[str]) -> dict[str, Any]:
+def options(action: str, arguments: list[str]) -> dict[str, Any]:
     """Values of the command line. Raises: ValueError naming the option that is wrong."""
-    parser = make_parser("synthetic", DESCRIPTION)
+    parser = make_parser(f"study letters {action}", ACTIONS[action])
     parser.add_argument(
         "--kappas",
         type=float,
@@ -184,10 +195,13 @@ def options(arguments: list[str]) -> dict[str, Any]:
     parser.add_argument("--profile", type=str, default="ci", help=f"sizes: {', '.join(PROFILES)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each gives every model anew")
     parser.add_argument("--output", type=str, default="results/synthetic", help="folder of the result")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; more help these models little")
+    if action == "run":
+        parser.add_argument(
+            "--threads", type=int, default=1, help="CPU threads; more help these models little"
+        )
     values = parse(parser, arguments)
     check_choice("profile", values["profile"], PROFILES)
-    check_integer("threads", values["threads"])
+    check_integer("threads", values.get("threads", 1))
     for kappa in values["kappas"]:
         check_non_negative("kappas", kappa)
     for seed in values["seeds"]:
@@ -195,20 +209,40 @@ def options(arguments: list[str]) -> dict[str, Any]:
     return values
 
 
-def run(arguments: list[str], console: Console) -> int:
-    make_losable(console)
-    values = options(arguments)
-    torch.set_num_threads(values["threads"])
-    experiment, folder = PROFILES[values["profile"]], Path(values["output"])
-    law, cells = experiment.law, []
-    for cell in cells_of(experiment, [None, *values["kappas"]], values["seeds"], folder, console):
-        print_samples(cell, console)
-        cells.append(cell)
+def report(cells: Sequence[Cell], profile: str, folder: Path, console: Console) -> None:
+    """Table, ``results.json`` and ``letters.png``."""
+    law = PROFILES[profile].law
     own = law_statistics(law, generator=torch.Generator().manual_seed(0))
     console.print(result_table(cells, law, own))
-    content = summary(cells, values["profile"], law, own)
+    content = summary(cells, profile, law, own)
     write_atomically(folder / "results.json", json.dumps(content, indent=1) + "\n")
     measured = [(cell["kappa_bits"], LetterResult.from_dict(cell["result"])) for cell in cells]
     plot_letters(law, measured, own, folder / "letters.png")
     console.print(f"wrote {folder / 'results.json'} and {folder / 'letters.png'}", markup=False)
-    return 0
+
+
+def act(action: str, arguments: list[str], console: Console) -> None:
+    make_losable(console)
+    values = options(action, arguments)
+    experiment, folder = PROFILES[values["profile"]], Path(values["output"])
+    kappas, seeds, cells = [None, *values["kappas"]], values["seeds"], []
+    if action == "run":
+        torch.set_num_threads(values["threads"])
+        for cell in cells_of(experiment, kappas, seeds, folder, console):
+            print_samples(cell, console)
+            cells.append(cell)
+        report(cells, values["profile"], folder, console)
+        return
+    for file, (kappa, seed) in cell_files(folder, kappas, seeds).items():
+        done = read_cell(file, experiment)
+        if done is not None:
+            cells.append(done)
+        if action == "list" or done is None:
+            console.print(
+                f"{'missing' if done is None else 'done   '}  {model_label(kappa, seed)}", markup=False
+            )
+    if action == "report":
+        check(
+            bool(cells), "output", str(folder), "a folder of results; helmholtz study letters run makes them"
+        )
+        report(cells, values["profile"], folder, console)

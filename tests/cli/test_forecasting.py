@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import pytest
 
-from helmholtz.cli import forecast
 from helmholtz.cli.main import main
+from helmholtz.cli.studies import forecasting as forecast
 from helmholtz.experiments.forecasting.run import RECIPES
 from series_cases import waves, write_csv
 
@@ -24,7 +24,7 @@ def file(tmp_path):
 
 
 def call(capsys, *arguments):
-    code = main(["forecast", *map(str, arguments)])
+    code = main(["study", "forecasting", *map(str, arguments)])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -92,7 +92,7 @@ def test_packaged_data_go_by_their_names(monkeypatch, capsys, tmp_path):
 
 def test_a_call_without_action_explains(capsys):
     code, out, _ = call(capsys)
-    assert code == 2 and "usage: helmholtz forecast <action>" in out
+    assert code == 2 and "usage: helmholtz study forecasting <action>" in out
     assert call(capsys, "--help")[0] == 0
     for action in ("run", "pilot", "report"):
         assert f"  {action}" in out
@@ -101,7 +101,7 @@ def test_a_call_without_action_explains(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["rum"], "action must be one of ['pilot', 'report', 'run'], got 'rum'; did you mean 'run'?"),
+        (["rum"], "action must be one of ['list', 'pilot', 'report', 'run'], got 'rum'; did you mean 'run'?"),
         (["run", "--data=traffics"], "data must be a CSV file or one of weather, traffic, got 'traffics'"),
         (["run", "--data=FILE", "--models=fem-tim"], "models must be one of"),
         (["run", "--data=FILE", "--shard=2/2"], "shard must be i/n with i from 0 to n - 1"),
@@ -116,7 +116,7 @@ def test_a_call_without_action_explains(capsys):
         (["pilot", "--data=FILE", "--models=naive"], "models must be models that are trained"),
         (
             ["report", "--data=FILE"],
-            "output must be a folder of results; helmholtz forecast run makes them",
+            "output must be a folder of results; helmholtz study forecasting run makes them",
         ),
     ],
 )

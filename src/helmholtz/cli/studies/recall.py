@@ -1,4 +1,4 @@
-"""``helmholtz recall``."""
+"""``helmholtz study recall``."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,8 @@ from helmholtz._display import make_losable
 from helmholtz._files import write_atomically
 from helmholtz._hardware import describe_hardware, git_commit
 from helmholtz.cli.arguments import make_parser, parse
-from helmholtz.cli.learners import LEARNERS, build_learner
+from helmholtz.cli.studies.learners import LEARNERS, build_learner
+from helmholtz.cli.studies.queues import read_content
 from helmholtz.experiments.recall.data import PairTask
 from helmholtz.experiments.recall.patterns import (
     AssociationResult,
@@ -28,10 +29,14 @@ from helmholtz.experiments.recall.patterns import (
 from helmholtz.experiments.recall.report import plot_recall
 from helmholtz.experiments.recall.run import InContextRecall, InContextResult, recall_by_memory
 
-DESCRIPTION = (
-    "Recall from a Hopfield memory: patterns spoilt by noise, masks and flips beside a float64 oracle and the nearest "
-    "neighbour, values from keys, and pairs in a context. Nothing is trained unless --train_steps says so."
-)
+ACTIONS = {
+    "run": "Recall from a Hopfield memory: patterns spoilt by noise, masks and flips beside a float64 oracle and the "
+    "nearest neighbour, values from keys, and pairs in a context; then the report. Nothing is trained unless "
+    "--train_steps says so.",
+    "report": "Tables and picture of recall.json.",
+    "list": "What recall.json holds.",
+}
+RECALL = "recall.json"
 NOISES = (0.0, 0.5, 1.0, 1.5)
 SPOILT = (
     Corruption("mask", 0.25),
@@ -149,9 +154,12 @@ def _table(title: str, rows: Sequence[dict[str, str]]) -> Table:
     return table
 
 
-def options(arguments: list[str]) -> dict[str, Any]:
+def options(action: str, arguments: list[str]) -> dict[str, Any]:
     """Values of the command line. Raises: ValueError naming the option that is wrong."""
-    parser = make_parser("recall", DESCRIPTION)
+    parser = make_parser(f"study recall {action}", ACTIONS[action])
+    parser.add_argument("--output", type=str, default="results/memory", help="folder of the result")
+    if action != "run":
+        return parse(parser, arguments)
     parser.add_argument("--profile", type=str, default="ci", help=f"sizes: {', '.join(PROFILES)}")
     parser.add_argument(
         "--trials", type=int, default=4096, help="queries per row, over five sets of patterns"
@@ -164,7 +172,6 @@ def options(arguments: list[str]) -> dict[str, Any]:
         "--train_steps", type=int, default=0, help="steps of a decoder on them; 0 trains none"
     )
     parser.add_argument("--seed", type=int, default=0, help="of patterns, queries and weights")
-    parser.add_argument("--output", type=str, default="results/memory", help="folder of the result")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     values = parse(parser, arguments)
     check_choice("profile", values["profile"], PROFILES)
@@ -176,22 +183,14 @@ def options(arguments: list[str]) -> dict[str, Any]:
     return values
 
 
-def run(arguments: list[str], console: Console) -> int:
-    make_losable(console)
-    values = options(arguments)
+def compute(values: dict[str, Any], console: Console) -> dict[str, Any]:
+    """What ``recall.json`` holds."""
     torch.set_num_threads(values["threads"])
-    profile, seed, folder = values["profile"], values["seed"], Path(values["output"])
-    patterns = pattern_results(profile, values["trials"], seed, console)
-    console.print(pattern_table(patterns))
-    pairs = value_results(profile, values["trials"], seed, console)
-    if pairs:
-        console.print(value_table(pairs))
+    profile, trials, seed = values["profile"], values["trials"], values["seed"]
+    patterns = pattern_results(profile, trials, seed, console)
+    pairs = value_results(profile, trials, seed, console)
     in_context = in_context_results(values["learner"], values["pairs"], values["train_steps"], seed, console)
-    for name, (task, result) in in_context.items():
-        console.print(
-            f"{task.n_pairs} pairs in a context, {name}: {result.accuracy:.3f} (chance {result.chance:.3f})"
-        )
-    content = {
+    return {
         "profile": profile,
         "seed": seed,
         "patterns": [result.to_dict() for result in patterns],
@@ -203,7 +202,42 @@ def run(arguments: list[str], console: Console) -> int:
         "commit": git_commit(),
         "hardware": describe_hardware(),
     }
-    write_atomically(folder / "recall.json", json.dumps(content, indent=1) + "\n")
+
+
+def report(folder: Path, console: Console) -> None:
+    """Tables and picture. Raises: ValueError if there are no results, or they are damaged."""
+    content = read_content(folder / RECALL, "recall")
+    try:
+        patterns = [RecallResult.from_dict(values) for values in content["patterns"]]
+        pairs = [AssociationResult.from_dict(values) for values in content["values"]]
+        in_context = [
+            f"{found['task']['n_pairs']} pairs in a context, {name}: {found['accuracy']:.3f} "
+            f"(chance {found['chance']:.3f})"
+            for name, found in content["in_context"].items()
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / RECALL}: damaged ({error!r}); run the study again") from error
+    console.print(pattern_table(patterns))
+    if pairs:
+        console.print(value_table(pairs))
+    for line in in_context:
+        console.print(line, markup=False)
     plot_recall(patterns, folder / "recall.png")
-    console.print(f"wrote {folder / 'recall.json'} and {folder / 'recall.png'}", markup=False)
-    return 0
+    console.print(f"wrote {folder / 'recall.png'}; the numbers are in {folder / RECALL}", markup=False)
+
+
+def act(action: str, arguments: list[str], console: Console) -> None:
+    make_losable(console)
+    values = options(action, arguments)
+    folder = Path(values["output"])
+    if action == "run":
+        content = compute(values, console)
+        write_atomically(folder / RECALL, json.dumps(content, indent=1) + "\n")
+    if action == "list":
+        content = read_content(folder / RECALL, "recall")
+        counts = ", ".join(
+            f"{len(content.get(part, ()))} {part}" for part in ("patterns", "values", "in_context")
+        )
+        console.print(f"{folder / RECALL}: profile {content.get('profile')}, {counts}", markup=False)
+    else:
+        report(folder, console)

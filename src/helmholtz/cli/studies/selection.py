@@ -1,4 +1,4 @@
-"""``helmholtz selection``."""
+"""``helmholtz study selection``."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,17 +10,18 @@ from rich.table import Table
 
 from helmholtz._checks import check_integer
 from helmholtz.cli.arguments import make_parser, parse
-from helmholtz.cli.queues import add_threads, announced, check_options
-from helmholtz.experiments.queue import SEEDS, FinishedRun, Spread, fold_finished, spread, work_off
+from helmholtz.cli.studies.queues import LIST, add_threads, announced, check_options, list_runs
+from helmholtz.experiments.queue import SEEDS, FinishedRun, QueuedRun, Spread, fold_finished, spread, work_off
 from helmholtz.experiments.records import RUNS
 from helmholtz.experiments.selection.report import by_reader, of_part, plot_gaps, plot_reads
 from helmholtz.experiments.selection.run import SelectionStudy, compute, queue
 
-DESCRIPTION = (
-    "Channel-wise selection: the gap between a read and the channel's maximum against its law, one layer that learns "
-    "to read a lossless cache, plain attention and free energy of equal parameters, and how many patterns either "
-    "reaches. Each run's result is kept, and not computed again."
-)
+ACTIONS = {
+    "run": "Measure the gap between a read and the channel's maximum, train layers that read a lossless cache, count "
+    "patterns; then the report. Each run's result is kept, and not computed again.",
+    "report": "Tables and pictures of the finished runs: attention and free energy of equal parameters.",
+    "list": LIST,
+}
 
 
 def gap_table(runs: Sequence[FinishedRun]) -> Table:
@@ -88,15 +89,16 @@ def _number(found: Spread) -> str:
     return f"{found.mean:.4f}" + ("" if found.deviation is None else f" ± {found.deviation:.4f}")
 
 
-def options(arguments: list[str]) -> dict[str, Any]:
+def options(action: str, arguments: list[str]) -> dict[str, Any]:
     """Values of the command line. Raises: ValueError naming the option that is wrong."""
-    parser = make_parser("selection", DESCRIPTION)
+    parser = make_parser(f"study selection {action}", ACTIONS[action])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of caches and weights")
     parser.add_argument(
         "--steps", type=int, default=SelectionStudy().steps, help="optimizer steps of a layer"
     )
     parser.add_argument("--output", type=str, default="results/selection", help="folder of the results")
-    add_threads(parser)
+    if action == "run":
+        add_threads(parser)
     values = parse(parser, arguments)
     check_integer("steps", values["steps"])
     check_options(values, "seeds")
@@ -105,15 +107,12 @@ def options(arguments: list[str]) -> dict[str, Any]:
     return values
 
 
-def run(arguments: list[str], console: Console) -> int:
-    values = options(arguments)
-    torch.set_num_threads(values["threads"])
-    runs, folder = queue(SelectionStudy(steps=values["steps"]), values["seeds"]), Path(values["output"])
-    work_off(runs, compute, folder, report=announced(console))
+def report(runs: Sequence[QueuedRun], folder: Path, console: Console) -> None:
+    """Tables and pictures, if all runs are there."""
     done, missing = fold_finished(folder, runs)
     if missing:
-        console.print(f"{len(missing)} runs are in work elsewhere; call again for tables and pictures")
-        return 0
+        console.print(f"{len(missing)} runs are missing; tables and pictures are made when all are done")
+        return
     console.print(gap_table(of_part(done, "gaps")))
     console.print(learned_table("Every channel's maximum", by_reader(done, "maximum")))
     console.print(learned_table("A token named for every channel", by_reader(done, "named")))
@@ -121,4 +120,15 @@ def run(arguments: list[str], console: Console) -> int:
     plot_gaps(done, folder / "gaps.png")
     plot_reads(done, folder / "reads.png")
     console.print(f"wrote {folder / RUNS}, {folder / 'gaps.png'} and {folder / 'reads.png'}", markup=False)
-    return 0
+
+
+def act(action: str, arguments: list[str], console: Console) -> None:
+    values = options(action, arguments)
+    runs, folder = queue(SelectionStudy(steps=values["steps"]), values["seeds"]), Path(values["output"])
+    if action == "list":
+        list_runs(folder, runs, console)
+        return
+    if action == "run":
+        torch.set_num_threads(values["threads"])
+        work_off(runs, compute, folder, report=announced(console))
+    report(runs, folder, console)

@@ -1,4 +1,4 @@
-"""``helmholtz vision``."""
+"""``helmholtz study vision``."""
 
 import functools
 from collections.abc import Sequence
@@ -11,12 +11,13 @@ from rich.table import Table
 
 from helmholtz._checks import check, check_positive
 from helmholtz.cli.arguments import make_parser, parse
-from helmholtz.cli.queues import (
+from helmholtz.cli.studies.queues import (
+    LIST,
     add_shard,
     add_threads,
     announced,
     check_options,
-    run_action,
+    list_runs,
     spread_text,
     write_summary,
 )
@@ -33,6 +34,7 @@ from helmholtz.experiments.vision.run import LEARNING_RATES, compute_vision, vis
 
 ACTIONS = {
     "run": "Train and measure vision transformers. Finished runs are kept, an interrupted queue goes on where it was.",
+    "list": LIST,
     "pilot": "Compare learning rates on validation images alone; the test images are not looked at.",
     "report": "Table and pictures of the runs that are finished.",
 }
@@ -40,7 +42,7 @@ ACTIONS = {
 
 def options(action: str, arguments: list[str]) -> dict[str, Any]:
     """Values of the command line. Raises: ValueError naming the option that is wrong."""
-    parser = make_parser(f"vision {action}", ACTIONS[action])
+    parser = make_parser(f"study vision {action}", ACTIONS[action])
     if action == "pilot":
         parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates")
     parser.add_argument(
@@ -50,9 +52,9 @@ def options(action: str, arguments: list[str]) -> dict[str, Any]:
     parser.add_argument("--models", type=str, nargs="+", default=list(LEARNING_RATES), help="mixers")
     seeds = [1000] if action == "pilot" else list(SEEDS)
     parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help="of weights and order")
-    parser.add_argument("--output", type=str, default=f"results/vision/{action}".replace("report", "run"),
+    parser.add_argument("--output", type=str, default=f"results/vision/{'pilot' if action == 'pilot' else 'run'}",
                         help="folder of the results")  # fmt: skip
-    if action != "report":
+    if action in ("run", "pilot"):
         add_shard(parser)
         add_threads(parser)
     values = parse(parser, arguments)
@@ -98,7 +100,7 @@ def pilot_table(rows: Sequence[dict[str, Any]]) -> Table:
 def report(action: str, runs: Sequence[QueuedRun], folder: Path, console: Console) -> None:
     """Table, ``summary.json`` and, of measurements on test images, pictures."""
     done, missing = fold_finished(folder, runs)
-    check(bool(done), "output", str(folder), "a folder of results; helmholtz vision run makes them")
+    check(bool(done), "output", str(folder), "a folder of results; helmholtz study vision run makes them")
     rows = pilot_summary(done) if action == "pilot" else summary(done)
     console.print(pilot_table(rows) if action == "pilot" else result_table(rows))
     write_summary(folder, rows, runs, missing, console)
@@ -118,13 +120,11 @@ def act(action: str, arguments: list[str], console: Console) -> None:
         measured="validation" if action == "pilot" else "test",
         lrs=values.get("lrs", (None,)),
     )
-    if action != "report":
+    if action == "list":
+        list_runs(folder, runs, console)
+    if action in ("run", "pilot"):
         torch.set_num_threads(values["threads"])
         compute = functools.partial(compute_vision, data={one.name: one for one in data})
         work_off(shard(runs, values["shard"]), compute, folder, report=announced(console))
-    if action != "run":
+    if action in ("report", "pilot"):
         report(action, runs, folder, console)
-
-
-def run(arguments: list[str], console: Console) -> int:
-    return run_action("vision", ACTIONS, act, arguments, console)

@@ -1,4 +1,4 @@
-"""``helmholtz continual``."""
+"""``helmholtz study continual``."""
 
 import json
 import statistics
@@ -17,7 +17,8 @@ from helmholtz._display import make_losable
 from helmholtz._files import write_atomically
 from helmholtz._hardware import describe_hardware, git_commit
 from helmholtz.cli.arguments import make_parser, parse
-from helmholtz.cli.learners import LEARNERS, build_learner
+from helmholtz.cli.studies.learners import LEARNERS, build_learner
+from helmholtz.cli.studies.queues import read_content
 from helmholtz.experiments.continual.run import (
     ContinualConfig,
     ContinualLearning,
@@ -28,10 +29,13 @@ from helmholtz.experiments.recall.data import MapTask
 from helmholtz.experiments.recall.report import plot_continual
 from helmholtz.models.decoder import Decoder
 
-DESCRIPTION = (
-    "Continual learning: maps over shared inputs and labels, one after another, by a decoder alone, with a memory, "
-    "with a memory whose keys drift, with one that is too small, and on all maps at once."
-)
+ACTIONS = {
+    "run": "Learn maps over shared inputs and labels, one after another, by a decoder alone, with a memory, with one "
+    "whose keys drift, with one that is too small, and on all maps at once; then the report.",
+    "report": "Table and picture of continual.json.",
+    "list": "What continual.json holds.",
+}
+CONTINUAL = "continual.json"
 JOINT = "all maps at once"
 
 
@@ -99,9 +103,12 @@ def _optional(values: list[float | None]) -> str:
     return f"{statistics.fmean(known):.3f}" if known else "-"
 
 
-def options(arguments: list[str]) -> dict[str, Any]:
+def options(action: str, arguments: list[str]) -> dict[str, Any]:
     """Values of the command line. Raises: ValueError naming the option that is wrong."""
-    parser = make_parser("continual", DESCRIPTION)
+    parser = make_parser(f"study continual {action}", ACTIONS[action])
+    parser.add_argument("--output", type=str, default="results/memory", help="folder of the result")
+    if action != "run":
+        return parse(parser, arguments)
     parser.add_argument("--learner", type=str, default="transformer", help=f"one of {', '.join(LEARNERS)}")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="each draws maps and weights anew"
@@ -109,7 +116,6 @@ def options(arguments: list[str]) -> dict[str, Any]:
     parser.add_argument("--tasks", type=int, default=5, help="maps, one after another")
     parser.add_argument("--inputs", type=int, default=100, help="inputs that the maps share")
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps per map")
-    parser.add_argument("--output", type=str, default="results/memory", help="folder of the result")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     values = parse(parser, arguments)
     check_choice("learner", values["learner"], LEARNERS)
@@ -120,11 +126,10 @@ def options(arguments: list[str]) -> dict[str, Any]:
     return values
 
 
-def run(arguments: list[str], console: Console) -> int:
-    make_losable(console)
-    values = options(arguments)
+def compute(values: dict[str, Any], console: Console) -> dict[str, Any]:
+    """What ``continual.json`` holds."""
     torch.set_num_threads(values["threads"])
-    task, folder = MapTask(n_tasks=values["tasks"], n_inputs=values["inputs"]), Path(values["output"])
+    task = MapTask(n_tasks=values["tasks"], n_inputs=values["inputs"])
     settings = runs(task, values["steps"])
     results: dict[str, list[ContinualResult]] = {name: [] for name in settings}
     joint = []
@@ -133,8 +138,7 @@ def run(arguments: list[str], console: Console) -> int:
         joint.append(together)
         for name, result in found.items():
             results[name].append(result)
-    console.print(result_table(results, joint, task.chance))
-    content = {
+    return {
         "learner": values["learner"],
         "seeds": values["seeds"],
         "runs": {
@@ -146,12 +150,39 @@ def run(arguments: list[str], console: Console) -> int:
         "commit": git_commit(),
         "hardware": describe_hardware(),
     }
-    write_atomically(folder / "continual.json", json.dumps(content, indent=1) + "\n")
+
+
+def report(folder: Path, console: Console) -> None:
+    """Table and picture. Raises: ValueError if there are no results, or they are damaged."""
+    content = read_content(folder / CONTINUAL, "continual")
+    try:
+        results = {
+            name: [ContinualResult.from_dict(values) for values in run["seeds"]]
+            for name, run in content["runs"].items()
+        }
+        joint, chance = content["joint"], results["no memory"][0].chance
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{folder / CONTINUAL}: damaged ({error!r}); run the study again") from error
+    console.print(result_table(results, joint, chance))
     matrices = {
         name: [[statistics.fmean(values) for values in zip(*rows, strict=True)]
                for rows in zip(*(result.matrix for result in found), strict=True)]
         for name, found in results.items()
     }  # fmt: skip
-    plot_continual(matrices, folder / "continual.png", chance=task.chance)
-    console.print(f"wrote {folder / 'continual.json'} and {folder / 'continual.png'}", markup=False)
-    return 0
+    plot_continual(matrices, folder / "continual.png", chance=chance)
+    console.print(f"wrote {folder / 'continual.png'}; the numbers are in {folder / CONTINUAL}", markup=False)
+
+
+def act(action: str, arguments: list[str], console: Console) -> None:
+    make_losable(console)
+    values = options(action, arguments)
+    folder = Path(values["output"])
+    if action == "run":
+        content = compute(values, console)
+        write_atomically(folder / CONTINUAL, json.dumps(content, indent=1) + "\n")
+    if action == "list":
+        content = read_content(folder / CONTINUAL, "continual")
+        names, seeds = (", ".join(map(str, content.get(part, ()))) for part in ("runs", "seeds"))
+        console.print(f"{folder / CONTINUAL}: {names}; seeds {seeds}", markup=False)
+    else:
+        report(folder, console)

@@ -1,4 +1,4 @@
-"""What the commands of the studies share: actions, options of a queue, and what they say of one."""
+"""What the studies share: options of a queue, and what they say of one."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -7,29 +7,23 @@ from typing import Any
 
 from rich.console import Console
 
-from helmholtz._checks import check, check_choice, check_integer
+from helmholtz._checks import check, check_integer
 from helmholtz._display import make_losable
 from helmholtz._files import write_atomically
+from helmholtz._json import parse_json
 from helmholtz.cli.arguments import Parser
-from helmholtz.experiments.queue import QueuedRun
+from helmholtz.experiments.queue import QueuedRun, split_finished
+
+LIST = "What is done and what is missing."
 
 
-def run_action(
-    command: str,
-    actions: Mapping[str, str],
-    run: Callable[[str, list[str], Console], None],
-    arguments: list[str],
-    console: Console,
-) -> int:
-    """Run the action that comes first, or list them. Returns: the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"  {name:<8}{text}" for name, text in actions.items()]
-        console.print("\n".join([f"usage: helmholtz {command} <action> [options]", "", *lines]), markup=False)
-        return 0 if arguments else 2
-    action, *rest = arguments
-    check_choice("action", action, actions)
-    run(action, rest, console)
-    return 0
+def list_runs(folder: Path, runs: Sequence[QueuedRun], console: Console) -> None:
+    """A line per run."""
+    done, missing = split_finished(folder, runs)
+    names = {run.run.name for run in done}
+    for run in runs:
+        console.print(f"{'done   ' if run.name in names else 'missing'}  {run.name}", markup=False)
+    console.print(f"{len(missing)} of {len(runs)} runs are missing in {folder}", markup=False)
 
 
 def add_shard(parser: Parser) -> None:
@@ -74,3 +68,17 @@ def write_summary(
     content = {"rows": rows, "runs": len(runs), "missing": [run.name for run in missing]}
     write_atomically(file, json.dumps(content, indent=1) + "\n")
     console.print(f"{len(missing)} of {len(runs)} runs are missing; wrote {file}", markup=False)
+
+
+def read_content(file: Path, study: str) -> dict[str, Any]:
+    """The result file of a study that is no queue. Raises: ValueError if it is not there, or damaged."""
+    check(
+        file.is_file(),
+        "output",
+        str(file.parent),
+        f"a folder of results; helmholtz study {study} run makes them",
+    )
+    try:
+        return dict(parse_json(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: damaged ({error}); run the study again") from error

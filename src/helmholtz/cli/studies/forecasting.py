@@ -1,4 +1,4 @@
-"""``helmholtz forecast``."""
+"""``helmholtz study forecasting``."""
 
 import functools
 from collections.abc import Sequence
@@ -11,12 +11,13 @@ from rich.table import Table
 
 from helmholtz._checks import check, check_positive
 from helmholtz.cli.arguments import make_parser, parse
-from helmholtz.cli.queues import (
+from helmholtz.cli.studies.queues import (
+    LIST,
     add_shard,
     add_threads,
     announced,
     check_options,
-    run_action,
+    list_runs,
     spread_text,
     write_summary,
 )
@@ -35,6 +36,7 @@ from helmholtz.experiments.queue import SEEDS, QueuedRun, fold_finished, shard, 
 
 ACTIONS = {
     "run": "Train and measure forecasters. Finished runs are kept, an interrupted queue goes on where it was.",
+    "list": LIST,
     "pilot": "Compare learning rates on validation windows alone; the test windows are not looked at.",
     "report": "Tables and pictures of the runs that are finished.",
 }
@@ -43,7 +45,7 @@ TRAINED = [name for name, recipe in RECIPES.items() if recipe is not None]
 
 def options(action: str, arguments: list[str]) -> dict[str, Any]:
     """Values of the command line. Raises: ValueError naming the option that is wrong."""
-    parser = make_parser(f"forecast {action}", ACTIONS[action])
+    parser = make_parser(f"study forecasting {action}", ACTIONS[action])
     models, horizons, seeds = (list(RECIPES), list(HORIZONS), list(SEEDS))
     if action == "pilot":
         models, horizons, seeds = TRAINED, [192], [1000]
@@ -55,9 +57,9 @@ def options(action: str, arguments: list[str]) -> dict[str, Any]:
     parser.add_argument("--models", type=str, nargs="+", default=models, help=f"of {', '.join(models)}")
     parser.add_argument("--horizons", type=int, nargs="+", default=horizons, help="steps that are forecast")
     parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help="of weights and order")
-    parser.add_argument("--output", type=str, default=f"results/forecast/{action}".replace("report", "run"),
+    parser.add_argument("--output", type=str, default=f"results/forecast/{'pilot' if action == 'pilot' else 'run'}",
                         help="folder of the results")  # fmt: skip
-    if action != "report":
+    if action in ("run", "pilot"):
         add_shard(parser)
         add_threads(parser)
     values = parse(parser, arguments)
@@ -129,7 +131,9 @@ def report_pilot(runs: Sequence[QueuedRun], folder: Path, console: Console) -> N
 
 def report_test(runs: Sequence[QueuedRun], series: Sequence[Series], folder: Path, console: Console) -> None:
     done, missing = fold_finished(folder, runs)
-    check(bool(done), "output", str(folder), "a folder of results; helmholtz forecast run makes them")
+    check(
+        bool(done), "output", str(folder), "a folder of results; helmholtz study forecasting run makes them"
+    )
     rows = summary(done)
     for data in values_of(done, "data"):
         console.print(error_table(rows, data))
@@ -148,7 +152,9 @@ def act(action: str, arguments: list[str], console: Console) -> None:
     folder = Path(values["output"])
     series = load(values["data"])
     runs = runs_of(action, values, series)
-    if action != "report":
+    if action == "list":
+        list_runs(folder, runs, console)
+    if action in ("run", "pilot"):
         torch.set_num_threads(values["threads"])
         compute = functools.partial(compute_forecast, series={one.name: one for one in series})
         work_off(shard(runs, values["shard"]), compute, folder, report=announced(console))
@@ -156,7 +162,3 @@ def act(action: str, arguments: list[str], console: Console) -> None:
         report_pilot(runs, folder, console)
     if action == "report":
         report_test(runs, series, folder, console)
-
-
-def run(arguments: list[str], console: Console) -> int:
-    return run_action("forecast", ACTIONS, act, arguments, console)

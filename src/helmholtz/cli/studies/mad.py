@@ -1,4 +1,4 @@
-"""``helmholtz mad``."""
+"""``helmholtz study mad``."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from helmholtz._checks import check, check_choice
 from helmholtz._display import make_losable
 from helmholtz._files import write_atomically
 from helmholtz.cli.arguments import make_parser, parse
-from helmholtz.cli.queues import add_shard, add_threads, check_options, run_action
+from helmholtz.cli.studies.queues import LIST, add_shard, add_threads, check_options, list_runs
 from helmholtz.experiments.mad.plots import plot_accuracy, plot_curves
 from helmholtz.experiments.mad.report import markdown, report_content, rows_of, table_lines
 from helmholtz.experiments.mad.run import PROFILES, MadRun, chosen_rates
@@ -23,6 +23,7 @@ from helmholtz.experiments.queue import QueuedRun, fold_finished, shard, work_of
 ACTIONS = {
     "run": "Train the models of a profile on the MAD tasks. Finished runs are kept, an interrupted queue goes on.",
     "report": "Table, pictures and report.json of a profile's finished runs, beside the published rows.",
+    "list": LIST,
     "pilot": "Choose the learning rate of each task for the profile quick: attention alone, on a seed of its own.",
 }
 RATES = "learning_rates.json"
@@ -30,14 +31,15 @@ RATES = "learning_rates.json"
 
 def options(action: str, arguments: list[str]) -> dict[str, Any]:
     """Values of the command line. Raises: ValueError naming the option that is wrong."""
-    parser = make_parser(f"mad {action}", ACTIONS[action])
+    parser = make_parser(f"study mad {action}", ACTIONS[action])
     if action != "pilot":
         parser.add_argument("--profile", type=str, default="quick", help=f"one of {', '.join(PROFILES)}")
-    if action == "run":
+    if action in ("run", "list"):
         parser.add_argument("--models", type=str, nargs="+", default=[], help="default: all of the profile")
         parser.add_argument("--seeds", type=int, nargs="+", default=[], help="default: those of the profile")
     if action != "report":
         parser.add_argument("--tasks", type=str, nargs="+", default=[], help="default: all six")
+    if action in ("run", "pilot"):
         add_shard(parser)
         add_threads(parser)
     parser.add_argument(
@@ -145,12 +147,11 @@ def act(action: str, arguments: list[str], console: Console) -> None:
         write_report(values, folder, console)
         return
     runs = runs_of(values)
+    if action == "list":
+        list_runs(folder, [run.queued() for run in runs], console)
+        return
     computed = work(runs, values["shard"], folder, console)
     console.print(f"{computed} of {len(runs)} runs computed; results in {folder}", markup=False)
     if action == "pilot":
         every = runs_of(values | {"tasks": []})
         write_rates(every, folder, output / RATES, console)
-
-
-def run(arguments: list[str], console: Console) -> int:
-    return run_action("mad", ACTIONS, act, arguments, console)

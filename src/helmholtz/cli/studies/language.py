@@ -1,4 +1,4 @@
-"""``helmholtz language``."""
+"""``helmholtz study language``."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from rich.table import Table
 from helmholtz._checks import check_integer
 from helmholtz._files import write_atomically
 from helmholtz.cli.arguments import make_parser, parse
-from helmholtz.cli.queues import add_shard, add_threads, announced, check_options
+from helmholtz.cli.studies.queues import LIST, add_shard, add_threads, announced, check_options, list_runs
 from helmholtz.experiments.language.models import LANGUAGE_MODELS
 from helmholtz.experiments.language.run import (
     CORPORA,
@@ -24,13 +24,15 @@ from helmholtz.experiments.language.run import (
     prepare_corpus,
     scaling_fits,
 )
-from helmholtz.experiments.queue import SEEDS, FinishedRun, fold_finished, shard, spread, work_off
+from helmholtz.experiments.queue import SEEDS, FinishedRun, QueuedRun, fold_finished, shard, spread, work_off
 from helmholtz.experiments.records import RUNS
 
-DESCRIPTION = (
-    "Language models of equal parameters on two texts, by bytes and by BPE, and three sizes of some on one of them. "
-    "Each run's result is kept, and not computed again; an interrupted queue goes on where it was."
-)
+ACTIONS = {
+    "run": "Train language models of equal parameters on two texts, by bytes and by BPE, and three sizes of some; "
+    "then the report. Each run's result is kept, and not computed again; an interrupted queue goes on where it was.",
+    "report": "Table of the finished runs, and bits per byte by the number of parameters.",
+    "list": LIST,
+}
 
 
 def result_table(done: Sequence[FinishedRun]) -> Table:
@@ -54,9 +56,9 @@ def result_table(done: Sequence[FinishedRun]) -> Table:
     return table
 
 
-def options(arguments: list[str]) -> dict[str, Any]:
+def options(action: str, arguments: list[str]) -> dict[str, Any]:
     """Values of the command line. Raises: ValueError naming the option that is wrong."""
-    parser = make_parser("language", DESCRIPTION)
+    parser = make_parser(f"study language {action}", ACTIONS[action])
     study = LanguageStudy()
     parser.add_argument(
         "--corpora", type=str, nargs="+", default=list(CORPORA), help=f"of {', '.join(CORPORA)}"
@@ -73,33 +75,33 @@ def options(arguments: list[str]) -> dict[str, Any]:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of weights and data order")
     parser.add_argument("--steps", type=int, default=study.steps, help="optimizer steps of a run")
-    add_shard(parser)
-    parser.add_argument("--data", type=str, default="data/language", help="folder of the prepared texts")
     parser.add_argument("--output", type=str, default="results/language", help="folder of the results")
-    add_threads(parser)
+    if action == "run":
+        parser.add_argument("--data", type=str, default="data/language", help="folder of the prepared texts")
+        add_shard(parser)
+        add_threads(parser)
     values = parse(parser, arguments)
     check_integer("steps", values["steps"])
     check_options(values, "corpora", "tokenizers", "models", "seeds")
     return values
 
 
-def run(arguments: list[str], console: Console) -> int:
-    values = options(arguments)
+def work(runs: Sequence[QueuedRun], values: dict[str, Any], folder: Path, console: Console) -> None:
+    """Prepare the texts, and compute the share of this machine."""
     torch.set_num_threads(values["threads"])
-    study = LanguageStudy(steps=values["steps"])
-    names = {name: values[name] for name in ("corpora", "tokenizers", "models", "seeds")}
-    runs, folder, data = language_runs(study, **names), Path(values["output"]), Path(values["data"])
-    mine = shard(runs, values["shard"])
+    mine, data = shard(runs, values["shard"]), Path(values["data"])
     for corpus in values["corpora"]:
         for tokenizer in values["tokenizers"]:
             prepare_corpus(corpus, tokenizer, data)
-    work_off(
-        mine,
-        partial(compute_language, data=data, folder=folder),
-        folder,
-        report=announced(console),
-    )
+    work_off(mine, partial(compute_language, data=data, folder=folder), folder, report=announced(console))
+
+
+def report(runs: Sequence[QueuedRun], folder: Path, console: Console) -> None:
+    """Table, slopes and ``scaling.json`` of what is finished."""
     done, missing = fold_finished(folder, runs)
+    if not done:
+        console.print(f"{len(missing)} runs are missing, and none is done", markup=False)
+        return
     console.print(result_table(done))
     fits = scaling_fits(done)
     write_atomically(folder / "scaling.json", json.dumps({"fits": fits}, indent=1) + "\n")
@@ -107,4 +109,16 @@ def run(arguments: list[str], console: Console) -> int:
         text = f"{fit['model']}: {fit['slope']:.3f} ± {fit['standard_error']:.3f} bits/byte per tenfold parameters"
         console.print(text, markup=False)
     console.print(f"{len(done)} runs in {folder / RUNS}, {len(missing)} missing", markup=False)
-    return 0
+
+
+def act(action: str, arguments: list[str], console: Console) -> None:
+    values = options(action, arguments)
+    study = LanguageStudy(steps=values["steps"])
+    names = {name: values[name] for name in ("corpora", "tokenizers", "models", "seeds")}
+    runs, folder = language_runs(study, **names), Path(values["output"])
+    if action == "list":
+        list_runs(folder, runs, console)
+        return
+    if action == "run":
+        work(runs, values, folder, console)
+    report(runs, folder, console)

@@ -1,0 +1,1 @@
+"""``helmholtz study NAME``: a module per study."""
