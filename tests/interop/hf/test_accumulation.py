@@ -13,6 +13,7 @@ from helmholtz.layers.latent import Plan
 from helmholtz.models import MODELS
 from helmholtz.ops.binary_latent import bits_to_code
 from helmholtz.training.optim import parameter_groups
+from hf_cases import make as make_ours
 from hf_cases import of_architecture
 
 
@@ -169,3 +170,13 @@ def test_gradients_with_checkpointing_are_those_without(name, options, tmp_path,
     assert distance(*found) < 1e-10
     again = 1 if options.get("every_n_layers") else 2
     assert len(calls) == 2 + again + 2  # the mixers of two blocks: once, again, and once without
+
+
+def test_trainer_trains_every_part_of_a_hybrid(tmp_path):
+    model = make_ours("hybrid").train()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    done = run(model, tmp_path, logging_steps=1)
+    assert all(entry["loss"] > 0 for entry in done.state.log_history if "loss" in entry)
+    assert [
+        name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])
+    ] == []

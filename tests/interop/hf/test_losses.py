@@ -87,3 +87,21 @@ def test_a_plan_seed_says_nothing_where_the_encoder_plans():
     model, tokens = make("free"), tokens_of(1, 5)
     with pytest.raises(ValueError, match="plan_seed must be None with labels"):
         model(tokens, labels=tokens, plan_seed=1)
+
+
+def test_a_hybrids_loss_is_of_its_plan_and_of_its_equilibria():
+    model, tokens = make("hybrid").train(), tokens_of(2, 9)
+    assert model.config.objective == {"kappa_bits": 0.5, "convergence_weight": 0.05}
+    torch.manual_seed(5)
+    loss = model(tokens, labels=tokens).loss
+    core = model.model
+    torch.manual_seed(5)
+    half = core.lower(tokens)
+    plan = core.sample_posterior(half)
+    output = core.upper(half, plan)
+    charge = torch.nn.functional.relu(kl_per_token(plan.logits) - bits_to_nats(0.5)).sum()
+    distance = start_distance(core.equilibrium, output.equilibrium).sum()
+    assert charge > 0 and distance > 0
+    torch.testing.assert_close(loss, shifted(output.logits, tokens) + (charge + 0.05 * distance) / 16)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
