@@ -147,7 +147,7 @@ def _wanted(hint: Any) -> str:
     return KINDS.get(hint, str(hint))
 
 
-def _keys(values: dict[str, Any], prefix: str, known: set[str]) -> Iterator[str]:
+def _keys(values: dict[Any, Any], prefix: str, known: set[str]) -> Iterator[str]:
     """Dotted names of the settings in a nested mapping; what belongs to a group is descended into."""
     for key, value in values.items():
         name = f"{prefix}{key}"
