@@ -91,7 +91,7 @@ set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["helmhol
 class Document(str):
     """A document as the value of ``--config``: its text, what it says, and where it is from."""
 
-    content: dict[str, Any]
+    content: dict[Any, Any]
     source: str
 
     @classmethod
