@@ -288,7 +288,7 @@ def test_every_option_changes_the_output(change):
 def test_every_field_of_the_config_is_covered_above():
     fields = {field.name for field in dataclasses.fields(FreeEnergyMixerConfig)}
     covered = {name.split(",")[0].split()[-1] for name in CHANGES} | {name.split()[0] for name in CHANGES}
-    elsewhere = {"d_model", "n_heads", "prior", "dropout", "backend"}
+    elsewhere = {"kind", "d_model", "n_heads", "prior", "dropout", "backend"}
     assert fields <= covered | elsewhere
 
 
