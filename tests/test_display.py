@@ -12,7 +12,7 @@ from rich.console import Console
 
 from helmholtz._display import losable, make_losable
 from helmholtz.cli.studies.queues import announced
-from helmholtz.experiments.queue import QueuedRun, split_finished, work_off
+from helmholtz.experiments.queue import QueuedRun, run_queue, split_finished
 from helmholtz.training.callbacks import Callback
 from helmholtz.training.run import train
 from tiny_runs import prepare_text, tiny_run
@@ -66,7 +66,7 @@ def test_training_goes_on_when_its_display_is_closed(data, tmp_path, capsys):
 def test_a_queue_goes_on_when_nobody_reads_it(tmp_path, capsys, number):
     runs = [QueuedRun(f"task-{n}", {"n": n}) for n in range(3)]
     report = announced(Console(file=BreaksAfter(number, writes=1)))
-    assert work_off(runs, lambda run: {"x": 1}, tmp_path, report=report) == 3
+    assert run_queue(runs, lambda run: {"x": 1}, tmp_path, report=report) == 3
     assert split_finished(tmp_path, runs)[1] == []
     assert capsys.readouterr().err.count("\n") == 1
 

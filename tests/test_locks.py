@@ -34,19 +34,19 @@ def test_an_owned_folder_refuses_others_until_it_is_left(tmp_path, disk):
     owner = f"in use by process {os.getpid()} on {os.uname().nodename}"
     for _ in range(2):
         with (
-            locks.owned(tmp_path),
+            locks.lock_folder(tmp_path),
             pytest.raises(ValueError, match=f"{re.escape(owner)}.*; wait for it to end or name another"),
-            locks.owned(tmp_path),
+            locks.lock_folder(tmp_path),
         ):
             pytest.fail("two owners")
     assert {path.name for path in tmp_path.iterdir()} == {"content", ".owner"}
 
 
 def test_a_folder_made_for_nothing_is_removed(tmp_path, disk):
-    with pytest.raises(KeyError), locks.owned(tmp_path / "new"):
+    with pytest.raises(KeyError), locks.lock_folder(tmp_path / "new"):
         raise KeyError
     assert not (tmp_path / "new").exists()
-    with locks.owned(tmp_path / "used"):
+    with locks.lock_folder(tmp_path / "used"):
         (tmp_path / "used" / "file").touch()
     assert (tmp_path / "used" / "file").exists()
 
@@ -56,12 +56,12 @@ def test_without_flock_a_killed_owner_of_this_machine_is_succeeded(tmp_path, mon
     dead.wait()
     (tmp_path / "content").touch()
     refuse_flock(monkeypatch, errno.ENOTSUP)
-    with locks.owned(tmp_path):
+    with locks.lock_folder(tmp_path):
         record = (tmp_path / ".owner.lock").read_text()
     pid, host, *_ = record.splitlines()
     assert int(pid) == os.getpid()
     (tmp_path / ".owner.lock").write_text(f"{dead.pid}\n{host}\n")
-    with locks.owned(tmp_path):
+    with locks.lock_folder(tmp_path):
         assert (tmp_path / ".owner.lock").read_text() == record
 
 
@@ -75,22 +75,22 @@ def test_a_marker_of_another_machine_is_told_with_the_remedy(tmp_path, monkeypat
     remedy = (
         f"process 17 on another-machine (its disk has no flock: if that process is gone, remove {marker})"
     )
-    with pytest.raises(ValueError, match=re.escape(remedy)), locks.owned(tmp_path):
+    with pytest.raises(ValueError, match=re.escape(remedy)), locks.lock_folder(tmp_path):
         pytest.fail("two owners")
     marker.unlink()
-    with locks.owned(tmp_path):
+    with locks.lock_folder(tmp_path):
         pass
 
 
 def test_an_error_that_is_no_missing_flock_is_raised(tmp_path, monkeypatch):
     refuse_flock(monkeypatch, errno.EIO)
-    with pytest.raises(OSError, match="Input/output"), locks.owned(tmp_path):
+    with pytest.raises(OSError, match="Input/output"), locks.lock_folder(tmp_path):
         pytest.fail("a disk that cannot be trusted")
 
 
 def test_the_owner_notices_that_the_folder_is_gone_or_another(tmp_path):
     folder, moved = tmp_path / "run", tmp_path / "moved"
-    with locks.owned(folder) as owner:
+    with locks.lock_folder(folder) as owner:
         owner.check()
         (folder / "x").touch()
         (folder / ".owner").unlink()
@@ -98,7 +98,7 @@ def test_the_owner_notices_that_the_folder_is_gone_or_another(tmp_path):
         folder.rename(moved)
         with pytest.raises(OSError, match="run was moved or removed while it was in use"):
             owner.check()
-        with locks.owned(folder):
+        with locks.lock_folder(folder):
             (folder / ".owner").write_text("process 1 on here")
             with pytest.raises(OSError, match="moved or removed"):
                 owner.check()
@@ -111,5 +111,5 @@ def test_the_owner_notices_that_the_folder_is_gone_or_another(tmp_path):
 
 
 def test_a_disk_whose_inodes_change_is_told_by_its_mark(tmp_path):
-    with locks.owned(tmp_path) as owner:
-        locks.OwnedFolder(tmp_path, (0, 0), owner.mark).check()
+    with locks.lock_folder(tmp_path) as owner:
+        locks.LockedFolder(tmp_path, (0, 0), owner.mark).check()

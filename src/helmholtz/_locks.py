@@ -71,7 +71,7 @@ def _owner(opened: IO[str]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class OwnedFolder:
+class LockedFolder:
     """A folder that this process has to itself."""
 
     folder: Path
@@ -98,7 +98,7 @@ class OwnedFolder:
 
 
 @contextlib.contextmanager
-def owned(folder: Path) -> Iterator[OwnedFolder]:
+def lock_folder(folder: Path) -> Iterator[LockedFolder]:
     """Keep every other process that asks out of ``folder`` until the block ends or this process does.
 
     A folder that was made for it and stayed empty is removed.
@@ -117,12 +117,12 @@ def owned(folder: Path) -> Iterator[OwnedFolder]:
         opened = os.open(folder, os.O_RDONLY)  # while it is open, no other folder gets its inode
         stack.callback(os.close, opened)
         found = os.fstat(opened)
-        owner = OwnedFolder(folder, (found.st_dev, found.st_ino), mark)
+        owner = LockedFolder(folder, (found.st_dev, found.st_ino), mark)
         stack.callback(_leave, owner)
         yield owner
 
 
-def _leave(owner: OwnedFolder) -> None:
+def _leave(owner: LockedFolder) -> None:
     with contextlib.suppress(OSError):
         owner.check()
         if set(os.listdir(owner.folder)) <= {OWNER, f"{OWNER}.lock"}:

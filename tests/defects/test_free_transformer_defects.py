@@ -1,8 +1,7 @@
 """The faults measured in public code of the Free Transformer, by number: none of them may come back.
 
-Each test fails when the described behaviour is put into this library
-(``tools/mutants/free_transformer_defects.toml``). Whether the plan is used at all is a matter of training:
-``make learn``.
+Each test fails when the described behaviour is put into this library. Whether the plan is
+used at all is a matter of training: ``make learn``.
 """
 
 import math

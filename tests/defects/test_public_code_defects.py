@@ -1,6 +1,6 @@
 """The faults measured in the public code of the Free Energy Mixer, by number: none of them may come back.
 
-Each test fails when the described behaviour is put into this library (``tools/mutants/public_code_defects.toml``).
+Each test fails when the described behaviour is put into this library.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """The faults measured in public code of the Mamba-Hopfield equilibrium model, by number: none of them may come back.
 
-Each test fails when the described behaviour is put into this library (``tools/mutants/unified_defects.toml``). What
-the README asks for and the code lacked (11) is in ``tests/interop/test_seed_unified*.py``, weak validators (12) and
+Each test fails when the described behaviour is put into this library. What the README
+asks for and the code lacked (11) is in ``tests/interop/test_seed_unified*.py``, weak validators (12) and
 landscapes (13) in ``tests/evals``.
 """
 

@@ -13,7 +13,7 @@ from helmholtz.data.prepare import DataConfig
 from helmholtz.interop.seeds.free_transformer import FreeTransformer, train_utils
 from helmholtz.interop.seeds.free_transformer.config import ModelConfig
 from helmholtz.training.distributed import on_main, process_group, world
-from helmholtz.training.parallel import whole
+from helmholtz.training.parallel import full_tensor
 from helmholtz.training.run import train
 
 
@@ -51,7 +51,7 @@ def check_facade():
             loss = model(tokens, mode="training")[0].square().mean()
             loss.backward()
             losses.append(loss.item())
-            gradients = [whole(p.grad).norm() for p in model.parameters() if p.grad is not None]
+            gradients = [full_tensor(p.grad).norm() for p in model.parameters() if p.grad is not None]
             norms.append(torch.stack(gradients).norm().item())
         assert math.isclose(*losses, rel_tol=1e-6), losses
         assert math.isclose(*norms, rel_tol=1e-5), norms

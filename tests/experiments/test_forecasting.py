@@ -20,7 +20,7 @@ from helmholtz.experiments.forecasting.run import (
     shown_windows,
 )
 from helmholtz.experiments.forecasting.windows import Windows, forecast_data
-from helmholtz.experiments.queue import FinishedRun, split_finished, work_off
+from helmholtz.experiments.queue import FinishedRun, run_queue, split_finished
 from series_cases import waves
 
 WAVES = waves(750, 2)
@@ -46,7 +46,7 @@ def contents(folder):
 
 
 def test_an_interrupted_queue_leaves_the_bytes_of_one_that_was_not(tmp_path):
-    work_off(runs(), compute, tmp_path / "whole")
+    run_queue(runs(), compute, tmp_path / "whole")
 
     def interrupted(run):
         if run.settings["model"] == "fem-time":
@@ -54,9 +54,9 @@ def test_an_interrupted_queue_leaves_the_bytes_of_one_that_was_not(tmp_path):
         return compute(run)
 
     with pytest.raises(KeyboardInterrupt):
-        work_off(runs(), interrupted, tmp_path / "cut")
+        run_queue(runs(), interrupted, tmp_path / "cut")
     torch.manual_seed(99)
-    assert work_off(runs(), compute, tmp_path / "cut") == 3
+    assert run_queue(runs(), compute, tmp_path / "cut") == 3
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     assert len(contents(tmp_path / "cut")) == len(RECIPES)
 
@@ -170,7 +170,7 @@ def test_mistakes_are_refused(tmp_path):
 
 
 def test_other_data_of_the_same_name_are_refused(tmp_path):
-    work_off(forecast_runs([WAVES], ["naive"], [24], [0]), compute, tmp_path)
+    run_queue(forecast_runs([WAVES], ["naive"], [24], [0]), compute, tmp_path)
     with pytest.raises(ValueError, match=r"result of other settings: settings\.data\.(sha256|rows)"):
         split_finished(tmp_path, forecast_runs([waves(751, 2)], ["naive"], [24], [0]))
 

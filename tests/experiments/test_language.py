@@ -22,7 +22,7 @@ from helmholtz.experiments.language.run import (
     language_runs,
     scaling_fits,
 )
-from helmholtz.experiments.queue import FinishedRun, QueuedRun, work_off
+from helmholtz.experiments.queue import FinishedRun, QueuedRun, run_queue
 from helmholtz.training.callbacks import EvalRecord, StepRecord
 
 TINY = LanguageStudy(
@@ -92,7 +92,7 @@ def test_a_run_leaves_a_curve_a_bound_for_plans_and_the_same_bytes_again(corpus)
     ]
     for folder in ("one", "two"):
         compute = partial(compute_language, data=corpus, folder=corpus / folder)
-        assert work_off(runs if folder == "one" else runs[1:], compute, corpus / folder) in (1, 2)
+        assert run_queue(runs if folder == "one" else runs[1:], compute, corpus / folder) in (1, 2)
     exact, bound = (
         json.loads((corpus / "one" / "results" / f"{run.name}.json").read_text())["result"] for run in runs
     )
@@ -145,7 +145,7 @@ def test_a_run_that_a_signal_ends_is_no_result(corpus, monkeypatch):
     ]
     compute = partial(compute_language, data=corpus, folder=corpus / "out")
     with pytest.raises(RuntimeError, match="bytes-m-baseline-0 was interrupted at step 2; the same command"):
-        work_off(runs, compute, corpus / "out")
+        run_queue(runs, compute, corpus / "out")
     assert not list((corpus / "out").rglob("*.json"))
 
 

@@ -19,7 +19,7 @@ from helmholtz.experiments.mad.models import MODELS, MadSizes, build_model, coun
 from helmholtz.experiments.mad.report import PUBLISHED, SHORT, Row, comparisons, rows_of
 from helmholtz.experiments.mad.run import PROFILES, MadRun, chosen_rates
 from helmholtz.experiments.mad.training import MadProtocol, batches, macro_accuracy, measure, train
-from helmholtz.experiments.queue import FinishedRun, QueuedRun, spread, work_off
+from helmholtz.experiments.queue import FinishedRun, QueuedRun, run_queue, spread
 from mad_cases import RECALL, SIZES, SQUEEZE, profile, protocol
 
 ROOT = Path(__file__).parents[2]
@@ -357,7 +357,7 @@ def compute_all(folder, stuck=None):
         run = by_name[queued.name]
         return run.compute(wait) if runs.index(run) == stuck else run.compute()
 
-    work_off([run.queued() for run in runs], compute, folder)
+    run_queue([run.queued() for run in runs], compute, folder)
 
 
 def contents(folder):

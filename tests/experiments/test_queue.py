@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helmholtz.experiments.queue import QueuedRun, finished, shard, split_finished, spread, work_off
+from helmholtz.experiments.queue import QueuedRun, finished, run_queue, shard, split_finished, spread
 
 RUNS = [QueuedRun(f"task-{n}", {"n": n, "sizes": [1, n]}) for n in range(5)]
 
@@ -23,12 +23,12 @@ def contents(folder):
 def test_every_run_is_computed_once_and_found_again(tmp_path):
     events = []
     assert (
-        work_off(RUNS[:2], square, tmp_path, report=lambda run, event: events.append((run.name, event))) == 2
+        run_queue(RUNS[:2], square, tmp_path, report=lambda run, event: events.append((run.name, event))) == 2
     )
     done, missing = split_finished(tmp_path, RUNS)
     assert [d.result["square"] for d in done] == [0, 1]
     assert missing == RUNS[2:]
-    assert work_off(RUNS, square, tmp_path, report=lambda run, event: events.append((run.name, event))) == 3
+    assert run_queue(RUNS, square, tmp_path, report=lambda run, event: events.append((run.name, event))) == 3
     assert [event for name, event in events if name == "task-1"] == ["begins", "done in 0 s", "done before"]
     timing = finished(tmp_path, RUNS[0]).timing
     assert timing["seconds"] >= 0 and timing["cpu_seconds"] >= 0
@@ -36,7 +36,7 @@ def test_every_run_is_computed_once_and_found_again(tmp_path):
 
 
 def test_an_interrupted_queue_leaves_the_bytes_of_one_that_was_not(tmp_path):
-    work_off(RUNS, square, tmp_path / "whole")
+    run_queue(RUNS, square, tmp_path / "whole")
 
     def interrupted(run):
         if run.settings["n"] == 3:
@@ -44,9 +44,9 @@ def test_an_interrupted_queue_leaves_the_bytes_of_one_that_was_not(tmp_path):
         return square(run)
 
     with pytest.raises(KeyboardInterrupt):
-        work_off(RUNS, interrupted, tmp_path / "cut")
+        run_queue(RUNS, interrupted, tmp_path / "cut")
     assert len(contents(tmp_path / "cut")) == 3
-    assert work_off(RUNS, square, tmp_path / "cut") == 2
+    assert run_queue(RUNS, square, tmp_path / "cut") == 2
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
@@ -57,7 +57,7 @@ def slow_square(run):
 
 def test_two_processes_share_a_folder_without_computing_anything_twice(tmp_path):
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        jobs = [pool.apply_async(work_off, (RUNS, slow_square, tmp_path)) for _ in range(2)]
+        jobs = [pool.apply_async(run_queue, (RUNS, slow_square, tmp_path)) for _ in range(2)]
         counts = [job.get() for job in jobs]
     assert sum(counts) == len(RUNS)
     assert len(contents(tmp_path)) == len(RUNS)
@@ -73,17 +73,17 @@ def test_shards_part_the_runs_evenly_and_refuse_other_texts():
 
 
 def test_files_of_other_settings_and_damaged_ones_are_refused(tmp_path):
-    work_off(RUNS, square, tmp_path)
+    run_queue(RUNS, square, tmp_path)
     with pytest.raises(ValueError, match=r"settings\.n was 2, now 7"):
         finished(tmp_path, QueuedRun("task-2", {"n": 7, "sizes": [1, 2]}))
     Path(tmp_path / "results" / "task-1.json").write_text('{"settings": {"n"')
     with pytest.raises(ValueError, match=r"task-1\.json: damaged result .* delete it"):
-        work_off(RUNS, square, tmp_path)
+        run_queue(RUNS, square, tmp_path)
 
 
 def test_a_result_that_is_not_finite_is_refused_and_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match="task-0: its result is not finite JSON"):
-        work_off(RUNS, lambda run: {"loss": float("nan")}, tmp_path)
+        run_queue(RUNS, lambda run: {"loss": float("nan")}, tmp_path)
     assert not list(tmp_path.rglob("*.json"))
 
 
@@ -93,11 +93,11 @@ def test_bad_names_settings_and_repeated_names_are_refused(tmp_path):
     with pytest.raises(ValueError, match="settings"):
         QueuedRun("a", {"sizes": (1, 2)})
     with pytest.raises(ValueError, match="runs must be names that differ, got"):
-        work_off([RUNS[0], RUNS[0]], square, tmp_path)
+        run_queue([RUNS[0], RUNS[0]], square, tmp_path)
 
 
 def test_a_lost_timing_does_not_lose_the_result(tmp_path):
-    work_off(RUNS[:1], square, tmp_path)
+    run_queue(RUNS[:1], square, tmp_path)
     (tmp_path / "timings" / "task-0.json").unlink()
     assert finished(tmp_path, RUNS[0]).timing == {}
     assert json.loads((tmp_path / "results" / "task-0.json").read_text())["result"] == {"square": 0}
@@ -114,7 +114,7 @@ def test_spread_is_mean_range_and_sample_deviation():
 
 @pytest.mark.parametrize("content", ["", "[1]", "[" * 100_000, '{"seconds": 1' + "0" * 30 + "}"])
 def test_a_damaged_timing_is_named(tmp_path, content):
-    work_off(RUNS[:1], square, tmp_path)
+    run_queue(RUNS[:1], square, tmp_path)
     file = tmp_path / "timings" / "task-0.json"
     file.write_text(content)
     with pytest.raises(ValueError, match=r"timings/task-0.json: damaged .*delete it"):

@@ -8,7 +8,7 @@ import pytest
 from helmholtz._files import write_atomically
 from helmholtz._locks import locked
 from helmholtz.experiments import records
-from helmholtz.experiments.queue import QueuedRun, finished, fold_finished, split_finished, work_off
+from helmholtz.experiments.queue import QueuedRun, finished, fold_finished, run_queue, split_finished
 from helmholtz.experiments.records import fold
 
 RUNS = [QueuedRun(f"run-lr0.{n}", {"n": n, "sizes": [1, n]}) for n in range(4)]
@@ -29,7 +29,7 @@ def lines(folder):
 
 @pytest.fixture
 def folder(tmp_path):
-    work_off(RUNS[:3], compute, tmp_path)
+    run_queue(RUNS[:3], compute, tmp_path)
     return tmp_path
 
 
@@ -48,7 +48,7 @@ def test_a_folded_run_is_the_run_that_was_there(folder):
 
 def test_a_queue_goes_on_after_its_finished_runs_were_folded(folder):
     fold(folder)
-    assert work_off(RUNS, compute, folder) == 1
+    assert run_queue(RUNS, compute, folder) == 1
     assert files(folder) == [f"{RUNS[3].name}.json"] * 2
     first = (folder / "runs.jsonl").read_text()
     done, missing = fold_finished(folder, RUNS)
@@ -91,7 +91,7 @@ def test_processes_fold_while_others_compute(tmp_path):
     runs = [QueuedRun(f"r{n}", {"n": n}) for n in range(40)]
     with multiprocessing.get_context("fork").Pool(3) as pool:
         folding = [pool.apply_async(fold_again_and_again, (tmp_path,)) for _ in range(2)]
-        assert pool.apply_async(work_off, (runs, compute, tmp_path)).get(60) == 40
+        assert pool.apply_async(run_queue, (runs, compute, tmp_path)).get(60) == 40
         for job in folding:
             job.get(60)
     done, missing = fold_finished(tmp_path, runs)
@@ -108,7 +108,7 @@ def test_a_folder_that_another_process_folds_is_left_to_it(folder):
 
 def test_a_run_that_is_there_twice_and_differs_is_refused_and_both_stay(folder):
     fold(folder)
-    work_off(RUNS[:1], lambda run: {"other": 1}, folder / "elsewhere")
+    run_queue(RUNS[:1], lambda run: {"other": 1}, folder / "elsewhere")
     own = folder / "results" / f"{RUNS[0].name}.json"
     (folder / "elsewhere" / "results" / own.name).rename(own)
     for call in (lambda: finished(folder, RUNS[0]), lambda: fold(folder)):
@@ -134,7 +134,7 @@ def test_lines_of_other_settings_and_damaged_ones_are_refused(folder):
     ):
         (folder / "runs.jsonl").write_text(text + damaged + "\n")
         with pytest.raises(ValueError, match=r"runs\.jsonl, line 4: damaged .* delete the line"):
-            work_off(RUNS, compute, folder)
+            run_queue(RUNS, compute, folder)
     (folder / "runs.jsonl").write_text(text + text.splitlines()[0].replace("0.0", "0.5", 2) + "\n")
     assert len(split_finished(folder, RUNS)[0]) == 3
     (folder / "runs.jsonl").write_text(text + text.splitlines()[0].replace('"n": 0', '"n": 5') + "\n")

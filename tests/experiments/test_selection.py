@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from helmholtz.experiments.queue import work_off
+from helmholtz.experiments.queue import run_queue
 from helmholtz.experiments.selection.data import SelectionTask, sample_caches
 from helmholtz.experiments.selection.run import (
     MAXIMUM_READERS,
@@ -129,7 +129,7 @@ def test_the_queue_names_every_run_and_computes_each_part(tmp_path):
         for run in runs
         if run.name in ("maximum-attention_values_learned-0", "named-free_energy_2_heads-1")
     ]
-    assert work_off(picked, compute, tmp_path) == 2
+    assert run_queue(picked, compute, tmp_path) == 2
     content = json.loads((tmp_path / "results" / f"{picked[0].name}.json").read_text())
     assert content["settings"]["reader"] == {"read": "mean", "beta": 1.0, "n_heads": 4, "fixed": False}
     assert len(content["result"]["example"]["influence"]) == 4

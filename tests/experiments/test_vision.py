@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helmholtz.experiments.queue import FinishedRun, work_off
+from helmholtz.experiments.queue import FinishedRun, run_queue
 from helmholtz.experiments.vision import run as vision
 from helmholtz.experiments.vision.data import Images, ImageSplits, digits
 from helmholtz.experiments.vision.models import ViT
@@ -61,7 +61,7 @@ def contents(folder):
 
 def test_an_interrupted_queue_leaves_the_bytes_of_one_that_was_not(tmp_path):
     runs = vision_runs([BARS], ["attention", "fem"], [0, 1])
-    work_off(runs, compute, tmp_path / "whole")
+    run_queue(runs, compute, tmp_path / "whole")
 
     def interrupted(run):
         if run.settings["seed"] == 1:
@@ -69,9 +69,9 @@ def test_an_interrupted_queue_leaves_the_bytes_of_one_that_was_not(tmp_path):
         return compute(run)
 
     with pytest.raises(KeyboardInterrupt):
-        work_off(runs, interrupted, tmp_path / "cut")
+        run_queue(runs, interrupted, tmp_path / "cut")
     torch.manual_seed(99)
-    assert work_off(runs, compute, tmp_path / "cut") == 2
+    assert run_queue(runs, compute, tmp_path / "cut") == 2
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     assert len({*contents(tmp_path / "cut").values()}) == 4
 

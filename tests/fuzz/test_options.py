@@ -38,7 +38,7 @@ LONG = [("data.prepare", "shakespeare_files"), ("cli.report", "build_sections"),
         ("interop.hf.export", "export"), ("cli.studies.language", "prepare_corpus"),
         ("cli.studies.language", "fold_finished"), ("cli.studies.recall", "pattern_results"),
         ("cli.studies.recall", "read_content"), ("cli.studies.continual", "read_content"),
-        ("cli.studies.selection", "work_off"), ("cli.studies.selection", "fold_finished"),
+        ("cli.studies.selection", "run_queue"), ("cli.studies.selection", "fold_finished"),
         ("cli.studies.letters", "read_cell"), ("cli.studies.forecasting", "load"),
         ("cli.studies.vision", "load")]  # fmt: skip
 """Work that begins without a module of torch, and results that are read."""

@@ -47,7 +47,7 @@ from helmholtz.layers.key_value_memory import KeyValueMemory, NGramKeys
 from helmholtz.layers.latent import Plan
 from helmholtz.models.decoder import Decoder
 from helmholtz.training.objectives import learned, next_token
-from helmholtz.training.parallel import Learner
+from helmholtz.training.parallel import LossModule
 from hf_cases import CORES
 from hybrid_cases import hybrid_config
 
@@ -81,7 +81,7 @@ CASES: dict[str, Case] = {
         lambda: HelmholtzForCausalLM(HelmholtzForCausalLM.of(CORES["free"]()).config),
         lambda m: m(TOKENS).logits,
     ),
-    "learner": (lambda: Learner(CORES["transformer"](), next_token, learned), lambda m: m(TOKENS, 0)),
+    "loss_module": (lambda: LossModule(CORES["transformer"](), next_token, learned), lambda m: m(TOKENS, 0)),
     **{
         f"mad {name}": (
             lambda name=name: _build(name, Compression(vocab_size=8, seq_len=12), MAD, 8),

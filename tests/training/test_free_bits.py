@@ -260,7 +260,7 @@ def test_the_prior_s_cross_entropy_is_of_plans_that_are_the_same_at_every_evalua
             logits = loop.model.eval()(tokens[:, :-1], z=z).logits
         total += len(tokens) * ops.cross_entropy(logits, tokens[:, 1:]).item()
     assert first == pytest.approx(total / 10)
-    loop.learner._objective.seed = 1
+    loop.loss_module._objective.seed = 1
     assert loop.evaluate().statistics["prior_cross_entropy"] != first
 
 
@@ -380,7 +380,7 @@ def test_narrow_precision_learns_with_its_kl_in_float32(data, tmp_path, precisio
     assert not any(record.skipped for record in records[5:])
     assert loop.evaluate().validation_loss < start - 0.5
     with loop._autocast():
-        objective = loop.learner._objective(loop.model, loop.batches.micro_batch(0, 0)[0], 0)
+        objective = loop.loss_module._objective(loop.model, loop.batches.micro_batch(0, 0)[0], 0)
     assert {x.dtype for x in (objective.loss, objective.bound, *objective.terms.values())} == {torch.float32}
 
 

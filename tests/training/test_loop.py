@@ -197,16 +197,16 @@ def test_a_second_run_into_a_folder_is_refused_and_nothing_is_lost(data, tmp_pat
 
 
 def test_a_run_that_another_process_begins_just_before_is_refused(data, tmp_path, monkeypatch):
-    owned = run_module.owned
+    lock = run_module.lock_folder
     train(tiny_run(data, tmp_path / "other"))
 
     @contextlib.contextmanager
     def late(folder):
         shutil.copytree(tmp_path / "other", folder)
-        with owned(folder):
+        with lock(folder):
             yield
 
-    monkeypatch.setattr(run_module, "owned", late)
+    monkeypatch.setattr(run_module, "lock_folder", late)
     with pytest.raises(ValueError, match="already holds a run"):
         train(tiny_run(data, tmp_path / "run"))
     assert metrics(tmp_path / "run") == metrics(tmp_path / "other")

@@ -93,7 +93,7 @@ def split_finished(folder: Path, runs: Sequence[QueuedRun]) -> tuple[list[Finish
     return [done for _, done in found if done is not None], [run for run, done in found if done is None]
 
 
-def work_off(
+def run_queue(
     runs: Sequence[QueuedRun],
     compute: Callable[[QueuedRun], Mapping[str, Any]],
     folder: Path,

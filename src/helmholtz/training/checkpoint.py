@@ -33,7 +33,7 @@ from helmholtz._run_folder import BEST, LAST, METRICS, RUN, SUMMARY, TOKENIZER
 from helmholtz.models.checkpoint import checkpoint_weights, write_checkpoint
 from helmholtz.models.decoder import Decoder
 from helmholtz.training.distributed import on_main, world
-from helmholtz.training.parallel import whole
+from helmholtz.training.parallel import full_tensor
 from helmholtz.training.state import Progress, load_progress, save_training_state, saved_identity
 
 TrainingState = tuple[torch.optim.Optimizer, torch.amp.GradScaler, Progress, dict[str, Any] | None]
@@ -78,7 +78,7 @@ def _gathered(model: Decoder) -> dict[str, Tensor]:
     """Whole weights in the memory of the main process, gathered one by one; nothing in the others."""
     weights = {}
     for name, tensor in checkpoint_weights(model).items():
-        gathered = whole(tensor)
+        gathered = full_tensor(tensor)
         if world().is_main:
             weights[name] = gathered.cpu()
     return weights

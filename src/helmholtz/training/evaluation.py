@@ -10,7 +10,7 @@ from helmholtz.layers.row_draws import drawn_by_row
 from helmholtz.models.base import evaluation_mode
 from helmholtz.training.batches import Batches
 from helmholtz.training.objectives import Report
-from helmholtz.training.parallel import Learner
+from helmholtz.training.parallel import LossModule
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -22,17 +22,17 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 class Evaluator:
-    """Measures a learner on the validation batches of a run."""
+    """Measures a loss_module on the validation batches of a run."""
 
-    def __init__(self, learner: Learner, batches: Batches) -> None:
-        self.learner, self.batches = learner, batches
+    def __init__(self, loss_module: LossModule, batches: Batches) -> None:
+        self.loss_module, self.batches = loss_module, batches
 
     @contextlib.contextmanager
     def same_draws(self) -> Iterator[None]:
         """Evaluation mode with the same draws each time; none is taken from the generators of the training."""
         cuda = range(torch.cuda.device_count())
         computing = autocast(self.batches.config.precision, self.batches.device)
-        with torch.random.fork_rng(cuda), evaluation_mode(self.learner.model), computing:
+        with torch.random.fork_rng(cuda), evaluation_mode(self.loss_module.model), computing:
             torch.manual_seed(self.batches.config.seed)
             yield
 
@@ -42,11 +42,11 @@ class Evaluator:
         with self.same_draws():
             for tokens, keys in self.batches.of_validation():
                 with drawn_by_row(keys):
-                    total += len(tokens) * self.learner(tokens, step)[1].item()
+                    total += len(tokens) * self.loss_module(tokens, step)[1].item()
         return total / self.batches.n_validation_windows
 
     def report(self, step: int) -> Report:
         """The report on the validation batches, without warnings while the learning rate warms up."""
         with self.same_draws():
-            report = self.learner.report([tokens for tokens, _ in self.batches.of_validation()], step)
+            report = self.loss_module.report([tokens for tokens, _ in self.batches.of_validation()], step)
         return report if step >= self.batches.config.warmup_steps else replace(report, warnings={})

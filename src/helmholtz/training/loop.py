@@ -42,7 +42,13 @@ from helmholtz.training.distributed import (
 from helmholtz.training.evaluation import AUTOCAST, Evaluator, autocast
 from helmholtz.training.objectives import ObjectiveFunction, ReportFunction, learned, next_token
 from helmholtz.training.optim import NO_FACTORS, learning_rate, make_optimizer
-from helmholtz.training.parallel import Learner, ParallelConfig, gradients_exchanged, spread, whole
+from helmholtz.training.parallel import (
+    LossModule,
+    ParallelConfig,
+    full_tensor,
+    gradients_exchanged,
+    wrap_parallel,
+)
 from helmholtz.training.state import Progress, load_training_state
 from helmholtz.training.stopping import stop_signals
 
@@ -88,9 +94,9 @@ class Trainer:
         if config.precision == "fp16" and parallel.strategy == "fsdp":
             raise ValueError("train.precision must be fp32 or bf16 with parallel.strategy=fsdp, got 'fp16'")
         self.model = model.to(self.device)
-        self.learner = Learner(self.model, objective, report)
-        self.evaluator = Evaluator(self.learner, self.batches)
-        self.spread = spread(self.learner, parallel, self.device)
+        self.loss_module = LossModule(self.model, objective, report)
+        self.evaluator = Evaluator(self.loss_module, self.batches)
+        self.parallel_module = wrap_parallel(self.loss_module, parallel, self.device)
         self.folder = Path(config.output_dir)
         self.optimizer = make_optimizer(self.model, config, lr_factors)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
@@ -112,7 +118,7 @@ class Trainer:
     def _loss(self, tokens: Int[Tensor, "B T1"]) -> Float[Tensor, ""]:
         """Of these rows, past DDP: no gradients are exchanged."""
         with self._autocast():
-            loss: Tensor = self.learner(tokens, self.progress.step)[0]
+            loss: Tensor = self.loss_module(tokens, self.progress.step)[0]
         return loss
 
     def _backward(self) -> dict[str, float]:
@@ -120,9 +126,9 @@ class Trainer:
         n = self.config.accumulation
         found = dict[str, float]()
         for index, (tokens, keys) in enumerate(self.batches.of_step(self.progress.windows)):
-            with gradients_exchanged(self.spread, index == n - 1), drawn_by_row(keys):
+            with gradients_exchanged(self.parallel_module, index == n - 1), drawn_by_row(keys):
                 with self._autocast():
-                    loss, bound, terms = self.spread(tokens, self.progress.step)
+                    loss, bound, terms = self.parallel_module(tokens, self.progress.step)
                 self.scaler.scale(loss / n).backward()
             for name, value in ({"loss": loss.detach(), "bound": bound} | terms).items():
                 found[name] = found.get(name, 0.0) + value.item() / n
@@ -161,7 +167,7 @@ class Trainer:
         with lost_rank_named(f"in step {progress.step + 1}"):
             found = self._backward_or_stop()
             self.scaler.unscale_(self.optimizer)
-            norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm)).item()
+            norm = full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm)).item()
         loss, bound, n_bytes = found.pop("loss"), found.pop("bound"), found.pop("bytes")
         skipped = not (math.isfinite(norm) and math.isfinite(loss))
         self._note_skip(f"the loss is {loss}, the gradient norm {norm}", skipped=skipped)

@@ -60,7 +60,7 @@ class ParallelConfig:
             )
 
 
-class Learner(nn.Module):
+class LossModule(nn.Module):
     """A model with its objective: one module whose forward pass gives a loss, as DDP and FSDP want it."""
 
     def __init__(self, model: Decoder, objective: ObjectiveFunction, report: ReportFunction) -> None:
@@ -78,13 +78,13 @@ class Learner(nn.Module):
         return self._report(self.model, batches, step)
 
 
-def spread(learner: Learner, config: ParallelConfig, device: torch.device) -> nn.Module:
-    """The learner as this process trains it; weights must already be the same on all processes.
+def wrap_parallel(loss_module: LossModule, config: ParallelConfig, device: torch.device) -> nn.Module:
+    """The loss_module as this process trains it; weights must already be the same on all processes.
 
     FSDP's units are every block, the encoder and table of a plan, the equilibrium layer as a whole (its map must not be
     a unit of its own: the implicit gradient would be missing), untied embedding and output matrix. The rest is root.
     """
-    model = learner.model
+    model = loss_module.model
     if config.recompute_every:
         for block in model.blocks[:: config.recompute_every]:
             _recompute(block)
@@ -92,12 +92,12 @@ def spread(learner: Learner, config: ParallelConfig, device: torch.device) -> nn
         for block in model.blocks:
             block.compile()
     if config.strategy == "fsdp":
-        return _sharded(learner, config, device)
+        return _sharded(loss_module, config, device)
     if world().size == 1:
-        return learner
+        return loss_module
     ids = [world().local_rank] if device.type == "cuda" else None
     return DistributedDataParallel(
-        learner, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True
+        loss_module, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True
     )
 
 
@@ -110,8 +110,8 @@ def _recompute(block: nn.Module) -> None:
     block.forward = recomputed
 
 
-def _sharded(learner: Learner, config: ParallelConfig, device: torch.device) -> nn.Module:
-    size, model = world().size, learner.model
+def _sharded(loss_module: LossModule, config: ParallelConfig, device: torch.device) -> nn.Module:
+    size, model = world().size, loss_module.model
     by_torchrun = "ddp in a process that torchrun has not started"
     check(dist.is_initialized(), "parallel.strategy", config.strategy, by_torchrun)
     check(size % config.replicas == 0, "parallel.replicas", config.replicas, f"a divisor of {size} processes")
@@ -127,9 +127,9 @@ def _sharded(learner: Learner, config: ParallelConfig, device: torch.device) -> 
         # the objective reads the equilibrium layer's parameters after its forward pass
         kept = unit is model.equilibrium
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=not kept)
-    fully_shard(learner, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(learner, "report")
-    return learner
+    fully_shard(loss_module, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(loss_module, "report")
+    return loss_module
 
 
 def _units(model: Decoder) -> list[nn.Module]:
@@ -154,6 +154,6 @@ def gradients_exchanged(module: nn.Module, exchanged: bool) -> Iterator[None]:
         yield
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered from all processes (which must all ask for it); another one as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

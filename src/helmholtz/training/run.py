@@ -15,7 +15,7 @@ from helmholtz._checks import check, check_choice
 from helmholtz._display import losable
 from helmholtz._files import check_free_space, write_atomically
 from helmholtz._hardware import describe_hardware, git_commit
-from helmholtz._locks import OwnedFolder, owned
+from helmholtz._locks import LockedFolder, lock_folder
 from helmholtz._run_folder import METRICS, SUMMARY
 from helmholtz.data.prepare import DataConfig
 from helmholtz.data.tokens import TokenDataset, check_contents
@@ -167,10 +167,10 @@ def _train(
 
 def _enter(
     folder: Path, identity: dict[str, Any], stack: contextlib.ExitStack, *, resume: bool
-) -> tuple[bool, OwnedFolder]:
+) -> tuple[bool, LockedFolder]:
     """Own the folder from here on; whether a run is to be gone on with there."""
     can_resume(folder, identity, resume=resume)  # a folder that is refused is not touched
-    owner = stack.enter_context(owned(folder))
+    owner = stack.enter_context(lock_folder(folder))
     return can_resume(folder, identity, resume=resume), owner  # another process may have begun in between
 
 

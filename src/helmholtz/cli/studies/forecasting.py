@@ -32,7 +32,7 @@ from helmholtz.experiments.forecasting.report import (
     values_of,
 )
 from helmholtz.experiments.forecasting.run import HORIZONS, RECIPES, compute_forecast, forecast_runs
-from helmholtz.experiments.queue import SEEDS, QueuedRun, fold_finished, shard, work_off
+from helmholtz.experiments.queue import SEEDS, QueuedRun, fold_finished, run_queue, shard
 
 ACTIONS = {
     "run": "Train and measure forecasters. Finished runs are kept, an interrupted queue goes on where it was.",
@@ -157,7 +157,7 @@ def act(action: str, arguments: list[str], console: Console) -> None:
     if action in ("run", "pilot"):
         torch.set_num_threads(values["threads"])
         compute = functools.partial(compute_forecast, series={one.name: one for one in series})
-        work_off(shard(runs, values["shard"]), compute, folder, report=announced(console))
+        run_queue(shard(runs, values["shard"]), compute, folder, report=announced(console))
     if action == "pilot":
         report_pilot(runs, folder, console)
     if action == "report":

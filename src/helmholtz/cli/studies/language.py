@@ -24,7 +24,7 @@ from helmholtz.experiments.language.run import (
     prepare_corpus,
     scaling_fits,
 )
-from helmholtz.experiments.queue import SEEDS, FinishedRun, QueuedRun, fold_finished, shard, spread, work_off
+from helmholtz.experiments.queue import SEEDS, FinishedRun, QueuedRun, fold_finished, run_queue, shard, spread
 from helmholtz.experiments.records import RUNS
 
 ACTIONS = {
@@ -93,7 +93,7 @@ def work(runs: Sequence[QueuedRun], values: dict[str, Any], folder: Path, consol
     for corpus in values["corpora"]:
         for tokenizer in values["tokenizers"]:
             prepare_corpus(corpus, tokenizer, data)
-    work_off(mine, partial(compute_language, data=data, folder=folder), folder, report=announced(console))
+    run_queue(mine, partial(compute_language, data=data, folder=folder), folder, report=announced(console))
 
 
 def report(runs: Sequence[QueuedRun], folder: Path, console: Console) -> None:

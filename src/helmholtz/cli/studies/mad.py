@@ -18,7 +18,7 @@ from helmholtz.cli.studies.queues import LIST, add_shard, add_threads, check_opt
 from helmholtz.experiments.mad.plots import plot_accuracy, plot_curves
 from helmholtz.experiments.mad.report import markdown, report_content, rows_of, table_lines
 from helmholtz.experiments.mad.run import PROFILES, MadRun, chosen_rates
-from helmholtz.experiments.queue import QueuedRun, fold_finished, shard, work_off
+from helmholtz.experiments.queue import QueuedRun, fold_finished, run_queue, shard
 
 ACTIONS = {
     "run": "Train the models of a profile on the MAD tasks. Finished runs are kept, an interrupted queue goes on.",
@@ -86,7 +86,7 @@ def work(runs: Sequence[MadRun], share: str, folder: Path, console: Console) -> 
                 bar.advance(whole)
                 bar.console.print(f"{queued.name}: {event}", markup=False)
 
-        return work_off(queue, compute, folder, report=report)
+        return run_queue(queue, compute, folder, report=report)
 
 
 def write_rates(runs: Sequence[MadRun], folder: Path, file: Path, console: Console) -> None:

@@ -11,7 +11,15 @@ from rich.table import Table
 from helmholtz._checks import check_integer
 from helmholtz.cli.arguments import make_parser, parse
 from helmholtz.cli.studies.queues import LIST, add_threads, announced, check_options, list_runs
-from helmholtz.experiments.queue import SEEDS, FinishedRun, QueuedRun, Spread, fold_finished, spread, work_off
+from helmholtz.experiments.queue import (
+    SEEDS,
+    FinishedRun,
+    QueuedRun,
+    Spread,
+    fold_finished,
+    run_queue,
+    spread,
+)
 from helmholtz.experiments.records import RUNS
 from helmholtz.experiments.selection.report import by_reader, of_part, plot_gaps, plot_reads
 from helmholtz.experiments.selection.run import SelectionStudy, compute, queue
@@ -130,5 +138,5 @@ def act(action: str, arguments: list[str], console: Console) -> None:
         return
     if action == "run":
         torch.set_num_threads(values["threads"])
-        work_off(runs, compute, folder, report=announced(console))
+        run_queue(runs, compute, folder, report=announced(console))
     report(runs, folder, console)

@@ -21,7 +21,7 @@ from helmholtz.cli.studies.queues import (
     spread_text,
     write_summary,
 )
-from helmholtz.experiments.queue import SEEDS, QueuedRun, fold_finished, shard, work_off
+from helmholtz.experiments.queue import SEEDS, QueuedRun, fold_finished, run_queue, shard
 from helmholtz.experiments.vision.data import PACKAGED, ImageSplits, idx_images
 from helmholtz.experiments.vision.report import (
     data_names,
@@ -125,6 +125,6 @@ def act(action: str, arguments: list[str], console: Console) -> None:
     if action in ("run", "pilot"):
         torch.set_num_threads(values["threads"])
         compute = functools.partial(compute_vision, data={one.name: one for one in data})
-        work_off(shard(runs, values["shard"]), compute, folder, report=announced(console))
+        run_queue(shard(runs, values["shard"]), compute, folder, report=announced(console))
     if action in ("report", "pilot"):
         report(action, runs, folder, console)

@@ -16,7 +16,7 @@ from helmholtz.layers.latent import Plan
 from helmholtz.models import MODELS
 from helmholtz.training.run import prepare
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 CHECKPOINTS = TESTS / "models" / "checkpoints"
 EXPECTED = "expected.safetensors"
 INITIAL_WEIGHTS = TESTS / "models" / "initial_weights.json"

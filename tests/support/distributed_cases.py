@@ -21,7 +21,7 @@ from helmholtz.training.parts import objective_class
 from helmholtz.training.run import RunConfig
 from helmholtz.training.run import train as run
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 STRATEGIES = ("ddp", "fsdp")
 WAYS = {
     "hybrid": {"strategy": "fsdp", "replicas": 2},
@@ -147,7 +147,7 @@ def assert_equal_runs(one, two):
 
 def python_path():
     """These helpers, before what the tests themselves were given: mutants of the package come that way."""
-    return os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.pathsep.join([str(TESTS / "support"), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def torchrun_command(arguments, *, size, options, **environment):
