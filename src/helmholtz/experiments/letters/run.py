@@ -77,8 +77,12 @@ def train_on_letters(
     kappa_bits: float | None,
     seed: int,
     callback: StepCallback | None = None,
+    build: Callable[[], Decoder] | None = None,
 ) -> Decoder:
     """Train on fresh sequences: a Free Transformer with ``kappa_bits`` free bits per token, or the baseline if None.
+
+    Args:
+        build: makes another model in place of the experiment's, with a plan unless ``kappa_bits`` is None.
 
     The seed fixes the initial weights, the sequences and the plans drawn; torch's global generators are set.
 
@@ -89,7 +93,7 @@ def train_on_letters(
     if kappa_bits is not None:
         objective = FreeBitsObjective(FreeBitsConfig(kappa_bits=kappa_bits))
     seed_everything(seed)
-    model = experiment.build(planned=kappa_bits is not None)
+    model = build() if build is not None else experiment.build(planned=kappa_bits is not None)
 
     def note(step: int, found: Objective) -> None:
         if callback is not None:

@@ -1,0 +1,106 @@
+"""The study of hybrids: equal parameters, the models of the studies it is compared with, equal results again."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from helmholtz.data.prepare import DataConfig, prepare
+from helmholtz.experiments.hybrids import run as hybrids
+from helmholtz.experiments.hybrids.models import FEWER, TEXT_MODELS, letter_model
+from helmholtz.experiments.hybrids.run import KAPPAS, LETTER_MIXERS, compute_hybrid, hybrid_runs
+from helmholtz.experiments.letters import report as letters
+from helmholtz.experiments.letters.run import PROFILES, train_on_letters
+from helmholtz.experiments.queue import run_queue
+from helmholtz.models.decoder import Decoder
+from helmholtz.models.decoder_config import DecoderConfig
+
+CI = PROFILES["ci"]
+TINY = replace(
+    hybrids.TEXT_SETTINGS["plan"], steps=4, batch_size=2, seq_len=16, warmup_steps=1, eval_tokens=64,
+    measured_tokens=64, plans=2, groups=2, group_size=2, sampled_tokens=4,
+)  # fmt: skip
+
+
+def count(config):
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Decoder(config).parameters())
+
+
+def test_models_that_are_compared_have_equal_parameters():
+    configs = {name: m.config(vocab_size=2048, max_seq_len=256) for name, m in TEXT_MODELS.items()}
+    counts = {name: count(config) for name, config in configs.items() if name not in FEWER}
+    assert max(counts.values()) < 1.01 * min(counts.values()) and counts["attention"] == 1_053_824
+    few = [count(configs[name]) for name in FEWER]
+    assert max(few) < 1.01 * min(few) < 0.9 * counts["mamba"]
+    for planned in (False, True):
+        pair = [count(letter_model(mixer, CI, planned=planned)) for mixer in LETTER_MIXERS]
+        assert max(pair) < 1.01 * min(pair)
+
+
+@pytest.mark.parametrize("kappa_bits", [None, 1.0])
+def test_letters_of_attention_are_those_of_the_letters_study(kappa_bits):
+    """Weights and training to the bit: its results may be compared with these."""
+    tiny = replace(CI, steps=2, batch_size=2, warmup_steps=1)
+    config = letter_model("attention", tiny, planned=kappa_bits is not None)
+    theirs, ours = (
+        train_on_letters(tiny, kappa_bits=kappa_bits, seed=0, build=build)
+        for build in (None, lambda: Decoder(config))
+    )
+    found = ours.state_dict()
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(tensor, found[name])
+
+
+def test_the_grid_has_seeds_outermost():
+    runs = hybrid_runs()
+    per_seed = len(KAPPAS) * len(LETTER_MIXERS) + len(TEXT_MODELS)
+    assert len(runs) == 3 * per_seed == len({run.name for run in runs}) == 48
+    assert {run.settings["seed"] for run in runs[:per_seed]} == {0}
+    assert [run.name for run in runs[:3]] == [
+        "letters-attention-no_plan-0", "letters-fem-no_plan-0", "letters-attention-1_4-0",
+    ]  # fmt: skip
+    assert all(DecoderConfig.from_dict(run.settings["config"]).to_dict() for run in runs)
+    (few,) = {run.settings["part"] for run in hybrid_runs(parts=["plan"], seeds=[5])}
+    assert few == "plan"
+    for wrong in ({"parts": ["x"]}, {"seeds": [-1]}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            hybrid_runs(**wrong)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Narrow models, few steps, and a text of a few lines."""
+    (tmp_path / "text.txt").write_text("".join(f"the {n}th line of a small text\n" for n in range(200)))
+    config = DataConfig(folder=str(tmp_path / "data"), sources=(str(tmp_path / "text.txt"),), vocab_size=300)
+    prepared = prepare(config)
+    monkeypatch.setattr(hybrids, "prepare_shakespeare", lambda folder: prepared)
+    monkeypatch.setattr(hybrids, "VOCAB_SIZE", prepared.metadata.vocab_size)
+    monkeypatch.setattr(hybrids, "TEXT_SETTINGS", dict.fromkeys(("plan", "equilibrium"), TINY))
+    monkeypatch.setitem(PROFILES, "ci", replace(CI, steps=2, batch_size=2, warmup_steps=1))
+    monkeypatch.setattr(letters, "N_SEQUENCES", 8)
+    monkeypatch.setattr(letters, "N_GROUPS", 2)
+    monkeypatch.setattr(letters, "GROUP_SIZE", 2)
+    return tmp_path
+
+
+def test_runs_leave_what_the_report_needs_and_the_same_bytes_again(small):
+    names = ("letters-fem-1_4-0", "shakespeare-fem_plan-0", "shakespeare-gla_equilibrium-0",
+             "shakespeare-mamba_without-0")  # fmt: skip
+    runs = [run for run in hybrid_runs(seeds=[0]) if run.name in names]
+    for folder, own in (("one", runs), ("two", runs[1:2])):
+        assert run_queue(own, partial(compute_hybrid, data=small), small / folder) == len(own)
+    letter, plan, settled, without = (
+        json.loads((small / "one" / "results" / f"{name}.json").read_text())["result"] for name in names
+    )
+    assert letter["bounds"]["n_sequences"] == 8 and letter["bounds"]["kl"] >= 0
+    assert plan["kind"] == "bound" and plan["bits_per_byte"] == plan["bounds"]["mixture_weighted"]
+    assert {"kl", "mutual_information"} <= plan["statistics"].keys()
+    assert {estimate["n"] for estimate in plan["sharing"].values()} == {2}
+    assert settled["kind"] == "exact" and settled["sharing"] is None
+    assert settled["statistics"]["converged"] == 1 and settled["statistics"]["mean_steps"] > 0
+    assert without["statistics"] == {} and [point["step"] for point in without["curve"]] == [2, 4]
+    again = f"results/{names[1]}.json"
+    assert (small / "one" / again).read_bytes() == (small / "two" / again).read_bytes()
