@@ -3,10 +3,10 @@ from dataclasses import replace
 
 import pytest
 
-from helmholtz.cli.main import main
-from helmholtz.cli.studies import forecasting as forecast
+from helmholtz.experiments.forecasting import study as forecast
 from helmholtz.experiments.forecasting.run import RECIPES
 from series_cases import waves, write_csv
+from study_cases import call_study
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +24,7 @@ def file(tmp_path):
 
 
 def call(capsys, *arguments):
-    code = main(["study", "forecasting", *map(str, arguments)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    return call_study(capsys, "forecasting", *arguments)
 
 
 def test_runs_and_report_from_the_shell(capsys, tmp_path, file):

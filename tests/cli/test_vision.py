@@ -3,10 +3,10 @@ import json
 import numpy as np
 import pytest
 
-from helmholtz.cli.main import main
 from helmholtz.experiments.vision import run as vision
 from helmholtz.experiments.vision.run import VisionRecipe
 from image_cases import write_set
+from study_cases import call_study
 
 TINY = VisionRecipe(
     patch_size=3,
@@ -33,9 +33,7 @@ def folder(tmp_path):
 
 
 def call(capsys, *arguments):
-    code = main(["study", "vision", *map(str, arguments)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    return call_study(capsys, "vision", *arguments)
 
 
 def test_runs_and_report_from_the_shell(capsys, tmp_path, folder):

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import importlib.util
 import io
 import itertools
 import re
@@ -15,7 +16,7 @@ from hypothesis import settings
 from fuzzing import call, snapshot
 from helmholtz.cli.arguments import PATHS, Parser
 from helmholtz.cli.main import COMMANDS, main
-from helmholtz.cli.study import STUDIES
+from helmholtz.cli.study import STUDIES, load_study
 from tiny_runs import prepare_text
 
 pytestmark = pytest.mark.fuzz
@@ -39,8 +40,8 @@ LONG = [("data.prepare", "shakespeare_files"), ("cli.report", "build_sections"),
         ("cli.studies.language", "fold_finished"), ("cli.studies.recall", "pattern_results"),
         ("cli.studies.recall", "read_content"), ("cli.studies.continual", "read_content"),
         ("cli.studies.selection", "run_queue"), ("cli.studies.selection", "fold_finished"),
-        ("cli.studies.letters", "read_cell"), ("cli.studies.forecasting", "load"),
-        ("cli.studies.vision", "load")]  # fmt: skip
+        ("cli.studies.letters", "read_cell"), ("experiments.forecasting.study", "load"),
+        ("experiments.vision.study", "load")]  # fmt: skip
 """Work that begins without a module of torch, and results that are read."""
 
 
@@ -63,7 +64,8 @@ def prefixes():
         actions = getattr(importlib.import_module(f"helmholtz.cli.{command}"), "ACTIONS", [None])
         found += [(command, *([action] if action else [])) for action in actions if command != "study"]
     for study in STUDIES:
-        actions = importlib.import_module(f"helmholtz.cli.studies.{study}").ACTIONS
+        old = importlib.util.find_spec(f"helmholtz.cli.studies.{study}")
+        actions = importlib.import_module(old.name).ACTIONS if old else load_study(study).actions
         found += [("study", study, action) for action in actions]
     trained = [("train", f"--model.architecture={name}") for name in ARCHITECTURES]
     return [prefix for prefix in found if prefix != ("train",)] + trained

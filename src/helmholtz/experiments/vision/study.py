@@ -1,0 +1,120 @@
+"""The vision study: options, images, report."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from helmholtz._checks import check
+from helmholtz.experiments.base import (
+    LIST,
+    Note,
+    Study,
+    add_learning_rates,
+    add_names,
+    add_seeds,
+    make_table,
+    spread_text,
+)
+from helmholtz.experiments.queue import SEEDS, FinishedRun, QueuedRun
+from helmholtz.experiments.vision.data import PACKAGED, ImageSplits, idx_images
+from helmholtz.experiments.vision.report import (
+    data_names,
+    pilot_summary,
+    plot_confusion,
+    plot_learning,
+    summary,
+)
+from helmholtz.experiments.vision.run import LEARNING_RATES, compute_vision, vision_runs
+
+
+class Vision(Study):
+    name = "vision"
+    actions = {
+        "run": "Train and measure vision transformers. Finished runs are kept, an interrupted queue goes on where it "
+        "was.",
+        "list": LIST,
+        "pilot": "Compare learning rates on validation images alone; the test images are not looked at.",
+        "report": "Table and pictures of the runs that are finished.",
+    }
+
+    def __init__(self, action: str, values: Mapping[str, Any]) -> None:
+        super().__init__(action, values)
+        self.data = load(values["data"])
+
+    @classmethod
+    def output(cls, action: str) -> str:
+        return f"results/vision/{'pilot' if action == 'pilot' else 'run'}"
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser, action: str) -> None:
+        if action == "pilot":
+            add_learning_rates(parser)
+        folders = f"{', '.join(PACKAGED)}, or folders of IDX files named as MNIST's"
+        add_names(parser, "data", ["digits"], folders)
+        add_names(parser, "models", list(LEARNING_RATES), "mixers")
+        add_seeds(parser, "of weights and order", [1000] if action == "pilot" else SEEDS)
+
+    def runs(self) -> list[QueuedRun]:
+        return vision_runs(
+            self.data,
+            self.values["models"],
+            self.values["seeds"],
+            measured="validation" if self.action == "pilot" else "test",
+            lrs=self.values.get("lrs", (None,)),
+        )
+
+    def compute(self, run: QueuedRun, note: Note) -> dict[str, Any]:
+        return compute_vision(run, {one.name: one for one in self.data})
+
+    def report(self, done: Sequence[FinishedRun], missing: Sequence[QueuedRun], console: Console) -> None:
+        if self.action == "pilot":
+            rows = pilot_summary(done)
+            console.print(
+                make_table("Validation by learning rate", [_pilot_cells(row) for row in rows], left=2)
+            )
+        else:
+            rows = summary(done)
+            console.print(make_table("Mean over seeds ± deviation", [_cells(row) for row in rows], left=2))
+            for data in data_names(done):
+                plot_learning(done, data, self.folder / f"{data}-learning.png")
+                plot_confusion(done, data, self.folder / f"{data}-confusion.png")
+        self.write_summary(rows, done, missing)
+
+
+STUDY = Vision
+
+
+def load(names: Sequence[str]) -> list[ImageSplits]:
+    """The images by name or folder; of a folder a tenth of the training images validates."""
+    return [PACKAGED[name]() if name in PACKAGED else _folder(Path(name)) for name in names]
+
+
+def _folder(folder: Path) -> ImageSplits:
+    check(folder.is_dir(), "data", str(folder), f"a folder of IDX files or one of {', '.join(PACKAGED)}")
+    return idx_images(folder, name=folder.resolve().name)
+
+
+def _cells(row: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "data": row["data"],
+        "mixer": row["model"],
+        "parameters": f"{row['parameters']:,}",
+        "test accuracy": spread_text(row["test_accuracy"]),
+        "test loss": spread_text(row["test_loss"]),
+        "seeds": str(len(row["seeds"])),
+    }
+
+
+def _pilot_cells(row: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "data": row["data"],
+        "mixer": row["model"],
+        "lr": f"{row['lr']:g}",
+        "seed": str(row["seed"]),
+        "loss": f"{row['validation']['loss']:.4f}",
+        "accuracy": f"{row['validation']['accuracy']:.4f}",
+        "best step": str(row["best_step"]),
+    }
