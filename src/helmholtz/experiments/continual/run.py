@@ -15,11 +15,13 @@ from torch import Tensor
 
 from helmholtz._checks import check_choice, check_integer, check_positive
 from helmholtz.experiments.recall.data import IGNORED, MapTask, epochs, sample_maps
-from helmholtz.experiments.recall.run import optimizer_step
+from helmholtz.experiments.recall.run import CLIP_NORM
 from helmholtz.layers.key_value_memory import KeyValueMemory, NGramKeys
 from helmholtz.layers.slots import SlotPolicy
 from helmholtz.models.base import evaluation_mode
 from helmholtz.models.decoder import Decoder
+from helmholtz.ops.losses import cross_entropy
+from helmholtz.training.fit import FitCallback, fit
 
 MemoryKeys = Literal["none", "ngram", "features"]
 KEY_WIDTH = 64
@@ -168,16 +170,29 @@ class ContinualLearning:
         """Train on one map; its pairs are written as they are read for the first time."""
         c, tokens, labels = self.config, self.tokens[number], self.labels[number]
         batches = epochs(len(tokens), c.steps, c.batch_size, generator=self.generator)
-        self.model.train()
-        num_read = 0
-        for step, batch in enumerate(batches):
-            loss = optimizer_step(self.model, self._optimizer, tokens[batch], answers(labels[batch]))
-            first = batch[: max(0, len(tokens) - num_read)]
-            num_read += len(batch)
+
+        def write(step: int, loss: float) -> None:
+            first = batches[step - 1][: max(0, len(tokens) - (step - 1) * c.batch_size)]
             if self.memory is not None and len(first):
                 self.num_writes += self.memory.write(self.keys(tokens[first]), labels[first])
             if progress is not None:
-                progress(number, step, loss)
+                progress(number, step - 1, loss)
+
+        self.fit(tokens, labels, batches, write)
+
+    def fit(
+        self,
+        tokens: Int[Tensor, "n 2"],
+        labels: Int[Tensor, "n"],
+        batches: Sequence[Int[Tensor, "_"]],
+        callback: FitCallback | None = None,
+    ) -> None:
+        """Train the decoder alone on batches of the pairs."""
+
+        def loss(batch: Int[Tensor, "_"]) -> Float[Tensor, ""]:
+            return cross_entropy(self.model(tokens[batch]).logits, answers(labels[batch]))
+
+        fit(self.model, batches, loss, self._optimizer, clip_norm=CLIP_NORM, callback=callback)
 
     def measure(self, number: int) -> float:
         """Accuracy on all pairs of a map."""
@@ -218,9 +233,6 @@ def joint_accuracy(model: Decoder, config: ContinualConfig, *, seed: int = 0) ->
     learning = ContinualLearning(model, config, seed=seed)
     tokens, labels = learning.tokens.flatten(0, 1), learning.labels.flatten()
     steps = config.steps * config.task.n_tasks
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01)
-    model.train()
-    for batch in epochs(len(tokens), steps, config.batch_size, generator=learning.generator):
-        optimizer_step(model, optimizer, tokens[batch], answers(labels[batch]))
+    learning.fit(tokens, labels, epochs(len(tokens), steps, config.batch_size, generator=learning.generator))
     learning.memory = None
     return tuple(learning.measure(j) for j in range(config.task.n_tasks))

@@ -25,7 +25,7 @@ from helmholtz.experiments.forecasting.windows import ForecastData, Windows, for
 from helmholtz.experiments.queue import QueuedRun
 from helmholtz.models.base import evaluation_mode
 from helmholtz.training.config import TrainConfig
-from helmholtz.training.fit import fit
+from helmholtz.training.fit import fit_examples
 from helmholtz.training.loop import seed_everything
 
 LOOK_BACK = 96
@@ -180,7 +180,7 @@ def _train(model: nn.Module, data: ForecastData, recipe: Recipe, seed: int) -> d
         inputs, targets = data.train.read(batch)
         return (model(inputs) - targets).square().mean()
 
-    found = fit(
+    found = fit_examples(
         model, recipe.train_config(seed), len(data.train), loss,
         lambda: errors(model, data.validation, stride=VALIDATION_STRIDE)["mse"], patience=recipe.patience,
     )  # fmt: skip

@@ -10,13 +10,11 @@ from helmholtz.models.decoder import Decoder
 from helmholtz.models.free_transformer import FreeTransformer, FreeTransformerConfig
 from helmholtz.models.transformer import Transformer, TransformerConfig
 from helmholtz.training.config import TrainConfig
+from helmholtz.training.fit import FitCallback
 from helmholtz.training.free_bits import FreeBitsConfig, FreeBitsObjective
 from helmholtz.training.loop import seed_everything
-from helmholtz.training.objectives import Objective, ObjectiveFunction, next_token
+from helmholtz.training.objectives import ObjectiveFunction, next_token
 from helmholtz.training.sequences import train_on_sequences
-
-StepCallback = Callable[[int, float], None]
-"""Called with ``(step, loss)`` after each optimizer step, the first being 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +74,7 @@ def train_on_letters(
     *,
     kappa_bits: float | None,
     seed: int,
-    callback: StepCallback | None = None,
+    callback: FitCallback | None = None,
     build: Callable[[], Decoder] | None = None,
 ) -> Decoder:
     """Train on fresh sequences: a Free Transformer with ``kappa_bits`` free bits per token, or the baseline if None.
@@ -94,16 +92,11 @@ def train_on_letters(
         objective = FreeBitsObjective(FreeBitsConfig(kappa_bits=kappa_bits))
     seed_everything(seed)
     model = build() if build is not None else experiment.build(planned=kappa_bits is not None)
-
-    def note(step: int, found: Objective) -> None:
-        if callback is not None:
-            callback(step, found.loss.item())
-
     train_on_sequences(
         model,
         lambda n, generator: sample_letters(experiment.law, n, generator=generator),
         experiment.train_config(seed),
         objective=objective,
-        callback=note,
+        callback=callback,
     )
     return model

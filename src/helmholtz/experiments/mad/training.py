@@ -1,25 +1,30 @@
 """Training and measuring one MAD model: the published protocol, its quirks matched or fixed by named options."""
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from helmholtz._checks import check, check_choice, check_fraction, check_integer, check_positive
 from helmholtz.experiments.mad.blocks import AbstractMadModel
 from helmholtz.experiments.mad.data import IGNORED, Examples
 from helmholtz.models.base import evaluation_mode
+from helmholtz.training.diagnosis import NonFiniteError
+from helmholtz.training.fit import fit, shuffled
 from helmholtz.training.optim import parameter_groups
 from helmholtz.training.sequences import DATA_SEED
 
 Schedule = Literal["constant", "cosine"]
 Accuracy = Literal["batch_macro", "pooled_macro", "micro"]
 Select = Literal["last", "best_test_perplexity"]
+Stopped = Literal["end", "accuracy", "diverged"]
 MIN_LR = 1e-6
 """End of the cosine."""
 StepCallback = Callable[[int], None]
@@ -124,12 +129,6 @@ def measure(model: AbstractMadModel, test: Examples, *, batch_size: int) -> Scor
     )
 
 
-def batches(n: int, batch_size: int, *, generator: torch.Generator) -> Iterator[Int[Tensor, "_"]]:
-    """Without end: all of ``n`` items in a random order, then all again in another."""
-    while True:
-        yield from torch.randperm(n, generator=generator).split(batch_size)
-
-
 @dataclass(frozen=True, slots=True)
 class Trained:
     """What came out of a run."""
@@ -138,8 +137,8 @@ class Trained:
     """Per evaluation: the step, the mean training loss since the one before, and the scores of the test."""
     steps: int
     """Optimizer steps made."""
-    stopped: Literal["end", "accuracy", "diverged"]
-    """Why training ended: no more steps, ``stop_at`` reached, or a loss that was not finite."""
+    stopped: Stopped
+    """Why training ended: no more steps, ``stop_at`` reached, or a loss or gradient that was not finite."""
 
     def scored(self, protocol: MadProtocol) -> dict[str, float] | None:
         """The evaluation that counts; None if the run diverged."""
@@ -183,37 +182,41 @@ def train(
     n_steps = protocol.n_steps(len(training))
     due = {-(-n_steps * (i + 1) // protocol.n_evaluations) for i in range(protocol.n_evaluations)}
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, fused=True)
-    order = batches(
-        len(training), protocol.batch_size, generator=torch.Generator().manual_seed(DATA_SEED + seed)
-    )
+    generator = torch.Generator().manual_seed(DATA_SEED + seed)
+    batches = itertools.islice(shuffled(len(training), protocol.batch_size, generator=generator), n_steps)
     curve, losses = list[dict[str, float]](), list[float]()
-    model.train()
-    for step in range(n_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = protocol.lr_at(step, n_steps, lr)
-        losses.append(_step(model, optimizer, training, next(order)))
-        if not math.isfinite(losses[-1]):
-            return Trained(curve, step + 1, "diverged")
-        callback(step + 1)
-        if step + 1 in due:
-            scores = asdict(measure(model, test, batch_size=protocol.evaluation_batch_size))
-            curve.append({"step": step + 1, "training_loss": math.fsum(losses) / len(losses), **scores})
-            losses.clear()
-            if protocol.stop_at is not None and scores[protocol.accuracy] >= protocol.stop_at:
-                return Trained(curve, step + 1, "accuracy")
-    return Trained(curve, n_steps, "end")
+    steps = 0
+    stopped: Stopped = "end"
 
+    def loss(rows: Int[Tensor, "B"]) -> Float[Tensor, ""]:
+        targets = training.targets[rows]
+        places = targets != IGNORED
+        return F.cross_entropy(model.logits_at(training.inputs[rows], places), targets[places])
 
-def _step(
-    model: AbstractMadModel,
-    optimizer: torch.optim.Optimizer,
-    training: Examples,
-    rows: Int[Tensor, "B"],
-) -> float:
-    targets = training.targets[rows]
-    places = targets != IGNORED
-    loss = F.cross_entropy(model.logits_at(training.inputs[rows], places), targets[places])
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.item()
+    def reached(step: int, loss: float) -> bool:
+        """Tests when it is due; whether that is enough."""
+        nonlocal steps, stopped
+        steps = step
+        losses.append(loss)
+        callback(step)
+        if step not in due:
+            return False
+        scores = asdict(measure(model, test, batch_size=protocol.evaluation_batch_size))
+        curve.append({"step": step, "training_loss": math.fsum(losses) / len(losses), **scores})
+        losses.clear()
+        if protocol.stop_at is not None and scores[protocol.accuracy] >= protocol.stop_at:
+            stopped = "accuracy"
+        return stopped == "accuracy"
+
+    try:
+        fit(
+            model,
+            batches,
+            loss,
+            optimizer,
+            lr=partial(protocol.lr_at, n_steps=n_steps, lr=lr),
+            callback=reached,
+        )
+    except NonFiniteError:
+        return Trained(curve, steps + 1, "diverged")
+    return Trained(curve, steps, stopped)

@@ -1,10 +1,10 @@
 """Pairs in a context and a key that asks for its value: by a decoder that learns it, by a memory that is written."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from helmholtz._checks import check_integer, check_positive
@@ -13,8 +13,10 @@ from helmholtz.layers.key_value_memory import KeyValueMemory, NGramKeys
 from helmholtz.models.base import evaluation_mode
 from helmholtz.models.decoder import Decoder
 from helmholtz.ops.losses import cross_entropy
+from helmholtz.training.fit import FitCallback, fit
 
 BATCH_SIZE = 64
+CLIP_NORM = 1.0
 EVALUATION_SEED = 1_000_003
 """Added to the seed: a model is measured on other sequences than it was trained on."""
 
@@ -34,18 +36,6 @@ class InContextResult:
         return asdict(self)
 
 
-def optimizer_step(
-    model: Decoder, optimizer: torch.optim.Optimizer, tokens: Tensor, targets: Tensor
-) -> float:
-    """One step on the targets that are asked for, gradients clipped to norm 1; returns the loss in nats."""
-    loss = cross_entropy(model(tokens).logits, targets)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    return loss.item()
-
-
 @final
 class InContextRecall:
     """The pair task for one decoder, which keeps its optimizer between calls of ``train``.
@@ -62,21 +52,22 @@ class InContextRecall:
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
         self._generator = torch.Generator().manual_seed(seed)
 
-    def train(self, steps: int, *, callback: Callable[[int, float], None] | None = None) -> None:
+    def train(self, steps: int, *, callback: FitCallback | None = None) -> None:
         """``steps`` batches; the number of pairs rises to the task's over the first half of them.
 
         Only the value is asked for. The callback gets the step, from 1, and its loss.
         """
         check_integer("steps", steps)
         was_training = self.model.training
-        self.model.train()
-        for step in range(1, steps + 1):
-            pairs = min(self.task.n_pairs, 1 + 2 * step * self.task.n_pairs // steps)
-            task = PairTask(n_pairs=pairs, n_keys=self.task.n_keys, n_values=self.task.n_values)
+
+        def loss(step: int) -> Float[Tensor, ""]:
+            task = replace(
+                self.task, n_pairs=min(self.task.n_pairs, 1 + 2 * step * self.task.n_pairs // steps)
+            )
             tokens, targets = sample_pairs(task, BATCH_SIZE, generator=self._generator)
-            loss = optimizer_step(self.model, self._optimizer, tokens, targets)
-            if callback is not None:
-                callback(step, loss)
+            return cross_entropy(self.model(tokens).logits, targets)
+
+        fit(self.model, range(1, steps + 1), loss, self._optimizer, clip_norm=CLIP_NORM, callback=callback)
         self.steps += steps
         self.model.train(was_training)
 

@@ -10,11 +10,12 @@ Three parts, all on the law of ``selection.data``:
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from helmholtz._checks import check_integer
 from helmholtz.experiments.queue import QueuedRun
@@ -24,6 +25,7 @@ from helmholtz.layers.fem_config import FreeEnergyMixerConfig
 from helmholtz.layers.fem_reading import inspect_read
 from helmholtz.ops.free_energy import free_energy_read, hidden_temperature
 from helmholtz.training.config import TrainConfig
+from helmholtz.training.fit import fit
 from helmholtz.training.optim import learning_rate, make_optimizer
 
 BETAS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
@@ -214,18 +216,15 @@ def learn(settings: Mapping[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
     torch.manual_seed(config.seed)
     layer, generator = build_reader(reader, task.width), torch.Generator().manual_seed(1_000 + config.seed)
-    optimizer, skipped = make_optimizer(layer, config), 0
-    for step in range(config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
+
+    def loss(step: int) -> Float[Tensor, ""]:
         drawn = sample_caches(task, config.batch_size, generator=generator)
-        loss = (read_channels(layer, drawn.query, drawn.cache, task) - drawn.target).square().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if nn.utils.clip_grad_norm_(layer.parameters(), config.clip_norm).isfinite():
-            optimizer.step()
-        else:
-            skipped += 1
+        return (read_channels(layer, drawn.query, drawn.cache, task) - drawn.target).square().mean()
+
+    skipped = fit(
+        layer, range(config.steps), loss, make_optimizer(layer, config), lr=partial(learning_rate, config=config),
+        clip_norm=config.clip_norm, skip_non_finite=True,
+    )  # fmt: skip
     return {**measure_reader(layer, task, seed=config.seed), "skipped_steps": skipped}
 
 

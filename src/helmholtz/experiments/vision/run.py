@@ -19,7 +19,7 @@ from helmholtz.experiments.vision.models import ViT, ViTConfig
 from helmholtz.models.base import evaluation_mode
 from helmholtz.models.encoder import MixerName
 from helmholtz.training.config import TrainConfig
-from helmholtz.training.fit import fit
+from helmholtz.training.fit import fit_examples
 from helmholtz.training.loop import seed_everything
 
 LEARNING_RATES = {"attention": 3e-3, "fem": 3e-3}
@@ -132,7 +132,7 @@ def compute_vision(run: QueuedRun, data: Mapping[str, ImageSplits]) -> dict[str,
     def loss(batch: Int[Tensor, "n"]) -> Float[Tensor, ""]:
         return F.cross_entropy(model(one.train.pixels[batch]), one.train.labels[batch])
 
-    found = fit(
+    found = fit_examples(
         model, recipe.train_config(settings["lr"], seed), len(one.train), loss,
         lambda: measure(model, one.validation)["loss"], patience=recipe.patience,
     )  # fmt: skip

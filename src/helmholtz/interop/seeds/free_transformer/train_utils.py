@@ -17,6 +17,7 @@ from helmholtz.interop.seeds.free_transformer.model import FreeTransformer
 from helmholtz.models.base import evaluation_mode
 from helmholtz.training.config import TrainConfig
 from helmholtz.training.distributed import connect, is_launched, world
+from helmholtz.training.fit import optimizer_step
 from helmholtz.training.optim import learning_rate
 from helmholtz.training.parallel import ParallelConfig
 
@@ -48,14 +49,12 @@ class Trainer(abc.ABC):
     def train_step(self, batch: Any, grad_clip: float | None = None) -> dict[str, float]:
         """One optimizer step; the metrics of its batch."""
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            loss, metrics = self._compute_loss(batch)
-        loss.backward()
         if grad_clip is not None:
             check_positive("grad_clip", grad_clip)
-            nn.utils.clip_grad_norm_(self.model.parameters(), grad_clip)
-        self.optimizer.step()
+        with self._autocast():
+            loss, metrics = self._compute_loss(batch)
+        limit = float("inf") if grad_clip is None else grad_clip
+        optimizer_step(self.model, self.optimizer, loss, step=self.step + 1, clip_norm=limit)
         self.step += 1
         return metrics
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from helmholtz._checks import check, check_integer, check_positive
@@ -16,8 +16,8 @@ from helmholtz.interop.seeds.unified.config import TRAINING_KEYS
 from helmholtz.interop.seeds.unified.model import UnifiedMambaHopfieldDEQ
 from helmholtz.interop.seeds.unified.objectives import Batch, UnifiedTrainingObjective, read_batch
 from helmholtz.models.base import evaluation_mode
-from helmholtz.training.diagnosis import NonFiniteError
 from helmholtz.training.equilibrium import SolverStage, training_solver
+from helmholtz.training.fit import optimizer_step
 
 
 @dataclass(slots=True, kw_only=True)
@@ -143,15 +143,10 @@ class UnifiedModelTrainer:
         Raises: NonFiniteError, before the weights are touched, if loss or gradient are not finite.
         """
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
         with training_solver(self.model.model, self.curriculum.stage(self.step)):
             loss, metrics, found = self.objective.solve(self.model, self._on_device(batch))
-        self._refuse_non_finite("loss", loss)
-        loss.backward()
         limit = float("inf") if self.gradient_clip is None else self.gradient_clip
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self._refuse_non_finite("gradient norm", norm)
-        self.optimizer.step()
+        norm = optimizer_step(self.model, self.optimizer, loss, step=self.step + 1, clip_norm=limit)
         if self.model.config.n_slots and self.step >= self.curriculum.memory_enable_step:
             self.model.model.write_memory(found)
         self.step += 1
@@ -180,12 +175,6 @@ class UnifiedModelTrainer:
         device = self.model.memory_patterns.device
         ids, targets = read_batch(batch)
         return ids.to(device), targets.to(device)
-
-    def _refuse_non_finite(self, what: str, value: Tensor) -> None:
-        if not value.isfinite():
-            raise NonFiniteError(
-                f"step {self.step + 1}: the {what} is {value.item()}; try a lower learning rate"
-            )
 
 
 def _num_targets(batch: Batch) -> int:
