@@ -15,8 +15,8 @@ from rich.console import Console
 from helmholtz.cli.main import main as helmholtz
 from helmholtz.data.prepare import DataConfig, prepare
 from helmholtz.models.mamba_hopfield import MambaHopfieldConfig
-from helmholtz.training.config import TrainConfig
-from helmholtz.training.run import RunConfig, train
+from helmholtz.training.config import RunConfig, TrainConfig
+from helmholtz.training.run import train
 
 REGIMES = ("contractive", "descent")
 TEXT = "To be, or not to be: that is the question"

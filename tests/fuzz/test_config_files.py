@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fuzzing import NAME, VALUES, call, changed, examples, snapshot
-from helmholtz.training.run import RunConfig
+from helmholtz.training.config import RunConfig
 from tiny_runs import prepare_text
 
 pytestmark = pytest.mark.fuzz

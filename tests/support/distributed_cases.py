@@ -15,10 +15,9 @@ from helmholtz._files import point_at
 from helmholtz.models import MODELS
 from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.training.checkpoint import step_folder
-from helmholtz.training.config import TrainConfig
+from helmholtz.training.config import RunConfig, TrainConfig
 from helmholtz.training.parallel import ParallelConfig
 from helmholtz.training.parts import objective_class
-from helmholtz.training.run import RunConfig
 from helmholtz.training.run import train as run
 
 TESTS = Path(__file__).parents[1]

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from helmholtz.data.prepare import DataConfig, prepare
 from helmholtz.models.transformer import TransformerConfig
-from helmholtz.training.config import TrainConfig
-from helmholtz.training.run import RunConfig
+from helmholtz.training.config import RunConfig, TrainConfig
 
 WORDS = [
     "the",

@@ -22,9 +22,10 @@ from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.models.free_transformer import FreeTransformer, FreeTransformerConfig, control
 from helmholtz.models.transformer import Transformer
 from helmholtz.training.callbacks import Callback, EvalRecord, ProgressBar
+from helmholtz.training.config import RunConfig
 from helmholtz.training.free_bits import FreeBitsConfig, FreeBitsObjective
 from helmholtz.training.loop import Trainer
-from helmholtz.training.run import RunConfig, train
+from helmholtz.training.run import train
 from tiny_runs import prepare_text, tiny_run
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "demo"

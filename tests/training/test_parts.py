@@ -11,12 +11,12 @@ from helmholtz.models import MODELS
 from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.models.decoder import Decoder
 from helmholtz.models.decoder_config import DecoderConfig
-from helmholtz.training.config import TrainConfig
+from helmholtz.training.config import RunConfig, TrainConfig
 from helmholtz.training.equilibrium import EquilibriumObjectiveConfig
 from helmholtz.training.free_bits import FreeBitsConfig
 from helmholtz.training.objectives import next_token
 from helmholtz.training.parts import HybridObjective, HybridObjectiveConfig, objective_class, objective_of
-from helmholtz.training.run import RunConfig, train
+from helmholtz.training.run import train
 from hybrid_cases import EQUILIBRIA, PLANS, hybrid, hybrid_config
 from tiny_runs import prepare_text
 

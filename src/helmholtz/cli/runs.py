@@ -13,11 +13,10 @@ from helmholtz.interop.datasets import DatasetConfig
 from helmholtz.models import MODELS
 from helmholtz.models.base import ModelConfig
 from helmholtz.models.decoder_config import DecoderConfig
-from helmholtz.training.config import TrainConfig
+from helmholtz.training.config import RunConfig, TrainConfig
 from helmholtz.training.equilibrium import SolverStage
 from helmholtz.training.parallel import ParallelConfig
 from helmholtz.training.parts import ObjectiveConfig, objective_class
-from helmholtz.training.run import RunConfig
 
 DEFAULT_ARCHITECTURE = "fem_lm"
 ARCHITECTURE = "--model.architecture"

@@ -13,9 +13,10 @@ from helmholtz.data.tokenizer import load_tokenizer
 from helmholtz.layers.placement import dtype_of
 from helmholtz.training.budget import matmul_peak
 from helmholtz.training.callbacks import Callback
+from helmholtz.training.config import RunConfig
 from helmholtz.training.distributed import is_launched, is_main_process
 from helmholtz.training.evaluation import AUTOCAST
-from helmholtz.training.run import RunConfig, prepare, train
+from helmholtz.training.run import prepare, train
 from helmholtz.training.tracking import Profile
 
 DESCRIPTION = (

@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from helmholtz._files import write_atomically
+from helmholtz._hardware import describe_hardware, git_commit
 from helmholtz._json import parse_json
+from helmholtz._run_folder import SUMMARY
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,12 @@ class RunResult:
     tokens: int
     best_validation_loss: float
     folder: Path
+    skipped: int
+    """Steps whose loss or gradient was not finite."""
+    seconds: float
+    """Spent in steps, without evaluations and checkpoints."""
+    parameters: int
+    peak_memory_bytes: int | None
 
 
 class Callback:
@@ -218,3 +226,29 @@ class ProgressBar(Callback):
 
     def on_end(self, result: RunResult) -> None:
         self.progress.stop()
+
+
+class Summary(Callback):
+    """``summary.json``: how the run ended, what it cost, and what it ran on.
+
+    Args:
+        check_folder: raises OSError if the folder of the run is no longer where it was.
+    """
+
+    def __init__(self, check_folder: Callable[[], None]) -> None:
+        self.check_folder = check_folder
+
+    def on_end(self, result: RunResult) -> None:
+        self.check_folder()
+        values = {
+            "status": result.status,
+            "steps": result.step,
+            "skipped": result.skipped,
+            "tokens": result.tokens,
+            "seconds": result.seconds,
+            "parameters": result.parameters,
+            "peak_memory_bytes": result.peak_memory_bytes,
+            "commit": git_commit(),
+            "hardware": describe_hardware(),
+        }
+        write_atomically(result.folder / SUMMARY, json.dumps(values, indent=2) + "\n")

@@ -1,7 +1,8 @@
-"""The settings of a run."""
+"""The settings of a run: model, text, training, objective, processes."""
 
+import json
 import re
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from helmholtz._checks import (
@@ -12,6 +13,13 @@ from helmholtz._checks import (
     check_non_negative,
     check_positive,
 )
+from helmholtz.data.prepare import DataConfig
+from helmholtz.models import MODELS
+from helmholtz.models.base import ModelConfig
+from helmholtz.training.equilibrium import EquilibriumObjectiveConfig
+from helmholtz.training.free_bits import FreeBitsConfig
+from helmholtz.training.parallel import ParallelConfig
+from helmholtz.training.parts import ObjectiveConfig, objective_class
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -127,3 +135,71 @@ class TrainConfig:
             field.name: getattr(self, field.name) for field in fields(self) if field.name not in OPERATIONAL
         }
         return kept | {"betas": list(self.betas), "device": self.device.partition(":")[0]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """A run: which model, on which text, trained how."""
+
+    architecture: str
+    """A key of ``MODELS``."""
+    model: ModelConfig
+    data: DataConfig
+    """The text; ``data.folder`` must have been prepared with these settings."""
+    train: TrainConfig
+    objective: ObjectiveConfig | None = None
+    """Of the model's ``objective_class``, and None of a model without; None elsewhere means the defaults."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the processes of ``torchrun`` share the work."""
+
+    def __post_init__(self) -> None:
+        check_choice("model.architecture", self.architecture, MODELS)
+        longest = self.model.max_seq_len
+        wanted = f"at most model.max_seq_len = {longest}"
+        check(self.train.seq_len <= longest, "train.seq_len", self.train.seq_len, wanted)
+        self._check_objective()
+
+    def _check_objective(self) -> None:
+        wanted = objective_class(self.model)
+        if wanted is None:
+            absent = f"absent for {self.architecture}: the model has neither a plan nor an equilibrium"
+            check(self.objective is None, "objective", self.objective, absent)
+            return
+        if self.objective is None:
+            object.__setattr__(self, "objective", wanted())
+        of_this = f"a {wanted.__name__} for {self.architecture}"
+        check(type(self.objective) is wanted, "objective", self.objective, of_this)
+        for name, steps in self._scheduled().items():
+            latest = f"at most train.steps = {self.train.steps}"
+            check(steps <= self.train.steps, f"objective.{name}", steps, latest)
+
+    def _scheduled(self) -> dict[str, int]:
+        """The steps that the objective's schedules name."""
+        c, steps = self.objective, dict[str, int]()
+        if isinstance(c, FreeBitsConfig):
+            steps |= {"kappa_steps": c.kappa_steps, "kl_warmup_steps": c.kl_warmup_steps}
+        if isinstance(c, EquilibriumObjectiveConfig) and c.curriculum:
+            steps["curriculum.from_step"] = c.curriculum[-1].from_step
+        if isinstance(c, EquilibriumObjectiveConfig) and c.memory_write_step is not None:
+            equilibrium = self.model.equilibrium_config()
+            wanted = "absent without writable patterns (model.n_slots = 0)"
+            assert equilibrium is not None
+            check(equilibrium.n_slots > 0, "objective.memory_write_step", c.memory_write_step, wanted)
+            steps["memory_write_step"] = c.memory_write_step
+        return steps
+
+    def identity(self, fingerprint: str) -> dict[str, Any]:
+        """What makes this run this run, as JSON values: a resumed run must agree with it.
+
+        Args:
+            fingerprint: of the prepared data.
+        """
+        values = {
+            "architecture": self.architecture,
+            "model": self.model.to_dict(),
+            "data": {"fingerprint": fingerprint, "settings": self.data.settings()},
+            "train": self.train.numerics(),
+            "objective": None if self.objective is None else asdict(self.objective),
+        }
+        identity: dict[str, Any] = json.loads(json.dumps(values))
+        return identity

@@ -354,4 +354,8 @@ class Trainer:
             tokens=self.progress.windows * self.config.seq_len,
             best_validation_loss=self.progress.best,
             folder=self.folder,
+            skipped=self.progress.skipped,
+            seconds=self.progress.seconds,
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            peak_memory_bytes=self.progress.peak_memory_bytes or None,
         )

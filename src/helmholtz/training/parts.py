@@ -7,6 +7,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from helmholtz.models.base import ModelConfig
+from helmholtz.models.decoder import Decoder, require_equilibrium
 from helmholtz.training.equilibrium import EquilibriumObjective, EquilibriumObjectiveConfig
 from helmholtz.training.free_bits import FreeBitsConfig, FreeBitsObjective
 from helmholtz.training.objectives import Objective, Report
@@ -77,3 +78,22 @@ def objective_of(
         return plan
     equilibrium = EquilibriumObjective(config, seed=seed)
     return equilibrium if plan is None else HybridObjective(plan, equilibrium)
+
+
+def lr_factors(config: ObjectiveConfig | None) -> dict[str, float]:
+    """By prefix of parameters' names, their learning rate over that of the rest."""
+    factors = dict[str, float]()
+    if isinstance(config, FreeBitsConfig):
+        factors["encoder."] = config.encoder_lr_factor
+    if isinstance(config, EquilibriumObjectiveConfig):
+        factors["equilibrium.memory."] = config.memory_lr_factor
+    return factors
+
+
+def train_what_is_reached(model: Decoder, config: ObjectiveConfig) -> None:
+    """Leave out the start of an equilibrium's search where no term reaches it.
+
+    DDP waits for the gradient of every parameter that is trained.
+    """
+    if isinstance(config, EquilibriumObjectiveConfig):
+        require_equilibrium(model).dynamics.start_proj.requires_grad_(config.convergence_weight > 0)

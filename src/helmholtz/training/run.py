@@ -1,113 +1,33 @@
 """From the description of a run to a trained model on disk."""
 
 import contextlib
-import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from helmholtz._checks import check, check_choice
+from helmholtz._checks import check
 from helmholtz._display import losable
-from helmholtz._files import check_free_space, write_atomically
-from helmholtz._hardware import describe_hardware, git_commit
+from helmholtz._files import check_free_space
 from helmholtz._locks import LockedFolder, lock_folder
-from helmholtz._run_folder import METRICS, SUMMARY
+from helmholtz._run_folder import METRICS
 from helmholtz.data.prepare import DataConfig
 from helmholtz.data.tokens import TokenDataset, check_contents
 from helmholtz.models import MODELS
-from helmholtz.models.base import ModelConfig
 from helmholtz.models.checkpoint import load_checkpoint
-from helmholtz.models.decoder import Decoder, require_equilibrium
-from helmholtz.training.callbacks import Callback, JSONLMetrics, ProgressBar, RunResult, TensorBoard
+from helmholtz.models.decoder import Decoder
+from helmholtz.training.callbacks import Callback, JSONLMetrics, ProgressBar, RunResult, Summary, TensorBoard
 from helmholtz.training.checkpoint import can_resume, claim, first_difference, newest_checkpoint
-from helmholtz.training.config import TrainConfig
+from helmholtz.training.config import RunConfig, TrainConfig
 from helmholtz.training.distributed import on_main, process_group, training_device, world
-from helmholtz.training.equilibrium import EquilibriumObjectiveConfig
-from helmholtz.training.free_bits import FreeBitsConfig
 from helmholtz.training.loop import Trainer, seed_everything
-from helmholtz.training.parallel import ParallelConfig
-from helmholtz.training.parts import ObjectiveConfig, objective_class, objective_of
+from helmholtz.training.objectives import ObjectiveFunction, ReportFunction, learned, next_token
+from helmholtz.training.parts import lr_factors, objective_of, train_what_is_reached
 from helmholtz.training.tracking import ExperimentTracker
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunConfig:
-    """A run: which model, on which text, trained how."""
-
-    architecture: str
-    """A key of ``MODELS``."""
-    model: ModelConfig
-    data: DataConfig
-    """The text; ``data.folder`` must have been prepared with these settings."""
-    train: TrainConfig
-    objective: ObjectiveConfig | None = None
-    """Of the model's ``objective_class``, and None of a model without; None elsewhere means the defaults."""
-    parallel: ParallelConfig = ParallelConfig()
-    """How the processes of ``torchrun`` share the work."""
-
-    def __post_init__(self) -> None:
-        check_choice("model.architecture", self.architecture, MODELS)
-        longest = self.model.max_seq_len
-        wanted = f"at most model.max_seq_len = {longest}"
-        check(self.train.seq_len <= longest, "train.seq_len", self.train.seq_len, wanted)
-        self._check_objective()
-
-    def _check_objective(self) -> None:
-        wanted = objective_class(self.model)
-        if wanted is None:
-            absent = f"absent for {self.architecture}: the model has neither a plan nor an equilibrium"
-            check(self.objective is None, "objective", self.objective, absent)
-            return
-        if self.objective is None:
-            object.__setattr__(self, "objective", wanted())
-        of_this = f"a {wanted.__name__} for {self.architecture}"
-        check(type(self.objective) is wanted, "objective", self.objective, of_this)
-        for name, steps in self._scheduled().items():
-            latest = f"at most train.steps = {self.train.steps}"
-            check(steps <= self.train.steps, f"objective.{name}", steps, latest)
-
-    def _scheduled(self) -> dict[str, int]:
-        """The steps that the objective's schedules name."""
-        c, steps = self.objective, dict[str, int]()
-        if isinstance(c, FreeBitsConfig):
-            steps |= {"kappa_steps": c.kappa_steps, "kl_warmup_steps": c.kl_warmup_steps}
-        if isinstance(c, EquilibriumObjectiveConfig) and c.curriculum:
-            steps["curriculum.from_step"] = c.curriculum[-1].from_step
-        if isinstance(c, EquilibriumObjectiveConfig) and c.memory_write_step is not None:
-            equilibrium = self.model.equilibrium_config()
-            wanted = "absent without writable patterns (model.n_slots = 0)"
-            assert equilibrium is not None
-            check(equilibrium.n_slots > 0, "objective.memory_write_step", c.memory_write_step, wanted)
-            steps["memory_write_step"] = c.memory_write_step
-        return steps
-
-
-class Summary(Callback):
-    """``summary.json``: how the run ended, what it cost, and what it ran on."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-
-    def on_end(self, result: RunResult) -> None:
-        trainer, progress = self.trainer, self.trainer.progress
-        trainer.check_folder()
-        values = {
-            "status": result.status,
-            "steps": progress.step,
-            "skipped": progress.skipped,
-            "tokens": result.tokens,
-            "seconds": progress.seconds,
-            "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-            "peak_memory_bytes": progress.peak_memory_bytes or None,
-            "commit": git_commit(),
-            "hardware": describe_hardware(),
-        }
-        write_atomically(result.folder / SUMMARY, json.dumps(values, indent=2) + "\n")
 
 
 def train(
@@ -150,7 +70,7 @@ def _train(
     check(config.model.vocab_size == vocabulary, "model.vocab_size", config.model.vocab_size, wanted)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    folder, identity = Path(config.train.output_dir), _identity(config, train_data)
+    folder, identity = Path(config.train.output_dir), config.identity(train_data.metadata.fingerprint)
     begun, owner = on_main(lambda: _enter(folder, identity, stack, resume=config.train.resume == "auto"))
     checkpoint = on_main(lambda: newest_checkpoint(folder, _warning(console)) if begun else None)
     trainer = _trainer(config, _model(config, checkpoint), train_data, validation)
@@ -199,19 +119,6 @@ def open_data(config: DataConfig) -> tuple[TokenDataset, TokenDataset]:
     return data, TokenDataset(config.folder, "validation")
 
 
-def _identity(config: RunConfig, data: TokenDataset) -> dict[str, Any]:
-    """What makes this run this run, as JSON values: a resumed run must agree with it."""
-    values = {
-        "architecture": config.architecture,
-        "model": config.model.to_dict(),
-        "data": {"fingerprint": data.metadata.fingerprint, "settings": config.data.settings()},
-        "train": config.train.numerics(),
-        "objective": None if config.objective is None else asdict(config.objective),
-    }
-    identity: dict[str, Any] = json.loads(json.dumps(values))
-    return identity
-
-
 def _model(config: RunConfig, checkpoint: Path | None) -> Decoder:
     if checkpoint is not None:
         return _saved_model(config, checkpoint)
@@ -236,23 +143,20 @@ def _saved_model(config: RunConfig, checkpoint: Path) -> Decoder:
 def _trainer(
     config: RunConfig, model: Decoder, train_data: TokenDataset, validation: TokenDataset
 ) -> Trainer:
-    if config.objective is None:
-        return Trainer(model, train_data, validation, config.train, parallel=config.parallel)
-    objective, factors = objective_of(config.objective, seed=config.train.seed), dict[str, float]()
-    if isinstance(config.objective, FreeBitsConfig):
-        factors["encoder."] = config.objective.encoder_lr_factor
-    if isinstance(config.objective, EquilibriumObjectiveConfig):
-        factors["equilibrium.memory."] = config.objective.memory_lr_factor
-        # nothing else reaches the start, and DDP waits for the gradient of every trained parameter
-        require_equilibrium(model).dynamics.start_proj.requires_grad_(config.objective.convergence_weight > 0)
+    objective: ObjectiveFunction = next_token
+    report: ReportFunction = learned
+    if config.objective is not None:
+        added = objective_of(config.objective, seed=config.train.seed)
+        train_what_is_reached(model, config.objective)
+        objective, report = added, added.report
     return Trainer(
         model,
         train_data,
         validation,
         config.train,
         objective=objective,
-        report=objective.report,
-        lr_factors=factors,
+        report=report,
+        lr_factors=lr_factors(config.objective),
         parallel=config.parallel,
     )
 
@@ -265,7 +169,7 @@ def _built_in(config: TrainConfig, trainer: Trainer, console: Console | None) ->
     ]
     if console is not None:
         callbacks.append(ProgressBar(console, start=start, total=config.steps))
-    return [*callbacks, Summary(trainer)]
+    return [*callbacks, Summary(trainer.check_folder)]
 
 
 def _loggers(run: RunConfig, trainer: Trainer) -> list[Callback]:

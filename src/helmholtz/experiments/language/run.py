@@ -31,8 +31,8 @@ from helmholtz.experiments.records import TIMINGS
 from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.models.decoder import Decoder
 from helmholtz.training.callbacks import Callback, EvalRecord, StepRecord
-from helmholtz.training.config import TrainConfig
-from helmholtz.training.run import RunConfig, train
+from helmholtz.training.config import RunConfig, TrainConfig
+from helmholtz.training.run import train
 
 CORPORA = ("shakespeare", "king_james")
 TOKENIZERS: tuple[Literal["bytes", "bpe"], ...] = ("bytes", "bpe")
