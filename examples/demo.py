@@ -39,6 +39,7 @@ def train(console: Console, runs: Path, seed: int) -> None:
         console.rule(f"training {name}")
         helmholtz(
             "train",
+            "--config=configs/demo.yaml",
             f"--config=configs/demo/{name}.yaml",
             f"--train.output_dir={runs / name}",
             f"--train.seed={seed}",
@@ -100,7 +101,7 @@ def main() -> None:
     suffix = f"-seed{seed}" if seed else ""
     runs, results = Path(f"runs/demo{suffix}"), Path(f"results/comparison{suffix}")
     console.rule("preparing the complete Shakespeare")
-    helmholtz("data", f"--config=configs/demo/{NAMES[0]}.yaml")
+    helmholtz("data", "--config=configs/demo.yaml")
     train(console, runs, seed)
     pictures = show(console, runs, results)
     console.rule("done")

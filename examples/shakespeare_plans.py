@@ -1,4 +1,4 @@
-"""Does a plan help on Shakespeare? Four models of one size, three seeds, honest bounds only.
+"""Does a plan help on Shakespeare? Four models of one size, three seeds, compared by upper bounds.
 
     python examples/shakespeare_plans.py        # about 40 minutes on 2 cores; interrupted, it goes on where it was
 
@@ -42,6 +42,7 @@ def train(seeds: list[int]) -> dict[str, Path]:
             folder = folders[f"{name}-{seed}"] = RUNS / f"{name}-{seed}"
             helmholtz(
                 "train",
+                "--config=configs/demo.yaml",
                 f"--config=configs/demo/{config}.yaml",
                 f"--train.output_dir={folder}",
                 f"--train.seed={seed}",
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("results/shakespeare_plans"))
     arguments = parser.parse_args()
-    helmholtz("data", "--config=configs/demo/baseline.yaml")
+    helmholtz("data", "--config=configs/demo.yaml")
     measure(train(arguments.seeds), arguments.output)
 
 

@@ -35,8 +35,9 @@ VOCABULARY = 2048
 
 def demo_models() -> dict[str, nn.Module]:
     models: dict[str, nn.Module] = {}
+    shared = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())["model"]
     for path in sorted((ROOT / "configs" / "demo").glob("*.yaml")):
-        options: dict[str, Any] = yaml.safe_load(path.read_text())["model"]
+        options: dict[str, Any] = shared | yaml.safe_load(path.read_text())["model"]
         cls = MODELS[options.pop("architecture")]
         torch.manual_seed(0)
         models[path.stem] = cls(cls.config_class.from_dict({**options, "vocab_size": VOCABULARY}))

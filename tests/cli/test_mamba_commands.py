@@ -233,7 +233,7 @@ def test_the_demos_models_have_the_budget_of_the_others(name):
     from helmholtz.cli.runs import run_parser
 
     def settings(file):
-        arguments = [f"--config={CONFIGS / file}"]
+        arguments = [f"--config={CONFIGS}.yaml", f"--config={CONFIGS / file}"]
         return parse(run_parser("train", "", arguments), arguments)
 
     def parameters(values):

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from helmholtz.cli.main import main
-from old_numbers import DEMO, DEMO_LOSSES, DEMO_STEPS, demo_steps
+from old_numbers import DEMO, DEMO_BASE, DEMO_LOSSES, DEMO_STEPS, demo_steps
 
 pytestmark = pytest.mark.learn
 STORED = json.loads(DEMO_LOSSES.read_text())
@@ -15,7 +15,7 @@ STORED = json.loads(DEMO_LOSSES.read_text())
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "data"
-    assert main(["data", f"--config={DEMO / 'baseline.yaml'}", f"--data.folder={folder}"]) == 0
+    assert main(["data", f"--config={DEMO_BASE}", f"--data.folder={folder}"]) == 0
     assert hashlib.sha256((folder / "train.bin").read_bytes()).hexdigest() == STORED["data"]
     return folder
 

@@ -22,6 +22,7 @@ EXPECTED = "expected.safetensors"
 INITIAL_WEIGHTS = TESTS / "models" / "initial_weights.json"
 DEMO_LOSSES = TESTS / "learn" / "demo_losses.json"
 DEMO = TESTS.parent / "configs" / "demo"
+DEMO_BASE = DEMO.with_suffix(".yaml")
 SEED, DEMO_STEPS = 3, 10
 
 
@@ -92,7 +93,7 @@ def demo_settings(data: Path) -> list[str]:
 
 def demo_steps(name: str, data: Path) -> list[dict[str, float]]:
     """Loss and gradient norm of the first steps of a model of the demo, as the command line would train it."""
-    arguments = [f"--config={DEMO / name}.yaml", *demo_settings(data)]
+    arguments = [f"--config={DEMO_BASE}", f"--config={DEMO / name}.yaml", *demo_settings(data)]
     trainer = prepare(run_config(run_parser("train", "", arguments), arguments)[0])
     trainer.model.train()
     records = [trainer.step() for _ in range(DEMO_STEPS)]

@@ -389,7 +389,7 @@ def test_narrow_precision_learns_with_its_kl_in_float32(data, tmp_path, precisio
 
 
 def values(file):
-    arguments = [f"--config={CONFIGS / file}"]
+    arguments = [f"--config={CONFIGS}.yaml", f"--config={CONFIGS / file}"]
     return parse(run_parser("train", "", arguments), arguments)
 
 
@@ -421,7 +421,7 @@ def test_the_control_of_the_demo_has_its_parameters():
 
 def test_the_demo_s_config_trains_from_the_shell(data, tmp_path, capsys):
     common = [
-        f"--config={CONFIGS / 'free_transformer.yaml'}", f"--data.folder={data.folder}",
+        f"--config={CONFIGS}.yaml", f"--config={CONFIGS / 'free_transformer.yaml'}", f"--data.folder={data.folder}",
         f"--data.sources={list(data.sources)}", "--data.tokenizer=bytes", "--data.vocab_size=257",
         "--data.validation_fraction=0.1",
         f"--train.output_dir={tmp_path / 'run'}", "--train.steps=2", "--train.batch_size=2", "--train.seq_len=16",

@@ -9,20 +9,29 @@ from rich.console import Console
 
 from helmholtz._checks import check_choice
 
-COMMANDS = {
-    "data": "turn text into tokens on disk",
-    "train": "train a model, or go on training it",
-    "evaluate": "bits per byte, perplexity and speed of a trained model",
-    "generate": "continue a prompt",
-    "plan": "the latent plan of a text, and what samples share under one",
-    "study": "an experiment: run it, report what is done, list what is missing",
-    "report": "one page of all results, every number traceable to its file",
-    "compare": "one table, one result file and pictures for several runs",
-    "validate": "whether an equilibrium model keeps what its mathematics promises",
-    "landscape": "the energy around a token's equilibrium, drawn",
-    "inspect": "what a model is made of, what it has learned, and how it reads a text",
-    "export": "a trained model as a Hugging Face folder",
+GROUPS = {
+    "data and training": {
+        "data": "turn text into tokens on disk",
+        "train": "train a model, or go on training it",
+    },
+    "model": {
+        "evaluate": "bits per byte, perplexity and speed of a trained model",
+        "generate": "continue a prompt",
+        "export": "a trained model as a Hugging Face folder",
+    },
+    "look inside": {
+        "inspect": "what a model is made of, what it has learned, and how it reads a text",
+        "plan": "the latent plan of a text, and what samples share under one",
+        "validate": "whether an equilibrium model keeps what its mathematics promises",
+        "landscape": "the energy around a token's equilibrium, drawn",
+    },
+    "experiments": {
+        "study": "an experiment: run it, report what is done, list what is missing",
+        "compare": "one table, one result file and figures for several runs",
+        "report": "one page of all results, every number traceable to its file",
+    },
 }
+COMMANDS = [name for group in GROUPS.values() for name in group]
 MOVED = {"synthetic": "letters", "forecast": "forecasting"} | {
     name: name for name in ("recall", "language", "selection", "continual", "vision", "mad")
 }
@@ -34,9 +43,11 @@ INTERRUPTED = 130
 
 
 def usage() -> str:
-    lines = [f"  {name:<10}{summary}" for name, summary in COMMANDS.items()]
+    lines = ["usage: helmholtz <command> [options]"]
+    for title, commands in GROUPS.items():
+        lines += ["", title, *(f"  {name:<10}{summary}" for name, summary in commands.items())]
     return "\n".join(
-        ["usage: helmholtz <command> [options]", "", *lines, "", "helmholtz <command> --help tells more"]
+        [*lines, "", "helmholtz <command> --help lists every option with its meaning and default"]
     )
 
 
