@@ -15,7 +15,7 @@ from helmholtz.experiments.records import fold
 from helmholtz.experiments.report.charts import Curve, dot_chart, heat_charts, line_chart
 from helmholtz.experiments.report.nodes import Node, grouped, number, ordered, read_node
 from helmholtz.experiments.report.page import SECTIONS, build_sections, render
-from helmholtz.experiments.report.section import Section, Table, locate, locate_queue
+from helmholtz.experiments.report.parts import Section, Table, locate, locate_queue
 
 ROOT = Path(__file__).parents[2]
 

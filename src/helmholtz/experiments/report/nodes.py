@@ -1,5 +1,6 @@
 """JSON files, and lines of ``runs.jsonl``, read in such a way that every value knows where it lies."""
 
+import functools
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,10 @@ class Node:
             return Node(self.file, f"{self.pointer}/{step}", self.value[key])
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"{self.source}: no {key!r} there") from error
+
+    def at(self, place: str) -> "Node":
+        """What lies at ``place``, keys of objects with ``/`` between them; itself for none."""
+        return functools.reduce(Node.__getitem__, place.split("/") if place else (), self)
 
     def __iter__(self) -> Iterator["Node"]:
         """Children, in order."""
@@ -114,6 +119,16 @@ def grouped(nodes: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
     for node in nodes:
         groups.setdefault(key(node), []).append(node)
     return groups
+
+
+def by(place: str) -> Callable[[Node], Any]:
+    """A key for ``grouped``: the value at ``place``."""
+    return lambda node: node.at(place).value
+
+
+def mean(nodes: Sequence[Node], place: str) -> float:
+    """Of what lies at ``place`` in each."""
+    return float(sum(node.at(place).value for node in nodes) / len(nodes))
 
 
 def ordered(groups: dict[str, list[Node]], names: Iterable[str]) -> dict[str, list[Node]]:

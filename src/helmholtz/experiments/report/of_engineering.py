@@ -3,21 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from helmholtz.experiments.report.charts import dot_chart
-from helmholtz.experiments.report.nodes import Cell, Node, label, number, read_node
-from helmholtz.experiments.report.section import Figure, Section, Table, absent, hardware, locate
+from helmholtz.experiments.report import parts
+from helmholtz.experiments.report.nodes import Node, number
 
-FAULTS = "Faults"
-FAULTS_ASKED = (
-    "Does a training run that is killed, starved or damaged lose anything, and does it go on exactly?"
-)
-FAULTS_COMMAND = (
-    "python tests/faults/matrix.py --kills 120 --pair-kills 8 --seed 0 "
-    "--output docs/experiments/faults/matrix.json"
-)
-SPEED = "Speed and memory"
-SPEED_ASKED = "What do the layers and models cost beside attention and beside each other?"
-SPEED_COMMAND = "make bench"
 SPEED_TABLES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str, str], ...]]] = {
     "layers_speed": (
         "Mixers beside attention, forward and backward", ("mixer", "B", "T"),
@@ -56,55 +44,64 @@ SPEED_TABLES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str, str], 
 """By file: caption, what names a row, and measures with their words and formats."""
 
 
-def faults(folders: Sequence[Path]) -> Section:
-    file = locate(folders, "faults/matrix.json")
-    if file is None:
-        return absent("faults", FAULTS, FAULTS_ASKED, FAULTS_COMMAND, "faults/matrix.json")
-    content = read_node(file)
-    lines = [
-        (label(row["fault"].value), number(row["processes"], "d"), number(row["trials"], "d"),
-         number(row["nothing_lost"], ""), number(row["resumed_equal"], ""))
-        for row in content["rows"]
-    ]  # fmt: skip
-    columns = ("fault", "processes", "trials", "nothing lost", "went on exactly")
-    table = Table("What was done to runs", columns, tuple(lines))
-    provenance = (
+@parts.section(
+    "Faults",
+    "Does a training run that is killed, starved or damaged lose anything, and does it go on exactly?",
+    "python tests/faults/matrix.py --kills 120 --pair-kills 8 --seed 0 --output docs/experiments/faults/matrix.json",
+    "faults/matrix.json",
+    find=parts.file_node,
+)
+def faults(content: Node) -> parts.Found:
+    rows = [(row["fault"].value, [row]) for row in content["rows"]]
+    columns = {
+        "processes": parts.column("processes", "d"),
+        "trials": parts.column("trials", "d"),
+        "nothing lost": parts.column("nothing_lost", ""),
+        "went on exactly": parts.column("resumed_equal", ""),
+    }
+    counts = (
         ("kill points", number(content["kill_points"], "d")),
         ("seconds", number(content["seconds"], ",d")),
-        *hardware([content]),
     )
-    return Section("faults", FAULTS, FAULTS_ASKED, FAULTS_COMMAND, (table,), (), provenance)
+    done = parts.table("What was done to runs", "fault", rows, columns)
+    return parts.Found([done], provenance=(*counts, *parts.hardware([content])))
 
 
-def speed(folders: Sequence[Path]) -> Section:
-    files = {name: locate(folders, f"{name}.json", f"results/{name}.json") for name in SPEED_TABLES}
-    found = {name: read_node(file) for name, file in files.items() if file is not None}
-    if not found:
-        return absent("speed", SPEED, SPEED_ASKED, SPEED_COMMAND, "benchmarks/results/*.json")
-    environments = [content["environment"] for content in found.values()]
-    provenance: tuple[tuple[str, Cell], ...] = tuple(
-        (words, number([environment[key] for environment in environments], "", rule="set"))
-        for key, words in (
-            ("hardware", "processors"),
-            ("threads", "threads"),
-            ("torch", "torch"),
-            ("commit", "commits"),
+def _speed_files(folders: Sequence[Path], where: str) -> dict[str, Node] | None:
+    files = {name: parts.file_node(folders, f"{name}.json", f"results/{name}.json") for name in SPEED_TABLES}
+    return {name: node for name, node in files.items() if node is not None} or None
+
+
+@parts.section(
+    "Speed and memory",
+    "What do the layers and models cost beside attention and beside each other?",
+    "make bench",
+    "benchmarks/results/*.json",
+    find=_speed_files,
+)
+def speed(found: dict[str, Node]) -> parts.Found:
+    figures = []
+    if "layers_speed" in found:
+        ratios = [(_row_name(row, ("mixer", "B", "T")), [row]) for row in found["layers_speed"]["rows"]]
+        figures.append(
+            parts.dots("Time of a mixer over that of attention of equal size.", ratios, "ratio", x="ratio")
         )
+    names = {"hardware": "processors", "threads": "threads", "torch": "torch", "commit": "commits"}
+    environments = [content["environment"] for content in found.values()]
+    return parts.Found(
+        [_speed_table(name, content) for name, content in found.items()],
+        figures,
+        tuple((words, parts.different(environments, key, "")) for key, words in names.items()),
+        [f"No {name}.json." for name in SPEED_TABLES if name not in found],
     )
-    figures = (_ratio_figure(found["layers_speed"]),) if "layers_speed" in found else ()
-    missing = tuple(f"No {name}.json." for name in SPEED_TABLES if name not in found)
-    tables = tuple(_speed_table(name, content) for name, content in found.items())
-    return Section("speed", SPEED, SPEED_ASKED, SPEED_COMMAND, tables, figures, provenance, missing)
 
 
-def _speed_table(name: str, content: Node) -> Table:
+def _speed_table(name: str, content: Node) -> parts.Table:
     caption, keys, measures = SPEED_TABLES[name]
-    lines = [
-        (label(_row_name(row, keys)), *(number(row[key], spec) for key, _, spec in measures))
-        for row in content["rows"]
-        if all(key in row.value for key in (*keys, *(measure[0] for measure in measures)))
-    ]
-    return Table(caption, (", ".join(keys), *(words for _, words, _ in measures)), tuple(lines))
+    needed = {*keys, *(key for key, _, _ in measures)}
+    rows = [(_row_name(row, keys), row) for row in content["rows"] if row.value.keys() >= needed]
+    columns = {words: lambda row, key=key, spec=spec: number(row[key], spec) for key, words, spec in measures}
+    return parts.table(caption, ", ".join(keys), rows, columns)
 
 
 def _row_name(row: Node, keys: Sequence[str]) -> str:
@@ -112,8 +109,3 @@ def _row_name(row: Node, keys: Sequence[str]) -> str:
     named = first in ("mixer", "model", "op")
     parts = [str(row[first].value).replace("_", " ")] if named else [f"{first} = {row[first].value:,}"]
     return ", ".join(parts + [f"{key} = {row[key].value:,}" for key in rest])
-
-
-def _ratio_figure(content: Node) -> Figure:
-    rows = [(_row_name(row, ("mixer", "B", "T")), [row["ratio"].value]) for row in content["rows"]]
-    return Figure("Time of a mixer over that of attention of equal size.", dot_chart(rows, x="ratio"))

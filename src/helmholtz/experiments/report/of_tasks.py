@@ -1,6 +1,6 @@
 """Sections of the benchmarks that are queues: MAD, forecasting, vision."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from helmholtz.experiments.forecasting import data as series
@@ -8,198 +8,142 @@ from helmholtz.experiments.forecasting.run import HORIZONS, RECIPES
 from helmholtz.experiments.mad.models import MODELS
 from helmholtz.experiments.mad.run import PROFILES
 from helmholtz.experiments.queue import SEEDS
-from helmholtz.experiments.report.charts import Curve, dot_chart, line_chart
-from helmholtz.experiments.report.nodes import Cell, Node, grouped, label, number, ordered, read_node
-from helmholtz.experiments.report.section import (
-    Figure,
-    Section,
-    Table,
-    absent,
-    incomplete,
-    locate_queue,
-    queue_nodes,
-    queue_provenance,
-)
+from helmholtz.experiments.report import parts
+from helmholtz.experiments.report.charts import Curve, line_chart
+from helmholtz.experiments.report.nodes import Node, by, grouped, label, mean, ordered, read_node
 from helmholtz.experiments.vision import data as images
 from helmholtz.experiments.vision.run import LEARNING_RATES
 
-MAD = "MAD: six synthetic tasks"
-MAD_ASKED = (
+DATA = by("settings/data/name")
+IMAGES = {
+    "parameters": parts.column("result/parameters", ",d", only=0),
+    "test accuracy": parts.column("result/test/accuracy", ".2%"),
+    "test loss, nats": parts.column("result/test/loss", ".4f"),
+}
+
+
+@parts.section(
+    "MAD: six synthetic tasks",
     "Which mixers remember, copy and compress? The baseline setting of every task of the MAD benchmark, one learning "
-    "rate per task that a pilot chose on attention alone."
+    "rate per task that a pilot chose on attention alone.",
+    "helmholtz study mad run --profile quick --output docs/experiments/mad",
+    "mad/quick",
+    find=parts.locate_queue,
 )
-MAD_COMMAND = "helmholtz study mad run --profile quick --output docs/experiments/mad"
-FORECAST = "Forecasting"
-FORECAST_ASKED = (
-    "Time series of many variates, look-back 96: attention and free energy against two simple baselines."
-)
-FORECAST_COMMAND = "helmholtz study forecasting run"
-VISION = "Vision"
-VISION_ASKED = "A small vision transformer whose attention is plain or free energy, both ways in time."
-VISION_COMMAND = "helmholtz study vision run"
-
-
-def mad(folders: Sequence[Path]) -> Section:
-    folder = locate_queue(folders, "mad/quick")
-    if folder is None:
-        return absent("mad", MAD, MAD_ASKED, MAD_COMMAND, "mad/quick/results")
-    nodes = queue_nodes(folder)
-    models = by_model(nodes)
-    by_tasks = {
-        model: grouped(runs, lambda node: node["settings"]["task"].value) for model, runs in models.items()
+def mad(folder: Path) -> parts.Found:
+    nodes, profile = parts.queue_nodes(folder), PROFILES["quick"]
+    by_task = grouped(nodes, by("settings/task"))
+    tasks = [task for task in profile.settings if task in by_task]
+    columns = {
+        _spoken(task): parts.column("result/score", ".1%", where=("settings/task", task)) for task in tasks
     }
-    profile = PROFILES["quick"]
-    seen = {task for by_task in by_tasks.values() for task in by_task}
-    tasks = [task for task in profile.settings if task in seen]
-    lines = [
-        (label(model.replace("_", " ")), *(_score(by_task.get(task, [])) for task in tasks))
-        for model, by_task in by_tasks.items()
-    ]
+    models = [(_spoken(model), runs) for model, runs in by_model(nodes).items()]
+    table = parts.table("Score, mean and deviation over seeds", "model", models, columns)
+    figures = []
+    for task in tasks:
+        if scored := [run for run in by_task[task] if run.at("result/score").value is not None]:
+            rows = [(model.replace("_", " "), same) for model, same in by_model(scored).items()]
+            figures.append(parts.dots(_spoken(task), rows, "result/score", x="score"))
     wanted = dict.fromkeys(profile.settings, len(profile.models) * len(profile.seeds))
-    missing = incomplete((node["settings"]["task"].value for node in nodes), wanted)
-    table = Table(
-        "Score, mean and deviation over seeds", ("model", *(t.replace("-", " ") for t in tasks)), tuple(lines)
+    return parts.Found(
+        [table, *_beside_published(folder / "report.json", list(profile.settings))],
+        figures,
+        parts.queue_provenance(nodes),
+        parts.incomplete((node.at("settings/task").value for node in nodes), wanted),
     )
-    figures = tuple(_task_figure(task, nodes) for task in tasks if any(_scored(node, task) for node in nodes))
-    provenance = queue_provenance(nodes)
-    tables = (table, *_beside_published(folder / "report.json", list(profile.settings)))
-    return Section("mad", MAD, MAD_ASKED, MAD_COMMAND, tables, figures, provenance, missing)
 
 
-def _beside_published(file: Path, tasks: Sequence[str]) -> tuple[Table, ...]:
+def _beside_published(file: Path, tasks: Sequence[str]) -> tuple[parts.Table, ...]:
     """What ``helmholtz study mad report`` has written of the papers, if it has been called."""
     if not file.exists():
         return ()
     report = read_node(file)
     published = [
-        (
-            label(f"{row['label'].value}, {row['source'].value}"),
-            *(number(score, ".1f") for score in row["tasks"]),
-        )
-        for row in report["published"]
+        (f"{row['label'].value}, {row['source'].value}", [*row["tasks"]]) for row in report["published"]
     ]
-    differences = [
-        (
-            label(f"{_spoken(pair['first'])} to {_spoken(pair['second'])}, {_spoken(pair['task'])}"),
-            number(pair["published"], "+.1f"),
-            number(pair["ours"], "+.1f"),
-            label(pair["verdict"].value),
-        )
+    scores = {_spoken(task): parts.column("", ".1f", only=place) for place, task in enumerate(tasks)}
+    pairs = [
+        ("{} to {}, {}".format(*(_spoken(pair[name].value) for name in ("first", "second", "task"))), [pair])
         for pair in report["comparisons"]
     ]
-    columns = ("model", *(task.replace("-", " ") for task in tasks))
-    titles = ("from, to, task", "published", "ours", "verdict")
+    columns: dict[str, parts.Column] = {
+        "published": parts.column("published", "+.1f"),
+        "ours": parts.column("ours", "+.1f"),
+        "verdict": lambda pair: label(pair[0]["verdict"].value),
+    }
     return (
-        Table("Published, per cent; theirs are of harder settings too", columns, tuple(published)),
-        Table("Differences that a paper reports too, points", titles, tuple(differences)),
+        parts.table("Published, per cent; theirs are of harder settings too", "model", published, scores),
+        parts.table("Differences that a paper reports too, points", "from, to, task", pairs, columns),
     )
 
 
-def _spoken(node: Node) -> str:
-    return str(node.value).replace("_", " ").replace("-", " ")
+def _spoken(name: str) -> str:
+    return name.replace("_", " ").replace("-", " ")
 
 
 def by_model(nodes: Sequence[Node]) -> dict[str, list[Node]]:
     """In the order of the studies' own tables."""
-    groups = grouped(nodes, lambda node: node["settings"]["model"].value)
-    return ordered(groups, (*MODELS, *RECIPES))
+    return ordered(grouped(nodes, by("settings/model")), (*MODELS, *RECIPES))
 
 
-def _score(runs: Sequence[Node]) -> Cell:
-    return number([run["result"]["score"] for run in runs], ".1%")
+def _tested(folders: Sequence[Path], *paths: str) -> list[Node] | None:
+    """The runs of a queue that were tested; None if there is no queue."""
+    runs = parts.run_nodes(folders, *paths)
+    return None if runs is None else [run for run in runs if "test" in run["result"].value]
 
 
-def _task_figure(task: str, nodes: Sequence[Node]) -> Figure:
-    rows = [
-        (model.replace("_", " "), scores)
-        for model, runs in by_model(nodes).items()
-        if (scores := [r["result"]["score"].value for r in runs if _scored(r, task)])
-    ]
-    return Figure(task.replace("-", " "), dot_chart(rows, x="score"))
-
-
-def _scored(run: Node, task: str) -> bool:
-    return bool(run["settings"]["task"].value == task and run["result"]["score"].value is not None)
-
-
-def forecasting(folders: Sequence[Path]) -> Section:
-    folder = locate_queue(folders, "forecast/run", "forecasting/run", "forecast", "forecasting")
-    if folder is None:
-        return absent("forecasting", FORECAST, FORECAST_ASKED, FORECAST_COMMAND, "forecast/run/results")
-    nodes = [node for node in queue_nodes(folder) if "test" in node["result"].value]
-    wanted = dict.fromkeys((*series.PACKAGED, *_data_names(nodes)), len(RECIPES) * len(HORIZONS) * len(SEEDS))
+@parts.section(
+    "Forecasting",
+    "Time series of many variates, look-back 96: attention and free energy against two simple baselines.",
+    "helmholtz study forecasting run",
+    *("forecast/run", "forecasting/run", "forecast", "forecasting"),
+    find=_tested,
+)
+def forecasting(nodes: Sequence[Node]) -> parts.Found:
     tables, figures = [], []
-    for name, runs in grouped(nodes, _data_name).items():
-        horizons = sorted({run["settings"]["horizon"].value for run in runs})
-        models = by_model(runs)
-        tables += [_error_table(name, error, models, horizons) for error in ("mse", "mae")]
-        curves = [
-            Curve(model, horizons, [_mean_error(own, horizon) for horizon in horizons])
-            for model, own in models.items()
-            if {run["settings"]["horizon"].value for run in own} == set(horizons)
-        ]
-        figures.append(
-            Figure(f"{name}: error by horizon, mean of seeds.", line_chart(curves, x="horizon", y="test MSE"))
-        )
-    provenance = queue_provenance(nodes)
-    missing = incomplete(_data_names(nodes), wanted)
-    return Section(
-        "forecasting", FORECAST, FORECAST_ASKED, FORECAST_COMMAND, tuple(tables), tuple(figures), provenance, missing
-    )  # fmt: skip
+    for name, runs in grouped(nodes, DATA).items():
+        horizons, models = sorted(grouped(runs, by("settings/horizon"))), by_model(runs)
+        for error in ("mse", "mae"):
+            columns = {
+                f"horizon {h}": parts.column(f"result/test/{error}", ".3f", where=("settings/horizon", h))
+                for h in horizons
+            }
+            caption = f"{name}: test {error.upper()} of the standardised series"
+            tables.append(parts.table(caption, "model", models.items(), columns))
+        curves = []
+        for model, own in models.items():
+            by_horizon = grouped(own, by("settings/horizon"))
+            if set(by_horizon) == set(horizons):
+                errors = [mean(by_horizon[horizon], "result/test/mse") for horizon in horizons]
+                curves.append(Curve(model, horizons, errors))
+        chart = line_chart(curves, x="horizon", y="test MSE")
+        figures.append(parts.Figure(f"{name}: error by horizon, mean of seeds.", chart))
+    missing = _missing(nodes, series.PACKAGED, len(RECIPES) * len(HORIZONS) * len(SEEDS))
+    return parts.Found(tables, figures, parts.queue_provenance(nodes), missing)
 
 
-def _data_name(node: Node) -> str:
-    return str(node["settings"]["data"]["name"].value)
+def _missing(nodes: Sequence[Node], wanted: Iterable[str], n_runs: int) -> tuple[str, ...]:
+    """What is missing of ``n_runs`` on each of the wanted data sets, and of those that there are runs on."""
+    found = [DATA(node) for node in nodes]
+    return parts.incomplete(found, dict.fromkeys((*wanted, *found), n_runs))
 
 
-def _data_names(nodes: Sequence[Node]) -> list[str]:
-    return [_data_name(node) for node in nodes]
-
-
-def _error_table(name: str, error: str, models: dict[str, list[Node]], horizons: Sequence[int]) -> Table:
-    lines = []
-    for model, runs in models.items():
-        by_horizon = grouped(runs, lambda run: run["settings"]["horizon"].value)
-        cells = [
-            number([run["result"]["test"][error] for run in by_horizon.get(h, [])], ".3f") for h in horizons
-        ]
-        lines.append((label(model), *cells))
-    columns = ("model", *(f"horizon {horizon}" for horizon in horizons))
-    return Table(f"{name}: test {error.upper()} of the standardised series", columns, tuple(lines))
-
-
-def _mean_error(runs: Sequence[Node], horizon: int) -> float:
-    errors = [
-        run["result"]["test"]["mse"].value for run in runs if run["settings"]["horizon"].value == horizon
-    ]
-    return float(sum(errors) / len(errors))
-
-
-def vision(folders: Sequence[Path]) -> Section:
-    folder = locate_queue(folders, "vision/run", "vision")
-    if folder is None:
-        return absent("vision", VISION, VISION_ASKED, VISION_COMMAND, "vision/run/results")
-    nodes = [node for node in queue_nodes(folder) if "test" in node["result"].value]
-    wanted = dict.fromkeys((*images.PACKAGED, *_data_names(nodes)), len(LEARNING_RATES) * len(SEEDS))
-    tables, figures = [], []
-    for name, runs in grouped(nodes, _data_name).items():
-        models = by_model(runs)
-        lines = [
-            (
-                label(model),
-                number(own[0]["result"]["parameters"], ",d"),
-                number([run["result"]["test"]["accuracy"] for run in own], ".2%"),
-                number([run["result"]["test"]["loss"] for run in own], ".4f"),
-            )
-            for model, own in models.items()
-        ]
-        tables.append(Table(name, ("mixer", "parameters", "test accuracy", "test loss, nats"), tuple(lines)))
-        rows = [
-            (model, [run["result"]["test"]["accuracy"].value for run in own]) for model, own in models.items()
-        ]
-        figures.append(Figure(f"{name}: a mark per seed.", dot_chart(rows, x="test accuracy")))
-    provenance = queue_provenance(nodes)
-    missing = incomplete(_data_names(nodes), wanted)
-    return Section(
-        "vision", VISION, VISION_ASKED, VISION_COMMAND, tuple(tables), tuple(figures), provenance, missing
+@parts.section(
+    "Vision",
+    "A small vision transformer whose attention is plain or free energy, both ways in time.",
+    "helmholtz study vision run",
+    *("vision/run", "vision"),
+    find=_tested,
+)
+def vision(nodes: Sequence[Node]) -> parts.Found:
+    models = {name: by_model(runs).items() for name, runs in grouped(nodes, DATA).items()}
+    accuracy = "result/test/accuracy"
+    return parts.Found(
+        [parts.table(name, "mixer", rows, IMAGES) for name, rows in models.items()],
+        [
+            parts.dots(f"{name}: a mark per seed.", rows, accuracy, x="test accuracy")
+            for name, rows in models.items()
+        ],
+        parts.queue_provenance(nodes),
+        _missing(nodes, images.PACKAGED, len(LEARNING_RATES) * len(SEEDS)),
     )

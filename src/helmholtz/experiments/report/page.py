@@ -10,7 +10,7 @@ from helmholtz.experiments.report.of_memory import continual, learning, recall
 from helmholtz.experiments.report.of_selection import selection
 from helmholtz.experiments.report.of_tasks import forecasting, mad, vision
 from helmholtz.experiments.report.of_text import demo, letters, llama, plans
-from helmholtz.experiments.report.section import Section
+from helmholtz.experiments.report.parts import Section
 
 TITLE = "What free-energy networks do, measured"
 SECTIONS: tuple[Callable[[Sequence[Path]], Section], ...] = (
