@@ -91,16 +91,7 @@ def _gap_table(nodes: Sequence[Node]) -> parts.Table:
         cells += [label("")] * (6 - len(cells))
         name = f"free energy, beta {beta:g}" if beta else "mean (attention)"
         lines.append((label(name), number(measured[0][0]["bound"], ".4f"), *cells))
-    columns = (
-        "read",
-        "bound ln n / beta",
-        "measured",
-        "predicted",
-        "clipped at 40",
-        "predicted",
-        "clipped at 80",
-        "predicted",
-    )
+    reads = ("measured", "predicted", "clipped at 40", "predicted", "clipped at 80", "predicted")
     caption = "Gap to the channel's maximum under a uniform prior (values of deviation one), clipped and not"
     return parts.Table(caption, ("read", "bound ln n / beta", *reads), tuple(lines))
 
