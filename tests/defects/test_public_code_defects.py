@@ -27,7 +27,7 @@ from helmholtz.layers.fem import FreeEnergyMixer
 from helmholtz.layers.fem_config import PRIORS, FreeEnergyMixerConfig, fem_widths
 from helmholtz.layers.mlp import SwiGLU
 from helmholtz.layers.sequence import sequence_layout
-from helmholtz.layers.sizing import matched_d_ff, mixer_parameters
+from helmholtz.layers.sizing import count_parameters, matched_d_ff
 from helmholtz.ops.free_energy import free_energy_from_mixed, tilt_values
 from helmholtz.ops.rope import rope
 from helmholtz.reference import free_energy as reference
@@ -378,7 +378,7 @@ def test_defect_23_budgets_match(prior):
         assert abs(ours / theirs - 1) < 0.02
     if prior in ("softmax", "linear"):
         bare = FreeEnergyMixerConfig(d_model=512, n_heads=8, prior=prior, tdc_width=0)
-        assert abs(mixer_parameters(bare) / (4 * 512**2) - 1) < 0.001
+        assert abs(count_parameters(FreeEnergyMixer(bare)) / (4 * 512**2) - 1) < 0.001
     assert fem_widths(40, 8, fem_ratio=0.5).d_head_v == 3, "half-way cases round up"
     assert fem_widths(1360, 16, fem_ratio=1.0).d_head_v == 85, "the value width need not be a multiple of 4"
 

@@ -63,7 +63,7 @@ def test_models_of_a_size_have_the_parameters_of_its_baseline(vocab_size):
 
 
 def test_a_size_without_room_is_refused():
-    with pytest.raises(ValueError, match="n_patterns must be at least 1"):
+    with pytest.raises(ValueError, match="n_patterns: 67,872 parameters cannot be matched"):
         model_config("mamba_hopfield", SIZES["s"], vocab_size=257, max_seq_len=128)
     with pytest.raises(ValueError, match="models must be one of"):
         model_config("lstm", SIZES["s"], vocab_size=257, max_seq_len=128)

@@ -12,21 +12,35 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fuzzing import NAME, VALUES, call, changed, examples, snapshot
+from helmholtz.models import MODELS
+from helmholtz.models.base import FlatConfig
 from helmholtz.training.config import RunConfig
 from tiny_runs import prepare_text
 
 pytestmark = pytest.mark.fuzz
 
-ARCHITECTURES = {
+SIZES = {"d_model": 16, "max_seq_len": 32, "dropout": 0.1}
+OPTIONS = {
     "transformer": {"n_heads": 2, "d_ff": 24},
     "fem_lm": {"n_heads": 2, "prior": ["softmax", "gla"], "mixer": {"cap": 30.0}},
     "free_transformer": {"n_heads": 2, "n_latent_bits": 4},
     "mamba": {"d_state": 4, "d_head": 8},
     "mamba_hopfield": {"d_state": 4, "d_head": 8, "n_patterns": 8, "solver": {"max_steps": 9}},
+    "decoder": {
+        "layers": [
+            {"mixer": {"kind": "attention", "n_heads": 2}, "d_ff": 24},
+            {"mixer": {"kind": "fem", "n_heads": 2, "prior": "gla", "decay": "channel"}, "d_ff": 24},
+            {"mixer": {"kind": "mamba", "d_state": 4, "d_head": 8}},
+        ],
+        "plan": {"layer": 1, "n_bits": 4},
+        "equilibrium": {"d_state": 4, "d_head": 8, "n_patterns": 8, "solver": {"max_steps": 9}},
+    },
 }
+"""Of an architecture, beside ``SIZES``; one that is not listed needs none."""
 OBJECTIVES = {
     "free_transformer": {"kappa_bits": 0.5},
     "mamba_hopfield": {"curriculum": [{"from_step": 1, "max_steps": 2, "rtol": 0.1}], "energy_weight": 0.1},
+    "decoder": {"kappa_bits": 0.5, "energy_weight": 0.1},
 }
 
 
@@ -56,11 +70,12 @@ def no_demo_corpus():
 
 
 def valid_run(data, architecture):
+    flat = issubclass(MODELS[architecture].config_class, FlatConfig)
+    layers = {"n_layers": 2} if flat else {}
     config = {
         "data": {"folder": data, "tokenizer": "bytes", "sources": ["text.txt"], "seed": 3, "split_by": "document"},
         "dataset": {"path": "json", "data_files": ["a.json"], "split": "train"},
-        "model": {"architecture": architecture, "d_model": 16, "n_layers": 2, "max_seq_len": 32, "dropout": 0.1}
-        | ARCHITECTURES[architecture],
+        "model": {"architecture": architecture} | SIZES | layers | OPTIONS.get(architecture, {}),
         "train": {"output_dir": "run", "steps": 3, "batch_size": 2, "seq_len": 16, "warmup_steps": 1, "lr": 1e-3,
                   "betas": [0.9, 0.99], "precision": "fp32", "resume": "never"},
     }  # fmt: skip
@@ -97,7 +112,7 @@ def test_junk(content):
         assert called is None
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", MODELS)
 def test_the_valid_config_is_one(data, architecture):
     found, called = parse("train", dumped(valid_run(data, architecture)))
     assert called is not None and isinstance(called.args[0], RunConfig), found
@@ -115,7 +130,7 @@ def test_null_is_no_value(data, name):
 @examples(0.6)
 @given(st.data())
 def test_changed_runs(data, draw):
-    architecture = draw.draw(st.sampled_from(list(ARCHITECTURES)))
+    architecture = draw.draw(st.sampled_from(list(MODELS)))
     found, called = parse("train", dumped(draw.draw(changed(valid_run(data, architecture)))))
     assert called is None or isinstance(called.args[0], RunConfig), found
 

@@ -7,7 +7,12 @@ from helmholtz.layers.attention import Attention
 from helmholtz.layers.fem import FreeEnergyMixer
 from helmholtz.layers.fem_config import PRIORS, FreeEnergyMixerConfig, fem_widths
 from helmholtz.layers.mlp import SwiGLU
-from helmholtz.layers.sizing import attention_parameters, matched_d_ff, mixer_parameters
+from helmholtz.layers.sizing import (
+    attention_block_parameters,
+    matched_d_ff,
+    matched_size,
+)
+from helmholtz.layers.sizing import count_parameters as count
 
 SIZES = [
     (128, 4),
@@ -25,8 +30,9 @@ SIZES = [
 SIZINGS = {"half": (0.5, 4.0), "two thirds": (2 / 3, 2.0)}
 
 
-def count(module):
-    return sum(p.numel() for p in module.parameters())
+def fem_parameters(**fields):
+    with torch.device("meta"):
+        return count(FreeEnergyMixer(FreeEnergyMixerConfig(**fields)))
 
 
 def sized(d_model, n_heads, prior, ratio, qk_ratio, **options):
@@ -63,10 +69,22 @@ def test_options_are_absorbed_too(options):
     assert abs(fem / baseline - 1) < 0.02
 
 
-def test_the_counts_are_those_of_the_modules():
-    mixer = FreeEnergyMixerConfig(d_model=64, n_heads=4, prior="mamba", bias=True)
-    assert mixer_parameters(mixer) == count(FreeEnergyMixer(mixer))
-    assert attention_parameters(64, 4, 2) == count(Attention(64, 4, n_kv_heads=2))
+def test_the_nearest_size_is_found_whatever_grows_with_it():
+    def build(n):
+        return torch.nn.Linear(7, n)  # 8 n parameters
+
+    assert [matched_size(build, target) for target in (79, 80, 83, 85)] == [10, 10, 10, 11]
+    assert matched_size(build, 100, multiple_of=5) == 10 and matched_size(build, 101, multiple_of=5) == 15
+
+
+def test_layers_share_one_width_and_the_baseline_has_the_fewest_heads_of_keys():
+    mixers = [FreeEnergyMixerConfig(d_model=64, n_heads=4, n_kv_heads=2)]
+    mixers += [FreeEnergyMixerConfig(d_model=64, n_heads=4, prior=prior) for prior in ("gla", "mamba")]
+    width = matched_d_ff(*mixers, d_ff=176)
+    ours = sum(count(FreeEnergyMixer(m)) + count(SwiGLU(64, width)) for m in mixers)
+    wanted = 3 * attention_block_parameters(64, 4, 2, 176)
+    assert wanted == 3 * (2 * 64**2 + 64**2 + 3 * 64 * 176)
+    assert abs(ours - wanted) <= 3 * 3 * 64 * 4 / 2
 
 
 @pytest.mark.parametrize(
@@ -74,14 +92,12 @@ def test_the_counts_are_those_of_the_modules():
 )
 def test_the_projections_cost_what_the_paper_says(prior, multiple):
     """In units of D^2, the conditioning (d / 16 wide) left out."""
-    mixer = FreeEnergyMixerConfig(d_model=1024, n_heads=8, prior=prior, tdc_width=0)
-    assert abs(mixer_parameters(mixer) / 1024**2 - multiple) < 0.06
+    found = fem_parameters(d_model=1024, n_heads=8, prior=prior, tdc_width=0)
+    assert abs(found / 1024**2 - multiple) < 0.06
 
 
 def test_the_conditioning_costs_about_five_percent():
-    with_it, without = (
-        mixer_parameters(FreeEnergyMixerConfig(d_model=1024, n_heads=8, tdc_width=w)) for w in (None, 0)
-    )
+    with_it, without = (fem_parameters(d_model=1024, n_heads=8, tdc_width=w) for w in (None, 0))
     assert 1.04 < with_it / without < 1.06
 
 
@@ -89,5 +105,7 @@ def test_the_width_is_a_multiple_and_a_mixer_too_large_is_refused():
     mixer = FreeEnergyMixerConfig(d_model=256, n_heads=8)
     assert matched_d_ff(mixer, d_ff=700, multiple_of=16) % 16 == 0
     wide = FreeEnergyMixerConfig(d_model=256, n_heads=8, d_head_v=512)
-    with pytest.raises(ValueError, match="d_ff: a softmax mixer .* cannot be matched .*choose a larger d_ff"):
+    with pytest.raises(
+        ValueError, match="d_ff: .* cannot be matched, without it there are .*: narrow the mixers"
+    ):
         matched_d_ff(wide, d_ff=256)

@@ -100,7 +100,7 @@ BAD = [
     ({"mixer": {"tdc_widht": 8}}, "FEMLMConfig.mixer has no key 'tdc_widht'; did you mean 'tdc_width'"),
     ({"mixer": 3}, "FEMLMConfig.mixer must be a mapping of names to values, got 3"),
     ({"mixer": {"d_head": 7}}, "d_head must be even"),
-    ({"mixer": {"d_head_v": 64}}, "d_ff: mixers of .* cannot be matched to baseline blocks of"),
+    ({"mixer": {"d_head_v": 64}}, "d_ff: 50,176 parameters cannot be matched, .*: narrow the mixers"),
 ]
 
 

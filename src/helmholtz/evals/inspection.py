@@ -12,7 +12,7 @@ from helmholtz.layers.equilibrium import EquilibriumLayer
 from helmholtz.layers.fem import FreeEnergyMixer
 from helmholtz.layers.fem_reading import Reading, inspect_read
 from helmholtz.layers.mixer_config import MambaMixerConfig
-from helmholtz.layers.sizing import attention_parameters
+from helmholtz.layers.sizing import attention_block_parameters
 from helmholtz.models.base import default_d_ff, evaluation_mode
 from helmholtz.models.decoder import Decoder
 
@@ -93,7 +93,7 @@ def baseline_block_parameters(model: Decoder) -> int:
     found = [layer.mixer for layer in c.layer_configs() if not isinstance(layer.mixer, MambaMixerConfig)]
     n_heads = max((mixer.n_heads for mixer in found), default=1)
     n_kv_heads = min((mixer.n_kv_heads or mixer.n_heads for mixer in found), default=1)
-    return attention_parameters(c.d_model, n_heads, n_kv_heads) + 3 * c.d_model * default_d_ff(c.d_model)
+    return attention_block_parameters(c.d_model, n_heads, n_kv_heads, default_d_ff(c.d_model))
 
 
 def mixers(model: nn.Module) -> dict[str, FreeEnergyMixer]:

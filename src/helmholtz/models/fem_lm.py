@@ -2,8 +2,9 @@
 
 The baseline decoder with every attention layer replaced by a ``FreeEnergyMixer``; each layer may read from another
 prior (a hybrid). The feed-forward takes up what the mixers use more or less than attention, so that a model has the
-parameters of the baseline of equal ``d_model``, ``n_layers``, ``n_heads`` and ``n_kv_heads`` within 2 %. The paper
-matches by the widths of the mixer alone and leaves its local conditioning on top.
+parameters of the baseline of equal ``d_model``, ``n_layers``, ``n_heads`` and ``n_kv_heads``: within 2 %, or 2 columns
+of the feed-forwards in a narrow model. The paper matches by the widths of the mixer alone and leaves its local
+conditioning on top.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any, ClassVar, Literal, final
 
 from helmholtz._checks import check_integer
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig, Prior, Read
-from helmholtz.layers.sizing import TOLERANCE, attention_parameters, mixer_parameters
+from helmholtz.layers.sizing import matched_d_ff
 from helmholtz.models.base import AttentionModelConfig, LayerConfig, ModelConfig
 from helmholtz.models.decoder import Decoder
 
@@ -141,20 +142,8 @@ class FEMLMConfig(AttentionModelConfig):
 
     def _derived_d_ff(self) -> int:
         """One width for all layers, so that all blocks together match those of the baseline."""
-        assert self.n_kv_heads is not None
-        per_unit, layers = 3 * self.d_model, self.n_layers
-        attention = attention_parameters(self.d_model, self.n_heads, self.n_kv_heads)
-        budget = layers * (attention + per_unit * AttentionModelConfig._derived_d_ff(self))
-        counted = {prior: mixer_parameters(self.mixer_config(prior)) for prior in set(self.layer_priors)}
-        used = sum(counted[prior] for prior in self.layer_priors)
-        width = 4 * max(1, round((budget - used) / (4 * per_unit * layers)))
-        total = used + layers * per_unit * width
-        if abs(total - budget) > TOLERANCE * budget:
-            raise ValueError(
-                f"d_ff: mixers of {used:,} parameters cannot be matched to baseline blocks of {budget:,}; "
-                "narrow the mixers (mixer.d_head, d_head_v, tdc_width) or give d_ff"
-            )
-        return width
+        mixers = map(self.mixer_config, self.layer_priors)
+        return matched_d_ff(*mixers, d_ff=AttentionModelConfig._derived_d_ff(self))
 
 
 def _completed(options: MixerOptions, built: Sequence[FreeEnergyMixerConfig]) -> MixerOptions:

@@ -18,6 +18,7 @@ import torch
 from helmholtz._checks import check, check_choice, check_integer
 from helmholtz.layers.attention import check_heads
 from helmholtz.layers.latent import BitsPostSampler, LatentEncoder, TablePostSampler
+from helmholtz.layers.sizing import count_parameters, matched_size
 from helmholtz.models.base import AttentionModelConfig, ModelConfig, PlanConfig
 from helmholtz.models.decoder import Decoder
 from helmholtz.models.transformer import Transformer, TransformerConfig
@@ -83,16 +84,11 @@ def control(config: FreeTransformerConfig, *, extra_layers: int = 1) -> Transfor
     names = {field.name for field in fields(TransformerConfig)}
     sizes = {name: getattr(config, name) for name in names} | {"n_layers": config.n_layers + extra_layers}
     with torch.device("meta"):
-        wanted = _parameters(FreeTransformer(config))
-        found = _parameters(Transformer(TransformerConfig(**sizes)))
-    d_ff = config.d_ff + round((wanted - found) / (3 * config.d_model * sizes["n_layers"]))
+        wanted = count_parameters(FreeTransformer(config))
+    d_ff = matched_size(lambda d_ff: Transformer(TransformerConfig(**sizes | {"d_ff": d_ff})), wanted)
     limit = f"at most twice the model's {config.d_ff}, for a control of {wanted:,} parameters"
-    check(0 < d_ff <= 2 * config.d_ff, "d_ff", d_ff, limit)
+    check(d_ff <= 2 * config.d_ff, "d_ff", d_ff, limit)
     return TransformerConfig(**sizes | {"d_ff": d_ff})
-
-
-def _parameters(model: Decoder) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def small(vocab_size: int) -> FreeTransformerConfig:

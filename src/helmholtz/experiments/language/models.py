@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from helmholtz._checks import check, check_choice
-from helmholtz.models import MODELS
+from helmholtz.layers.sizing import count_parameters, matched_size
+from helmholtz.models import MODELS, Decoder, FreeTransformer, Mamba, MambaHopfield
 from helmholtz.models.base import ModelConfig
 from helmholtz.models.fem_lm import FEMLMConfig
 from helmholtz.models.free_transformer import FreeTransformerConfig
@@ -46,35 +47,29 @@ def _fem(prior: Any) -> ConfigMaker:
 
 def _free(sizes: dict[str, Any], budget: int) -> ModelConfig:
     """Six bits; the feed-forwards pay for encoder and table."""
-    first = FreeTransformerConfig(**sizes, n_heads=N_HEADS, n_latent_bits=6, d_ff=4)
-    per_unit = 3 * first.d_model * (first.n_layers + 1)
-    return replace(first, d_ff=4 + round((budget - n_parameters("free_transformer", first)) / per_unit))
+    first = FreeTransformerConfig(**sizes, n_heads=N_HEADS, n_latent_bits=6)
+    return _matched(FreeTransformer, first, "d_ff", budget)
 
 
 def _mamba(sizes: dict[str, Any], budget: int) -> ModelConfig:
     """As in the demo 15/4 as many channels as the width; the states take up the rest."""
     d_inner = sizes["d_model"] * 15 // 4
-    first = MambaConfig(**sizes, d_inner=d_inner, d_head=d_inner // 5, d_state=1)
-    return _grown("mamba", first, "d_state", budget)
+    return _matched(Mamba, MambaConfig(**sizes, d_inner=d_inner, d_head=d_inner // 5), "d_state", budget)
 
 
 def _mamba_hopfield(sizes: dict[str, Any], budget: int) -> ModelConfig:
     """As in the demo one block more; 15/8 as many channels as the width, the patterns take up the rest."""
     sizes = {**sizes, "n_layers": sizes["n_layers"] + 1}
     d_inner = sizes["d_model"] * 15 // 8
-    first = MambaHopfieldConfig(**sizes, d_inner=d_inner, d_head=d_inner // 3, d_state=16, n_patterns=1)
-    return _grown("mamba_hopfield", first, "n_patterns", budget)
+    first = MambaHopfieldConfig(**sizes, d_inner=d_inner, d_head=d_inner // 3, d_state=16)
+    return _matched(MambaHopfield, first, "n_patterns", budget)
 
 
-def _grown(architecture: str, first: Any, name: str, budget: int) -> ModelConfig:
-    """``first`` with the field ``name``, 1 in it, as large as the budget wants: parameters are linear in it."""
-    one, two = (n_parameters(architecture, replace(first, **{name: n})) for n in (1, 2))
-    wanted = 1 + round((budget - one) / (two - one))
-    check(
-        wanted >= 1, name, wanted, f"at least 1: the rest of {architecture} has {one} of {budget} parameters"
-    )
-    grown: ModelConfig = replace(first, **{name: wanted})
-    return grown
+def _matched(architecture: type[Decoder], config: Any, name: str, budget: int) -> ModelConfig:
+    """``config`` with the field ``name`` as large as the budget wants."""
+    size = matched_size(lambda n: architecture(replace(config, **{name: n})), budget, name=name)
+    matched: ModelConfig = replace(config, **{name: size})
+    return matched
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,5 +116,4 @@ def model_config(name: str, size: Size, *, vocab_size: int, max_seq_len: int) ->
 def n_parameters(architecture: str, config: ModelConfig) -> int:
     """Counted on a model that is built without memory."""
     with torch.device("meta"):
-        model = MODELS[architecture](config)
-    return sum(parameter.numel() for parameter in model.parameters())
+        return count_parameters(MODELS[architecture](config))
