@@ -89,15 +89,9 @@ class ConvergenceValidator:
         if tokens is None:
             tokens = random_tokens(model, batch, time, generator=torch.Generator().manual_seed(seed))
         shape = tuple(tokens.shape)
-        check(
-            len(shape) == 2 and shape[0] >= 1 and shape[1] >= 2,
-            "tokens",
-            shape,
-            "of shape (B, T) with T at least 2",
-        )
-        self.model = model
-        self.tokens = tokens
-        self.seed = seed
+        fits = len(shape) == 2 and shape[0] >= 1 and shape[1] >= 2
+        check(fits, "tokens", shape, "of shape (B, T) with T at least 2")
+        self.model, self.tokens, self.seed = model, tokens, seed
 
     def run_all_tests(self) -> ConvergenceReport:
         """All tests. Cost: some hundred passes of the solver over the text, and a few of the model in float64."""

@@ -11,19 +11,22 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from helmholtz.evals.equilibria import active_patterns, read
+from helmholtz.evals.equilibria import pattern_norm, read
 from helmholtz.layers.equilibrium import TokenProblem
 from helmholtz.models.base import evaluation_mode
 from helmholtz.models.decoder import Decoder, require_equilibrium
 from helmholtz.ops.token_energy import contraction_certificate
 from helmholtz.solvers import AbstractAdjoint, SolverConfig, solve
+from helmholtz.solvers.base import Mode
 
 Comparison = Literal["<", "<=", ">", ">="]
 COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
-SolverMode = Literal["alternating", "simultaneous", "cascade"]
-SOLVER_MODES: tuple[SolverMode, ...] = ("alternating", "simultaneous", "cascade")
+SOLVER_MODES: tuple[Mode, ...] = ("alternating", "simultaneous", "cascade")
 TIGHT_RTOL = 1e-5
 """Relative residual to which a test solves: float32 reaches it, and a wrong answer cannot hide behind 1e-3."""
+
+FAR, NEAR = 0.1, 0.05
+"""Disturbances in norms of the patterns, of a contraction and of a model that may have several equilibria."""
 
 
 @final
@@ -43,7 +46,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class AbstractTest(abc.ABC):
-    """What one test of the validator measured."""
+    """What one test of the validator measured. A subclass's properties are its verdicts, by the original's names."""
 
     @abc.abstractmethod
     def checks(self) -> tuple[Check, ...]:
@@ -53,10 +56,6 @@ class AbstractTest(abc.ABC):
         """Numbers that are told and decide nothing."""
         return {}
 
-    def verdicts(self) -> dict[str, bool]:
-        """What the numbers say in a word, by the original's names."""
-        return {}
-
     @property
     def passed(self) -> bool:
         return all(check.passed for check in self.checks())
@@ -64,7 +63,9 @@ class AbstractTest(abc.ABC):
     def to_dict(self) -> dict[str, Any]:
         """Plain values: all fields, the verdicts, ``passed`` and the checks."""
         checks = [asdict(check) | {"passed": check.passed} for check in self.checks()]
-        return asdict(self) | self.verdicts() | {"passed": self.passed, "checks": checks}
+        words = [name for name, value in vars(type(self)).items() if isinstance(value, property)]
+        verdicts = {name: getattr(self, name) for name in words}
+        return asdict(self) | verdicts | {"passed": self.passed, "checks": checks}
 
 
 @final
@@ -92,12 +93,23 @@ class ValidationCase:
     @property
     def solver(self) -> SolverConfig:
         """The model's solver, asked for more digits and silent about rows it does not solve."""
-        return tight(self.model.solver)
+        own = self.model.solver
+        return replace(
+            silent(own),
+            rtol=min(own.rtol, TIGHT_RTOL),
+            energy_rtol=min(own.energy_rtol, TIGHT_RTOL),
+            max_steps=max(own.max_steps, 100),
+        )
 
     @property
     def allowed_distance(self) -> float:
         r""":math:`10\, \mathrm{rtol} / (1 - L)`: how far apart, in norms of ``z``, two answers can be that are one."""
         return 10 * self.solver.rtol / (1 - self.certificate) if self.certificate < 1 else 0.0
+
+    @property
+    def push(self) -> float:
+        """Size of a disturbance that should be undone."""
+        return (FAR if self.contractive else NEAR) * self.radius
 
     def generator(self, offset: int) -> torch.Generator:
         """Random numbers of one test, which do not depend on which tests ran before."""
@@ -126,35 +138,25 @@ def solving_with(
         layer.solver, layer.adjoint = own
 
 
-def tight(solver: SolverConfig) -> SolverConfig:
-    return replace(
-        solver,
-        rtol=min(solver.rtol, TIGHT_RTOL),
-        energy_rtol=min(solver.energy_rtol, TIGHT_RTOL),
-        max_steps=max(solver.max_steps, 100),
-        on_nonconvergence="ignore",
-    )
-
-
 def validation_case(model: Decoder, tokens: Int[Tensor, "B T"], *, seed: int) -> ValidationCase:
     """Run the model on ``tokens`` as a user would, and solve once more, for more digits."""
     with solving_with(model, silent(model.solver)):
         equilibrium = read(model, tokens).equilibrium
     assert equilibrium is not None
     problem = equilibrium.problem
-    patterns = active_patterns(problem.parameters)
-    return ValidationCase(
+    case = ValidationCase(
         model=model,
         tokens=tokens,
         problem=problem,
         start=equilibrium.solution.start.detach(),
-        z=solve(problem, equilibrium.solution.value, tight(model.solver)).value,
+        z=equilibrium.solution.value,
         found=equilibrium.solution.converged,
         contractive=require_equilibrium(model).config.stability == "contractive",
         certificate=contraction_certificate(problem.field, problem.parameters),
-        radius=patterns.norm(dim=-1).amax().item() if len(patterns) else 1.0,
+        radius=pattern_norm(problem.parameters),
         seed=seed,
     )
+    return replace(case, z=solve(problem, case.z, case.solver).value)
 
 
 def rounding_limit(x: Tensor) -> float:

@@ -1,6 +1,7 @@
 """Tests of the whole model: is its gradient that of the equilibrium, and does no token hear of its future."""
 
 import copy
+import functools
 import itertools
 import math
 from dataclasses import dataclass, replace
@@ -113,16 +114,13 @@ def check_gradient(case: ValidationCase) -> GradientTest:
     shape = (*case.tokens.shape, model.config.vocab_size)
     cotangent = torch.randn(shape, generator=generator, dtype=torch.float64).to(found.z.device)
     start = found.z.detach()
+    gradients = functools.partial(_gradients, model, case.tokens, start, exact, cotangent)
     try:
-        implicit = _gradients(
-            model, case.tokens, start, exact, Implicit(rtol=1e-10, max_steps=500), cotangent
-        )
+        implicit = gradients(Implicit(rtol=1e-10, max_steps=500))
     except ConvergenceError:
         return GradientTest(math.inf, "", math.inf, n_steps, 0, ())
-    unrolled = _gradients(model, case.tokens, start, exact, Unrolled(n_steps=n_steps), cotangent)
-    scale = max(
-        gradient.norm().item() for name, gradient in unrolled.items() if gradient is not None and name
-    )
+    unrolled = gradients(Unrolled(n_steps=n_steps))
+    scale = max(x.norm().item() for name, x in unrolled.items() if x is not None and name)
     errors = {name: _error(implicit[name], unrolled[name], SMALLEST_SHARE * scale) for name in implicit}
     input_error = errors.pop("")
     worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
@@ -149,8 +147,8 @@ def _gradients(
     tokens: Int[Tensor, "B T"],
     z_init: Float[Tensor, "B T D"],
     solver: SolverConfig,
-    adjoint: AbstractAdjoint,
     cotangent: Float[Tensor, "B T vocab"],
+    adjoint: AbstractAdjoint,
 ) -> dict[str, Tensor | None]:
     """Of the logits along ``cotangent``, per parameter, and under the name "" with respect to the embedded tokens."""
     names, parameters = zip(*model.named_parameters(), strict=True)
@@ -185,9 +183,8 @@ def _error(actual: Tensor | None, expected: Tensor | None, floor: float) -> floa
 
 def check_causality(case: ValidationCase) -> CausalityTest:
     model, tokens = copy.deepcopy(case.model).double(), case.tokens
-    changes = [
-        (place, _changed(case, place)) for place in sorted({tokens.shape[1] // 2, tokens.shape[1] - 1})
-    ]
+    places = sorted({tokens.shape[1] // 2, tokens.shape[1] - 1})
+    changes = [(place, _changed(case, place)) for place in places]
     future, rows, batch, tested = [], [], [], 0
     for mode, max_steps in itertools.product(SOLVER_MODES, STEP_LIMITS):
         solver = replace(silent(model.solver), mode=mode, max_steps=max_steps)
@@ -197,20 +194,13 @@ def check_causality(case: ValidationCase) -> CausalityTest:
                 after = _values(read(model, changed))
                 future += [_change(x[:, :place], y[:, :place]) for x, y in zip(before, after, strict=True)]
                 tested += sum(x[:, :place].numel() for x in before)
-            alone = [
-                torch.cat(parts)
-                for parts in zip(*(_values(read(model, row)) for row in tokens.split(1)), strict=True)
-            ]
-            batch += [_change(x, y) for x, y in zip(before[:2], alone[:2], strict=True)]
+            alone = zip(*(_values(read(model, row)) for row in tokens.split(1)), strict=True)
+            batch += [_change(x, torch.cat(parts)) for x, parts in zip(before[:2], alone, strict=False)]
         rows.append(_row_change(case, solver))
+    adjoints = (Implicit(), Phantom(n_steps=5), Unrolled(n_steps=30))
     return CausalityTest(
         future_values=_worst(future),
-        future_gradients=_worst(
-            [
-                _future_gradient(case, adjoint)
-                for adjoint in (Implicit(), Phantom(n_steps=5), Unrolled(n_steps=30))
-            ]
-        ),
+        future_gradients=_worst([_future_gradient(case, adjoint) for adjoint in adjoints]),
         row_values=_worst(rows),
         batch_values=_worst(batch),
         tested_values=tested,

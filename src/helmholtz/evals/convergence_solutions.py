@@ -8,22 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from helmholtz.evals.convergence_case import (
-    SOLVER_MODES,
-    AbstractTest,
-    Check,
-    ValidationCase,
-    solving_with,
-)
-from helmholtz.evals.equilibria import equilibrium_ball, points_in_ball, random_directions, read
+from helmholtz.evals.convergence_case import SOLVER_MODES, AbstractTest, Check, ValidationCase, solving_with
+from helmholtz.evals.equilibria import points_in_ball, random_directions, read
 from helmholtz.solvers import Solution, solve
 from helmholtz.solvers.spectrum import top_eigenvector
 
 EIGENVECTOR_STEPS = 100
 RANDOM_STARTS = 8
 """Per token."""
-FAR, NEAR = 0.1, 0.05
-"""Disturbances in norms of the patterns, of a contraction and of a model that may have several equilibria."""
 RETURNED = 0.02
 """Distance, in norms of the patterns, within which a disturbed token of the second kind counts as returned."""
 
@@ -44,9 +36,6 @@ class StabilityTest(AbstractTest):
     @property
     def is_stable(self) -> bool:
         return self.passed
-
-    def verdicts(self) -> dict[str, bool]:
-        return {"is_stable": self.is_stable}
 
     def checks(self) -> tuple[Check, ...]:
         return (
@@ -80,9 +69,6 @@ class UniquenessTest(AbstractTest):
     def is_unique(self) -> bool:
         return self.max_attractors == 1
 
-    def verdicts(self) -> dict[str, bool]:
-        return {"is_unique": self.is_unique}
-
     def checks(self) -> tuple[Check, ...]:
         tested = Check("starts tested", self.tested_starts, ">", 0)
         if not self.contractive:
@@ -105,10 +91,9 @@ def check_stability(case: ValidationCase) -> StabilityTest:
         return StabilityTest(case.contractive, 0, 0.0, math.nan)
     problem, z, generator = case.problem.take(rows), case.z[rows], case.generator(5)
     weakest = top_eigenvector(problem, z, steps=EIGENVECTOR_STEPS, generator=generator)
-    size = (FAR if case.contractive else NEAR) * case.radius
     returned, distances = [], []
     for direction in (random_directions(z, generator=generator), weakest, -weakest):
-        end = solve(problem, z + size * direction, case.solver)
+        end = solve(problem, z + case.push * direction, case.solver)
         distance, norm = (end.value - z).norm(dim=-1), z.norm(dim=-1)
         near = case.allowed_distance * norm if case.contractive else norm.new_tensor(RETURNED * case.radius)
         returned.append(end.converged & (distance <= near))
@@ -123,13 +108,11 @@ def check_stability(case: ValidationCase) -> StabilityTest:
 
 def check_uniqueness(case: ValidationCase) -> UniquenessTest:
     problem, z, generator = case.problem, case.z, case.generator(6)
-    ball, center = equilibrium_ball(problem), torch.zeros_like(z)
-    starts = [points_in_ball(center, ball, generator=generator) for _ in range(RANDOM_STARTS)]
+    starts = [points_in_ball(problem, generator=generator) for _ in range(RANDOM_STARTS)]
     found = solve(problem.take(torch.arange(len(z)).repeat(RANDOM_STARTS)), torch.cat(starts), case.solver)
     ends = found.value.view(RANDOM_STARTS, *z.shape)
     modes = [solve(problem, case.start, replace(case.solver, mode=mode)) for mode in SOLVER_MODES]
     attractors = torch.tensor([_num_places(row, 0.1 * case.radius) for row in torch.stack([z, *ends], dim=1)])
-    unsolved = [int((~solution.converged).sum()) for solution in (found, *modes)]
     given = _from_z_init(case, starts[0])
     return UniquenessTest(
         contractive=case.contractive,
@@ -137,7 +120,7 @@ def check_uniqueness(case: ValidationCase) -> UniquenessTest:
         z_init_distance=_relative(given.value, z),
         mode_distance=_relative(torch.stack([solution.value for solution in modes]), z),
         allowed=case.allowed_distance,
-        unsolved=sum(unsolved) + int((~given.converged).sum()),
+        unsolved=sum(int((~solution.converged).sum()) for solution in (found, given, *modes)),
         mean_attractors=attractors.double().mean().item(),
         max_attractors=int(attractors.max()),
         tested_starts=found.value.shape[0],

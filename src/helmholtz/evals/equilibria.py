@@ -69,26 +69,29 @@ def active_patterns(parameters: EnergyParameters) -> Float[Tensor, "K D"]:
     return parameters.patterns[~torch.isneginf(parameters.log_prior)]
 
 
+def pattern_norm(parameters: EnergyParameters, *, empty: float = 1.0) -> float:
+    """The norm ``R`` of the patterns; ``empty`` without any."""
+    patterns = active_patterns(parameters)
+    return patterns.norm(dim=-1).amax().item() if len(patterns) else empty
+
+
 def equilibrium_ball(problem: TokenProblem) -> Float[Tensor, "N"]:
     r"""Each row's bound of :math:`|f|`, whatever the state: :math:`|u| + \kappa |W|_2 |\gamma| + \lambda R`.
 
     Every equilibrium lies in this ball around 0, and every iterate after the first.
     """
     field, parameters = problem.field, problem.parameters
-    patterns = active_patterns(parameters)
-    radius = patterns.norm(dim=-1).amax() if len(patterns) else patterns.new_zeros(())
     norm = torch.linalg.matrix_norm(parameters.weight.double(), 2).to(parameters.weight.dtype)
     emitted = parameters.kappa * norm * field.gate.norm(dim=-1)
-    return field.u.norm(dim=-1) + emitted + parameters.strength * radius
+    return field.u.norm(dim=-1) + emitted + parameters.strength * pattern_norm(parameters, empty=0.0)
 
 
-def points_in_ball(
-    center: Float[Tensor, "N D"], radius: Float[Tensor, "N"], *, generator: torch.Generator
-) -> Float[Tensor, "N D"]:
-    """A point per row, in a random direction, its distance uniform: in many dimensions the centre is seen as well."""
-    direction = random_directions(center, generator=generator)
-    length = torch.rand(len(center), 1, generator=generator, dtype=torch.float64).to(center)
-    return center + radius.unsqueeze(-1) * length * direction
+def points_in_ball(problem: TokenProblem, *, generator: torch.Generator) -> Float[Tensor, "N D"]:
+    """A point per row of its equilibrium ball, in a random direction, its distance from 0 uniform: in many dimensions
+    the centre is seen as well."""
+    direction = random_directions(problem.field.u, generator=generator)
+    length = torch.rand(len(direction), 1, generator=generator, dtype=torch.float64).to(direction)
+    return equilibrium_ball(problem).unsqueeze(-1) * length * direction
 
 
 def random_directions(like: Float[Tensor, "N D"], *, generator: torch.Generator) -> Float[Tensor, "N D"]:
