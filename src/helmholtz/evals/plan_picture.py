@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from helmholtz.evals.plans import Group, PlanComparison, agreement, padded
-from helmholtz.evals.plots import pyplot, save_figure, visible
+from helmholtz.evals.plots import picture, visible
 
 CELL, ROW = 0.17, 0.24
 """Inches of a token and of a sample."""
@@ -51,21 +51,18 @@ def plot_plans(
     Blue groups have a plan per sample, green ones one plan. Below, the agreement along the text, over all groups of
     the comparison. Positions count from the first of the ``n_prompt`` tokens of the prompt, as codes of a plan do.
     """
-    plt = pyplot()
     longest = max(1, max(len(sample.tokens) for group in groups for sample in group.samples))
     heights = [ROW * len(group.samples) for group in groups] + [1.3]
     size = min(WIDEST, max(7.0, CELL * longest + 1.2)), sum(heights) + 0.45 * len(heights) + 0.8
-    figure, panels = plt.subplots(
-        len(heights), figsize=size, height_ratios=heights, layout="constrained", sharex=True, squeeze=False
-    )
-    for axes, group in zip(panels[:-1, 0], groups, strict=True):
-        _draw_group(axes, group, n_prompt, spell if longest <= SHOWN_TEXT else None)
-    _draw_curves(panels[-1, 0], comparison, n_prompt)
-    panels[-1, 0].set_xlim(n_prompt - 0.5, n_prompt + longest - 0.5)
-    figure.suptitle(f"{visible(title)}\ndarker: more samples of the group have this token here", fontsize=9)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), picture(file, size) as figure:
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as a box, as it should be
-        save_figure(figure, file, plt)
+        *panels, last = figure.subplots(len(heights), height_ratios=heights, sharex=True)
+        for axes, group in zip(panels, groups, strict=True):
+            _draw_group(axes, group, n_prompt, spell if longest <= SHOWN_TEXT else None)
+        _draw_curves(last, comparison, n_prompt)
+        last.set_xlim(n_prompt - 0.5, n_prompt + longest - 0.5)
+        what = "darker: more samples of the group have this token here"
+        figure.suptitle(f"{visible(title)}\n{what}", fontsize=9)
 
 
 def _draw_group(axes: Any, group: NamedGroup, n_prompt: int, spell: Callable[[int], str] | None) -> None:
@@ -79,9 +76,8 @@ def _draw_group(axes: Any, group: NamedGroup, n_prompt: int, spell: Callable[[in
     if spell is not None:
         for row, sample in enumerate(group.samples):
             for place, token in enumerate(sample.tokens, n_prompt):
-                axes.text(
-                    place, row, _short(spell(token)), ha="center", va="center", fontsize=6, family="monospace"
-                )
+                style = {"ha": "center", "va": "center", "fontsize": 6, "family": "monospace"}
+                axes.text(place, row, _short(spell(token)), **style)
     axes.set_yticks([])
     kind = "one plan" if group.is_shared else "a plan each"
     share = f"two samples have {100 * agreement(group.samples):.0f} % of their tokens in common"

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from helmholtz.evals.plots import pyplot, save_figure
+from helmholtz.evals.plots import picture
 from helmholtz.experiments.forecasting.data import Series
 from helmholtz.experiments.forecasting.run import LOOK_BACK, RECIPES, SHOWN_STEPS, shown_windows
 from helmholtz.experiments.forecasting.windows import forecast_data
@@ -85,35 +85,31 @@ def pilot_summary(done: Sequence[FinishedRun]) -> list[dict[str, Any]]:
 
 def plot_horizons(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Test error against horizon, a panel per data and a line per model; bars from the lowest to the highest seed."""
-    plt = pyplot()
     names = list(dict.fromkeys(row["data"] for row in rows))
-    figure, panels = plt.subplots(
-        1, len(names), figsize=(4.4 * len(names) + 1.5, 3.9), layout="constrained", squeeze=False
-    )
-    for axes, data in zip(panels[0], names, strict=True):
-        for row in (row for row in rows if row["data"] == data):
-            spreads = row["mse_by_horizon"]
-            horizons = sorted(spreads, key=int)
-            means = [spreads[h]["mean"] for h in horizons]
-            below = [spreads[h]["mean"] - spreads[h]["low"] for h in horizons]
-            above = [spreads[h]["high"] - spreads[h]["mean"] for h in horizons]
-            axes.errorbar(
-                range(len(horizons)), means, (below, above), label=row["model"],
-                color=_colour(row["model"]), marker="o", markersize=3, capsize=2, linewidth=1,
-            )  # fmt: skip
-            axes.set_xticks(range(len(horizons)), horizons)
-        axes.set_title(data)
-        axes.set_xlabel("horizon")
-        axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel("mean squared error (test, standardised)")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=8)
-    save_figure(figure, file, plt)
+    with picture(file, (4.4 * len(names) + 1.5, 3.9)) as figure:
+        panels = figure.subplots(1, len(names), squeeze=False)
+        for axes, data in zip(panels[0], names, strict=True):
+            for row in (row for row in rows if row["data"] == data):
+                spreads = row["mse_by_horizon"]
+                horizons = sorted(spreads, key=int)
+                means = [spreads[h]["mean"] for h in horizons]
+                below = [spreads[h]["mean"] - spreads[h]["low"] for h in horizons]
+                above = [spreads[h]["high"] - spreads[h]["mean"] for h in horizons]
+                axes.errorbar(
+                    range(len(horizons)), means, (below, above), label=row["model"],
+                    color=_colour(row["model"]), marker="o", markersize=3, capsize=2, linewidth=1,
+                )  # fmt: skip
+                axes.set_xticks(range(len(horizons)), horizons)
+            axes.set_title(data)
+            axes.set_xlabel("horizon")
+            axes.grid(alpha=0.3)
+        panels[0][0].set_ylabel("mean squared error (test, standardised)")
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center", fontsize=8)
 
 
 def plot_forecasts(done: Sequence[FinishedRun], one: Series, file: Path, *, horizon: int, seed: int) -> None:
     """The first steps of some test windows of the variate that a series shows, with the forecast of every model."""
-    plt = pyplot()
     runs = of(done, data=one.name, horizon=horizon, seed=seed)
     data = forecast_data(one, look_back=LOOK_BACK, horizon=horizon)
     chosen = shown_windows(len(data.test))
@@ -122,25 +118,25 @@ def plot_forecasts(done: Sequence[FinishedRun], one: Series, file: Path, *, hori
     mean, scale = data.mean[place].item(), data.scale[place].item()
     past = (inputs[..., place].double() * scale + mean).tolist()
     truth = (targets[:, :SHOWN_STEPS, place].double() * scale + mean).tolist()
-    figure, panels = plt.subplots(
-        len(chosen), 1, figsize=(9, 2.3 * len(chosen) + 0.6), layout="constrained", sharex=True, squeeze=False
-    )
-    for number, axes in enumerate(panels[:, 0]):
-        axes.plot(range(-LOOK_BACK, 0), past[number], color="C7", linewidth=1)
-        axes.plot(range(len(truth[number])), truth[number], color="black", linewidth=1.4, label="measured")
-        for run in runs:
-            forecast = [value * scale + mean for value in run.result["forecasts"][number]]
-            model = run.run.settings["model"]
-            axes.plot(range(len(forecast)), forecast, color=_colour(model), linewidth=1, label=model)
-        axes.axvline(-0.5, color="C7", linewidth=0.8, linestyle=":")
-        axes.grid(alpha=0.3)
-    panels[-1][0].set_xlabel(f"steps of {one.step}")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=8)
-    figure.suptitle(
-        f"{one.name}: {one.shown}, three test windows, horizon {horizon}, seed {seed}", fontsize=10
-    )
-    save_figure(figure, file, plt)
+    with picture(file, (9, 2.3 * len(chosen) + 0.6)) as figure:
+        panels = figure.subplots(len(chosen), 1, sharex=True, squeeze=False)
+        for number, axes in enumerate(panels[:, 0]):
+            axes.plot(range(-LOOK_BACK, 0), past[number], color="C7", linewidth=1)
+            axes.plot(
+                range(len(truth[number])), truth[number], color="black", linewidth=1.4, label="measured"
+            )
+            for run in runs:
+                forecast = [value * scale + mean for value in run.result["forecasts"][number]]
+                model = run.run.settings["model"]
+                axes.plot(range(len(forecast)), forecast, color=_colour(model), linewidth=1, label=model)
+            axes.axvline(-0.5, color="C7", linewidth=0.8, linestyle=":")
+            axes.grid(alpha=0.3)
+        panels[-1][0].set_xlabel(f"steps of {one.step}")
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center", fontsize=8)
+        figure.suptitle(
+            f"{one.name}: {one.shown}, three test windows, horizon {horizon}, seed {seed}", fontsize=10
+        )
 
 
 def _colour(model: str) -> str:

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from helmholtz._checks import check_integer
-from helmholtz.evals.plots import pyplot, save_figure
+from helmholtz.evals.plots import picture
 from helmholtz.experiments.letters.data import (
     MARK,
     N_LETTERS,
@@ -237,44 +237,43 @@ def plot_letters(law: LetterLaw, measured: Measured, own: GroupStatistics, file:
     Args:
         own: statistics of the law's own sequences.
     """
-    plt = pyplot()
     assert own.spread is not None
     spread, targets = own.spread, law.n_targets
-    figure, axes = plt.subplots(1, 3, figsize=(13.5, 5), layout="constrained")
-    curves: list[tuple[int, str, Callable[[LetterResult], float | None]]] = [
-        (0, "under the posterior's plan (leaks)", lambda r: r.bounds.posterior_cross_entropy),
-        (0, "under the prior's plan", lambda r: r.bounds.prior_cross_entropy),
-        (0, "ELBO", lambda r: r.bounds.elbo),
-        (1, "KL of the plan", lambda r: r.bounds.kl_bits * targets or None),
-        (
-            2,
-            "spread of the run's start under one plan, relative to the law",
-            lambda r: _ratio(r.shared.spread, spread),
-        ),
-        (2, "repetition of the noise under one plan (correlation)", lambda r: r.shared.noise_repetition),
-        (2, "share of valid samples under a plan each", lambda r: r.independent.valid),
-    ]
-    for index, label, value in curves:
-        _curve(axes[index], measured, value, label)
-    labels, position = _kappas(measured), math.log2(law.n_starts)
-    noise = noise_floor(law) * targets / math.log(2)
-    for axis, height, text in [
-        (0, vanilla_floor(law), "entropy of the law"),
-        (0, noise_floor(law), "entropy of the noise"),
-        (1, position, "position"),
-        (1, position + noise, "position and noise"),
-    ]:
-        axes[axis].axhline(height, color="grey", linewidth=0.8, linestyle="--")
-        axes[axis].text(len(labels) - 1, height, text, fontsize=8, color="grey", va="bottom", ha="right")
-    titles = ("cross-entropy, nats per token", "bits per sequence", "samples")
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title, fontsize=11)
-        axis.set_xticks(range(len(labels)), [kappa_label(kappa) for kappa in labels])
-        axis.set_xlabel("kappa: free bits per token")
-        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
-    axes[0].set_yscale("log")
-    axes[1].set_yscale("log")
-    save_figure(figure, file, plt)
+    with picture(file, (13.5, 5)) as figure:
+        axes = figure.subplots(1, 3)
+        curves: list[tuple[int, str, Callable[[LetterResult], float | None]]] = [
+            (0, "under the posterior's plan (leaks)", lambda r: r.bounds.posterior_cross_entropy),
+            (0, "under the prior's plan", lambda r: r.bounds.prior_cross_entropy),
+            (0, "ELBO", lambda r: r.bounds.elbo),
+            (1, "KL of the plan", lambda r: r.bounds.kl_bits * targets or None),
+            (
+                2,
+                "spread of the run's start under one plan, relative to the law",
+                lambda r: _ratio(r.shared.spread, spread),
+            ),
+            (2, "repetition of the noise under one plan (correlation)", lambda r: r.shared.noise_repetition),
+            (2, "share of valid samples under a plan each", lambda r: r.independent.valid),
+        ]
+        for index, label, value in curves:
+            _curve(axes[index], measured, value, label)
+        labels, position = _kappas(measured), math.log2(law.n_starts)
+        noise = noise_floor(law) * targets / math.log(2)
+        for axis, height, text in [
+            (0, vanilla_floor(law), "entropy of the law"),
+            (0, noise_floor(law), "entropy of the noise"),
+            (1, position, "position"),
+            (1, position + noise, "position and noise"),
+        ]:
+            axes[axis].axhline(height, color="grey", linewidth=0.8, linestyle="--")
+            axes[axis].text(len(labels) - 1, height, text, fontsize=8, color="grey", va="bottom", ha="right")
+        titles = ("cross-entropy, nats per token", "bits per sequence", "samples")
+        for axis, title in zip(axes, titles, strict=True):
+            axis.set_title(title, fontsize=11)
+            axis.set_xticks(range(len(labels)), [kappa_label(kappa) for kappa in labels])
+            axis.set_xlabel("kappa: free bits per token")
+            axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
+        axes[0].set_yscale("log")
+        axes[1].set_yscale("log")
 
 
 def _ratio(value: float | None, to: float) -> float | None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from helmholtz.evals.plots import pyplot, save_figure
+from helmholtz.evals.plots import picture
 from helmholtz.experiments.mad.data import BASELINE, TASKS
 from helmholtz.experiments.mad.models import MODELS
 from helmholtz.experiments.mad.report import PUBLISHED, SHORT, Row
@@ -14,27 +14,28 @@ from helmholtz.experiments.queue import FinishedRun
 
 def plot_accuracy(rows: Sequence[Row], file: Path) -> None:
     """Accuracy per task, a bar per model with its range over seeds; a dash is what was published for that model."""
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(11, 4.4), layout="constrained")
-    width = 0.85 / max(1, len(rows))
-    published = {row.model: dict(zip(TASKS, row.tasks, strict=True)) for row in PUBLISHED if row.model}
-    for index, row in enumerate(rows):
-        for place, task in enumerate(TASKS):
-            found = row.tasks.get(task)
-            x = place + (index - (len(rows) - 1) / 2) * width
-            if found is not None:
-                label = row.label if task == _first_task(row) else None
-                axes.bar(x, 100 * found.mean, 0.9 * width, color=f"C{index}", label=label)
-                axes.plot([x, x], [100 * found.low, 100 * found.high], color="black", linewidth=1.2)
-            if row.model in published:
-                height = published[row.model][task]
-                axes.plot([x - 0.5 * width, x + 0.5 * width], [height, height], color="black", linestyle=":")
-    axes.set_xticks(range(len(TASKS)), [SHORT[task] for task in TASKS])
-    axes.set_ylabel("accuracy, per cent")
-    axes.set_ylim(0, 104)
-    axes.set_title("bars: mean of seeds, lines: lowest to highest, dotted: published", fontsize=10)
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=4, frameon=False)
-    save_figure(figure, file, plt)
+    with picture(file, (11, 4.4)) as figure:
+        axes = figure.subplots()
+        width = 0.85 / max(1, len(rows))
+        published = {row.model: dict(zip(TASKS, row.tasks, strict=True)) for row in PUBLISHED if row.model}
+        for index, row in enumerate(rows):
+            for place, task in enumerate(TASKS):
+                found = row.tasks.get(task)
+                x = place + (index - (len(rows) - 1) / 2) * width
+                if found is not None:
+                    label = row.label if task == _first_task(row) else None
+                    axes.bar(x, 100 * found.mean, 0.9 * width, color=f"C{index}", label=label)
+                    axes.plot([x, x], [100 * found.low, 100 * found.high], color="black", linewidth=1.2)
+                if row.model in published:
+                    height = published[row.model][task]
+                    axes.plot(
+                        [x - 0.5 * width, x + 0.5 * width], [height, height], color="black", linestyle=":"
+                    )
+        axes.set_xticks(range(len(TASKS)), [SHORT[task] for task in TASKS])
+        axes.set_ylabel("accuracy, per cent")
+        axes.set_ylim(0, 104)
+        axes.set_title("bars: mean of seeds, lines: lowest to highest, dotted: published", fontsize=10)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=4, frameon=False)
 
 
 def _first_task(row: Row) -> str | None:
@@ -46,27 +47,32 @@ def plot_curves(finished: Sequence[FinishedRun], accuracy: str, file: Path) -> N
 
     A run that stopped at its accuracy keeps it. Marks are rings of different sizes, so that equal points are all seen.
     """
-    plt = pyplot()
-    figure, panels = plt.subplots(2, 3, figsize=(12, 6.4), layout="constrained", sharex=True, sharey=True)
-    plain = [done for done in finished if done.run.settings["setting"] == BASELINE and done.result["curve"]]
-    models = [model for model in MODELS if any(done.run.settings["model"] == model for done in plain)]
-    for axes, task in zip(panels.flat, TASKS, strict=True):
-        for index, model in enumerate(models):
-            settings = {"task": task, "model": model}
-            curves = [done.result["curve"] for done in plain if settings.items() <= done.run.settings.items()]
-            if curves:
-                _curve(axes, curves, accuracy, f"C{index}", 3 + 1.2 * (len(models) - index))
-        axes.set_title(task, fontsize=10)
-        axes.grid(alpha=0.3)
-        axes.set_ylim(0, 104)
-    panels[0, 0].set_xlim(left=0)
-    for axes in panels[1]:
-        axes.set_xlabel("step")
-    for axes in panels[:, 0]:
-        axes.set_ylabel("test accuracy, per cent")
-    handles = [plt.Line2D([], [], color=f"C{i}", label=MODELS[model].label) for i, model in enumerate(models)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    save_figure(figure, file, plt)
+    with picture(file, (12, 6.4)) as figure:
+        from matplotlib.lines import Line2D
+
+        panels = figure.subplots(2, 3, sharex=True, sharey=True)
+        plain = [
+            done for done in finished if done.run.settings["setting"] == BASELINE and done.result["curve"]
+        ]
+        models = [model for model in MODELS if any(done.run.settings["model"] == model for done in plain)]
+        for axes, task in zip(panels.flat, TASKS, strict=True):
+            for index, model in enumerate(models):
+                settings = {"task": task, "model": model}
+                curves = [
+                    done.result["curve"] for done in plain if settings.items() <= done.run.settings.items()
+                ]
+                if curves:
+                    _curve(axes, curves, accuracy, f"C{index}", 3 + 1.2 * (len(models) - index))
+            axes.set_title(task, fontsize=10)
+            axes.grid(alpha=0.3)
+            axes.set_ylim(0, 104)
+        panels[0, 0].set_xlim(left=0)
+        for axes in panels[1]:
+            axes.set_xlabel("step")
+        for axes in panels[:, 0]:
+            axes.set_ylabel("test accuracy, per cent")
+        handles = [Line2D([], [], color=f"C{i}", label=MODELS[model].label) for i, model in enumerate(models)]
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
 
 
 def _curve(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from helmholtz.evals.plots import pyplot
+from helmholtz.evals.plots import own_style
 
 INK = "#123456"
 """Stands for the page's text colour until the SVG is written out."""
@@ -141,15 +141,18 @@ def _logarithmic(axes: Any, name: str) -> None:
 
 
 def _svg(draw: Any, size: tuple[float, float]) -> str:
-    plt = pyplot()
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=size, layout="constrained", facecolor="none")
+    with own_style():
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        matplotlib.rcParams.update(STYLE)
+        figure = Figure(figsize=size, layout="constrained", facecolor="none")
+        axes = figure.subplots()
         axes.set_facecolor("none")
         draw(axes)
         written = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(written, format="svg", metadata=nothing, transparent=True)
-        plt.close(figure)
     text = written.getvalue()
     text = re.sub(r"<style.*?</style>", "", text[text.index("<svg") :], flags=re.DOTALL)
     for side in ("width", "height"):

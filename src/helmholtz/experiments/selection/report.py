@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from helmholtz.evals.plots import pyplot, save_figure
+from helmholtz.evals.plots import picture
 from helmholtz.experiments.queue import FinishedRun, spread
 from helmholtz.experiments.selection.data import expected_gap, expected_maximum
 
@@ -28,11 +28,10 @@ def by_reader(done: Sequence[FinishedRun], target: str) -> dict[str, list[Finish
 
 def plot_gaps(done: Sequence[FinishedRun], file: Path) -> None:
     """Left: gap to the maximum over beta, the law as lines and what was measured as marks. Right: trained layers."""
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.3), layout="constrained")
-    _draw_law(left, of_part(done, "gaps"))
-    _draw_learned(right, by_reader(done, "maximum"))
-    save_figure(figure, file, plt)
+    with picture(file, (11, 4.3)) as figure:
+        left, right = figure.subplots(1, 2)
+        _draw_law(left, of_part(done, "gaps"))
+        _draw_learned(right, by_reader(done, "maximum"))
 
 
 def _draw_law(axes: Any, runs: Sequence[FinishedRun]) -> None:
@@ -78,19 +77,16 @@ def _draw_learned(axes: Any, readers: dict[str, list[FinishedRun]]) -> None:
 
 def plot_reads(done: Sequence[FinishedRun], file: Path) -> None:
     """Which token each channel of a trained layer reads, and the token it was asked for (circles), seed 0."""
-    plt = pyplot()
     readers = by_reader(done, "maximum")
     shown = [(label, readers[label][0].result["example"]) for label in SHOWN if label in readers]
-    figure, panels = plt.subplots(
-        1, len(shown), figsize=(4.2 * len(shown), 3.4), layout="constrained", sharey=True, squeeze=False
-    )
-    for axes, (label, example) in zip(panels[0], shown, strict=True):
-        image = axes.imshow(example["influence"], aspect="auto", cmap="viridis", vmin=0, vmax=1)
-        axes.scatter(
-            example["token"], range(len(example["token"])), s=50, facecolors="none", edgecolors="white"
-        )
-        axes.set_title(label, fontsize=10)
-        axes.set_xlabel("token")
-    panels[0][0].set_ylabel("channel")
-    figure.colorbar(image, ax=panels[0].tolist(), label="share of the channel's gradient")
-    save_figure(figure, file, plt)
+    with picture(file, (4.2 * len(shown), 3.4)) as figure:
+        panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)
+        for axes, (label, example) in zip(panels[0], shown, strict=True):
+            image = axes.imshow(example["influence"], aspect="auto", cmap="viridis", vmin=0, vmax=1)
+            axes.scatter(
+                example["token"], range(len(example["token"])), s=50, facecolors="none", edgecolors="white"
+            )
+            axes.set_title(label, fontsize=10)
+            axes.set_xlabel("token")
+        panels[0][0].set_ylabel("channel")
+        figure.colorbar(image, ax=panels[0].tolist(), label="share of the channel's gradient")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from helmholtz.evals.plots import pyplot, save_figure
+from helmholtz.evals.plots import picture
 from helmholtz.experiments.queue import FinishedRun, spread
 from helmholtz.experiments.vision.run import LEARNING_RATES
 
@@ -61,43 +61,39 @@ def pilot_summary(done: Sequence[FinishedRun]) -> list[dict[str, Any]]:
 
 def plot_learning(done: Sequence[FinishedRun], data: str, file: Path) -> None:
     """Validation loss (line) and training loss (faint) against steps, a colour per mixer and a line per seed."""
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for number, (model, runs) in enumerate(by_model(done, data).items()):
-        for run in runs:
-            steps, train, validation = zip(*run.result["curve"], strict=True)
-            label = model if run is runs[0] else None
-            axes.plot(steps, validation, color=f"C{number}", marker="o", markersize=3, label=label)
-            axes.plot(steps, train, color=f"C{number}", alpha=0.3, linewidth=1)
-    axes.set_yscale("log")
-    axes.set_xlabel("steps")
-    axes.set_ylabel("cross-entropy, nats")
-    axes.set_title(f"{data}: validation (marked) and training (faint)", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    save_figure(figure, file, plt)
+    with picture(file, (6, 4)) as figure:
+        axes = figure.subplots()
+        for number, (model, runs) in enumerate(by_model(done, data).items()):
+            for run in runs:
+                steps, train, validation = zip(*run.result["curve"], strict=True)
+                label = model if run is runs[0] else None
+                axes.plot(steps, validation, color=f"C{number}", marker="o", markersize=3, label=label)
+                axes.plot(steps, train, color=f"C{number}", alpha=0.3, linewidth=1)
+        axes.set_yscale("log")
+        axes.set_xlabel("steps")
+        axes.set_ylabel("cross-entropy, nats")
+        axes.set_title(f"{data}: validation (marked) and training (faint)", fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
 
 
 def plot_confusion(done: Sequence[FinishedRun], data: str, file: Path) -> None:
     """Share of each class that is taken for each other one, a panel per mixer, over all seeds."""
-    plt = pyplot()
     groups = by_model(done, data)
-    figure, panels = plt.subplots(
-        1, len(groups), figsize=(5.2 * len(groups), 4.8), layout="constrained", squeeze=False
-    )
-    for axes, (model, runs) in zip(panels[0], groups.items(), strict=True):
-        counts = np.sum([run.result["confusion"] for run in runs], axis=0)
-        shares = counts / counts.sum(1, keepdims=True)
-        names = runs[0].run.settings["data"]["classes"]
-        axes.imshow(shares, vmin=0, vmax=1, cmap="viridis")
-        for i, j in zip(*np.nonzero(counts), strict=True):
-            colour = "white" if shares[i, j] < 0.6 else "black"
-            text = f"{100 * shares[i, j]:.0f}"
-            axes.text(j, i, text, ha="center", va="center", fontsize=6, color=colour)
-        axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
-        axes.set_yticks(range(len(names)), names, fontsize=8)
-        axes.set_xlabel("taken for")
-        axes.set_title(f"{model}, {len(runs)} seeds", fontsize=10)
-    panels[0][0].set_ylabel("is")
-    figure.suptitle(f"{data}: test images of a class, in percent", fontsize=10)
-    save_figure(figure, file, plt)
+    with picture(file, (5.2 * len(groups), 4.8)) as figure:
+        panels = figure.subplots(1, len(groups), squeeze=False)
+        for axes, (model, runs) in zip(panels[0], groups.items(), strict=True):
+            counts = np.sum([run.result["confusion"] for run in runs], axis=0)
+            shares = counts / counts.sum(1, keepdims=True)
+            names = runs[0].run.settings["data"]["classes"]
+            axes.imshow(shares, vmin=0, vmax=1, cmap="viridis")
+            for i, j in zip(*np.nonzero(counts), strict=True):
+                colour = "white" if shares[i, j] < 0.6 else "black"
+                text = f"{100 * shares[i, j]:.0f}"
+                axes.text(j, i, text, ha="center", va="center", fontsize=6, color=colour)
+            axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
+            axes.set_yticks(range(len(names)), names, fontsize=8)
+            axes.set_xlabel("taken for")
+            axes.set_title(f"{model}, {len(runs)} seeds", fontsize=10)
+        panels[0][0].set_ylabel("is")
+        figure.suptitle(f"{data}: test images of a class, in percent", fontsize=10)
