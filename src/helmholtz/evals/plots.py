@@ -15,13 +15,21 @@ SMOOTHING = 25
 """Steps whose training losses are averaged in a curve."""
 
 
-@contextlib.contextmanager
-def own_style() -> Iterator[None]:
-    """matplotlib's defaults, whatever a matplotlibrc says. Raises: ImportError naming the extra."""
+def file_types() -> list[str]:
+    """Suffixes that a picture's file may have. Raises: ImportError naming the extra if there is no matplotlib."""
     try:
-        from matplotlib import style
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise ImportError("pictures need matplotlib: install helmholtz-nn[plot]") from error
+    return sorted(FigureCanvasBase.get_supported_filetypes())
+
+
+@contextlib.contextmanager
+def own_style() -> Iterator[None]:
+    """matplotlib's defaults, whatever a matplotlibrc says. Raises: as ``file_types``."""
+    file_types()
+    from matplotlib import style
+
     with style.context("default"):
         yield
 
