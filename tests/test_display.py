@@ -11,10 +11,11 @@ import pytest
 from rich.console import Console
 
 from helmholtz._display import losable, make_losable
-from helmholtz.cli.studies.queues import announced
-from helmholtz.experiments.queue import QueuedRun, run_queue, split_finished
+from helmholtz.cli.study import compute
+from helmholtz.experiments.queue import split_finished
 from helmholtz.training.callbacks import Callback
 from helmholtz.training.run import train
+from study_cases import Numbers
 from tiny_runs import prepare_text, tiny_run
 
 BROKEN = [errno.EPIPE, errno.ENOSPC, errno.EIO]
@@ -64,14 +65,13 @@ def test_training_goes_on_when_its_display_is_closed(data, tmp_path, capsys):
 
 @pytest.mark.parametrize("number", BROKEN)
 def test_a_queue_goes_on_when_nobody_reads_it(tmp_path, capsys, number):
-    runs = [QueuedRun(f"task-{n}", {"n": n}) for n in range(3)]
-    report = announced(Console(file=BreaksAfter(number, writes=1)))
-    assert run_queue(runs, lambda run: {"x": 1}, tmp_path, report=report) == 3
-    assert split_finished(tmp_path, runs)[1] == []
+    study = Numbers("run", {"seeds": [0, 1, 2], "output": str(tmp_path), "shard": "0/1", "threads": 1})
+    compute(study, Console(file=BreaksAfter(number, writes=1)))
+    assert split_finished(tmp_path, study.runs())[1] == []
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["data", "studies.continual", "studies.letters", "studies.recall"])
+@pytest.mark.parametrize("command", ["data", "studies.continual", "studies.recall"])
 def test_commands_whose_results_are_files_go_on(tmp_path, monkeypatch, command):
     module = importlib.import_module(f"helmholtz.cli.{command}")
     console = Console(file=BreaksAfter(errno.EPIPE))
@@ -82,7 +82,7 @@ def test_commands_whose_results_are_files_go_on(tmp_path, monkeypatch, command):
         reached.append(command)
         raise ValueError("far enough")
 
-    for name in ("cells_of", "pattern_results", "learn", "prepare"):
+    for name in ("pattern_results", "learn", "prepare"):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, work)
     with pytest.raises(ValueError, match="far enough"):

@@ -88,23 +88,11 @@ def test_packaged_data_go_by_their_names(monkeypatch, capsys, tmp_path):
     assert (tmp_path / "results" / "weather-naive-12-0.json").exists()
 
 
-def test_a_call_without_action_explains(capsys):
-    code, out, _ = call(capsys)
-    assert code == 2 and "usage: helmholtz study forecasting <action>" in out
-    assert call(capsys, "--help")[0] == 0
-    for action in ("run", "pilot", "report"):
-        assert f"  {action}" in out
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["rum"], "action must be one of ['list', 'pilot', 'report', 'run'], got 'rum'; did you mean 'run'?"),
         (["run", "--data=traffics"], "data must be a CSV file or one of weather, traffic, got 'traffics'"),
         (["run", "--data=FILE", "--models=fem-tim"], "models must be one of"),
-        (["run", "--data=FILE", "--shard=2/2"], "shard must be i/n with i from 0 to n - 1"),
-        (["run", "--data=FILE", "--seeds", "1", "1"], "seeds must be without repetition, got [1, 1]"),
-        (["run", "--data=FILE", "--threads=0"], "threads must be an integer of at least 1, got 0"),
         (["run", "--data=FILE", "--lr=1"], "unknown option --lr"),
         (
             ["run", "--data=FILE", "--horizons=52"],
@@ -112,16 +100,11 @@ def test_a_call_without_action_explains(capsys):
         ),
         (["pilot", "--data=FILE", "--lrs=0"], "lrs must be a finite number above 0, got 0.0"),
         (["pilot", "--data=FILE", "--models=naive"], "models must be models that are trained"),
-        (
-            ["report", "--data=FILE"],
-            "output must be a folder of results; helmholtz study forecasting run makes them",
-        ),
     ],
 )
 def test_mistakes_are_one_line(capsys, tmp_path, file, arguments, message):
     arguments = [argument.replace("FILE", str(file)) for argument in arguments]
-    output = [] if arguments == ["rum"] else [f"--output={tmp_path / 'new'}"]
-    code, _, error = call(capsys, *arguments, *output)
+    code, _, error = call(capsys, *arguments, f"--output={tmp_path / 'new'}")
     assert code == 2
     assert message in error
     assert len(error.strip().splitlines()) == 1

@@ -4,13 +4,11 @@ import json
 
 import pytest
 
-from helmholtz.cli.main import main
+from study_cases import call_study
 
 
 def call(capsys, *arguments):
-    code = main(["study", "language", "run", *map(str, arguments)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    return call_study(capsys, "language", "run", *arguments)
 
 
 def fake(run, *, data, folder):
@@ -23,9 +21,9 @@ def fake(run, *, data, folder):
 def test_tables_slopes_and_what_is_missing(capsys, tmp_path, monkeypatch):
     prepared = []
     monkeypatch.setattr(
-        "helmholtz.cli.studies.language.prepare_corpus", lambda *names: prepared.append(names[:2])
+        "helmholtz.experiments.language.study.prepare_corpus", lambda *names: prepared.append(names[:2])
     )
-    monkeypatch.setattr("helmholtz.cli.studies.language.compute_language", fake)
+    monkeypatch.setattr("helmholtz.experiments.language.study.compute_language", fake)
     options = (
         "--corpora",
         "shakespeare",
@@ -37,9 +35,9 @@ def test_tables_slopes_and_what_is_missing(capsys, tmp_path, monkeypatch):
     )
     code, out, _ = call(capsys, *options, "--seeds", 0, 1, "--shard=0/2", f"--output={tmp_path}")
     assert code == 0 and prepared == [("shakespeare", "bytes")]
-    assert "4 runs in" in out and "4 missing" in out
+    assert "4 of 4 runs computed" in out and "4 of 8 runs are missing" in out
     code, out, _ = call(capsys, *options, "--seeds", 0, 1, f"--output={tmp_path}")
-    assert code == 0 and out.count("done before") == 4 and "0 missing" in out
+    assert code == 0 and out.count("done before") == 4 and "0 of 8 runs are missing" in out
     assert "3.050 ± 0.071" in out and "< 3.050" in out
     (fit,) = json.loads((tmp_path / "scaling.json").read_text())["fits"]
     assert fit["runs"] == 6 and fit["slope"] == pytest.approx(-0.25)

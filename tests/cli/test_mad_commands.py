@@ -5,16 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from helmholtz.cli.main import main
 from helmholtz.experiments.mad import run as mad_run
 from helmholtz.experiments.mad.run import PROFILES
 from mad_cases import profile, protocol
+from study_cases import call_study
 
 
 def call(capsys, *arguments):
-    code = main(["study", "mad", *map(str, arguments)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    return call_study(capsys, "mad", *arguments)
 
 
 @pytest.fixture(autouse=True)
@@ -90,21 +88,17 @@ def test_the_pilot_writes_the_rates_when_it_is_whole(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["walk"], "action must be one of ['list', 'pilot', 'report', 'run'], got 'walk'"),
         (["run", "--profile=quik"], "did you mean 'quick'?"),
         (["run", "--profile=tiny", "--models", "mambo"], "did you mean 'mamba'?"),
         (["run", "--profile=tiny", "--tasks", "copying"], "tasks must be one of"),
         (["run", "--profile=tiny", "--seeds", "-1"], "seeds must be an integer of at least 0, got -1"),
-        (["run", "--profile=tiny", "--shard=2/2"], "shard must be i/n with i from 0 to n - 1"),
-        (["run", "--profile=tiny", "--threads=0"], "threads must be an integer of at least 1, got 0"),
-        (["report", "--profile=tiny"], "a folder with finished runs of this profile"),
+        (["report", "--profile=tiny"], "a folder of results; helmholtz study mad run makes them"),
         (["pilot", "--profile=tiny"], "unknown option --profile"),
         (["report", "--models", "mamba"], "unknown option --models"),
     ],
 )
 def test_mistakes_are_one_line_and_touch_nothing(capsys, tmp_path, arguments, message):
-    output = [f"--output={tmp_path / 'new'}"] if arguments != ["walk"] else []
-    code, _, error = call(capsys, *arguments, *output)
+    code, _, error = call(capsys, *arguments, f"--output={tmp_path / 'new'}")
     assert code == 2 and message in error and error.count("\n") == 1
     assert not (tmp_path / "new").exists()
 
@@ -114,9 +108,3 @@ def test_quick_wants_the_pilot_first(capsys, tmp_path, monkeypatch):
     code, _, error = call(capsys, "run", f"--output={tmp_path / 'new'}")
     assert code == 2 and "a pilot has chosen a learning rate for (none yet)" in error
     assert not (tmp_path / "new").exists()
-
-
-def test_help(capsys):
-    code, out, _ = call(capsys)
-    assert code == 2 and "usage: helmholtz study mad <action>" in out
-    assert call(capsys, "--help")[:2] == (0, out)

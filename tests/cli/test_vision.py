@@ -85,7 +85,6 @@ def test_a_pilot_prints_validation_by_learning_rate(capsys, tmp_path, folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["rum"], "action must be one of ['list', 'pilot', 'report', 'run'], got 'rum'"),
         (
             ["run", "--data=digit"],
             "data must be a folder of IDX files or one of digits, fashion-mnist, got 'digit'",
@@ -94,27 +93,13 @@ def test_a_pilot_prints_validation_by_learning_rate(capsys, tmp_path, folder):
             ["run", "--data=FOLDER", "--models=vit"],
             "models must be one of ['attention', 'fem'], got 'vit'",
         ),
-        (["run", "--data=FOLDER", "--shard=1"], "shard must be i/n"),
-        (["run", "--data=FOLDER", "--seeds", "0", "0"], "seeds must be without repetition"),
-        (["run", "--data=FOLDER", "--seeds=-1"], "seeds must be an integer of at least 0, got -1"),
         (["pilot", "--data=FOLDER", "--lrs=-1"], "lrs must be a finite number above 0, got -1.0"),
-        (
-            ["report", "--data=FOLDER"],
-            "output must be a folder of results; helmholtz study vision run makes them",
-        ),
     ],
 )
 def test_mistakes_are_one_line(capsys, tmp_path, folder, arguments, message):
     arguments = [argument.replace("FOLDER", str(folder)) for argument in arguments]
-    output = [] if arguments == ["rum"] else [f"--output={tmp_path / 'new'}"]
-    code, _, error = call(capsys, *arguments, *output)
+    code, _, error = call(capsys, *arguments, f"--output={tmp_path / 'new'}")
     assert code == 2
     assert message in error
     assert len(error.strip().splitlines()) == 1
     assert not list((tmp_path / "new").rglob("*.json"))
-
-
-def test_a_call_without_action_explains(capsys):
-    code, out, _ = call(capsys)
-    assert code == 2 and "usage: helmholtz study vision <action>" in out
-    assert call(capsys, "-h")[0] == 0

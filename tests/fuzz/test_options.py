@@ -36,11 +36,10 @@ RUN = {
 SIZES = ["--model.d_model=16", "--model.n_layers=1", "--model.max_seq_len=32"]
 ARCHITECTURES = ["fem_lm", "free_transformer", "mamba_hopfield"]
 LONG = [("data.prepare", "shakespeare_files"), ("cli.report", "build_sections"), ("cli.data", "prepare_dataset"),
-        ("interop.hf.export", "export"), ("cli.studies.language", "prepare_corpus"),
-        ("cli.studies.language", "fold_finished"), ("cli.studies.recall", "pattern_results"),
+        ("interop.hf.export", "export"), ("experiments.language.study", "prepare_corpus"),
+        ("cli.study", "run_queue"), ("cli.study", "fold_finished"), ("cli.studies.recall", "pattern_results"),
         ("cli.studies.recall", "read_content"), ("cli.studies.continual", "read_content"),
-        ("cli.studies.selection", "run_queue"), ("cli.studies.selection", "fold_finished"),
-        ("cli.studies.letters", "read_cell"), ("experiments.forecasting.study", "load"),
+        ("experiments.forecasting.study", "load"),
         ("experiments.vision.study", "load")]  # fmt: skip
 """Work that begins without a module of torch, and results that are read."""
 

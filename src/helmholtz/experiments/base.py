@@ -22,7 +22,7 @@ COMPUTING = ("run", "pilot")
 """Actions that compute runs; all others only read results."""
 LIST = "What is done and what is missing."
 
-Note = Callable[[int, int], object]
+Note = Callable[[int, int], None]
 """Told how far a run is: the steps made, and the steps in all."""
 
 
