@@ -13,11 +13,12 @@ import torch
 
 from helmholtz.experiments.mad import run as mad_run
 from helmholtz.experiments.mad.data import IGNORED, TASKS, draw
-from helmholtz.experiments.mad.models import MODELS, MadSizes, build_model, count_parameters, matched_d_ff
+from helmholtz.experiments.mad.models import MODELS, MadSizes, build_model, mad_d_ff
 from helmholtz.experiments.mad.report import PUBLISHED, SHORT, Row, comparisons, rows_of
 from helmholtz.experiments.mad.run import PROFILES, MadRun, chosen_rates
 from helmholtz.experiments.mad.training import MadProtocol, macro_accuracy, measure, train
 from helmholtz.experiments.queue import FinishedRun, QueuedRun, run_queue, spread
+from helmholtz.layers.sizing import count_parameters
 from mad_cases import RECALL, SIZES, SQUEEZE, profile, protocol
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +34,7 @@ def test_no_row_looks_into_the_future(name):
     changed = tokens.clone()
     changed[:, 6:] = (changed[:, 6:] + 1) % 8
     with torch.no_grad():
-        before, after = model(tokens), model(changed)
+        before, after = model(tokens).logits, model(changed).logits
     # to rounding: tokens that have converged leave the solver, and the others stand elsewhere in its products
     torch.testing.assert_close(before[:, :6], after[:, :6], rtol=1e-9, atol=1e-9)
     assert (before[:, 6:] - after[:, 6:]).abs().amax((0, 2)).min() > 1e-3
@@ -46,9 +47,9 @@ def test_all_rows_have_the_parameters_of_attention(task):
     for name in MODELS:
         model = build_model(name, TASKS[task], sizes, seed=0)
         assert abs(count_parameters(model) - wanted) < 0.005 * wanted, name
-        assert model.blocks[0].mlp.down_proj.in_features == matched_d_ff(name, TASKS[task], sizes)
-    assert matched_d_ff("attention", TASKS[task], sizes) == 352
-    with pytest.raises(ValueError, match="sizes.d_ff must be larger"):
+        assert model.blocks[0].mlp.down_proj.in_features == mad_d_ff(name, TASKS[task], sizes)
+    assert mad_d_ff("attention", TASKS[task], sizes) == 352
+    with pytest.raises(ValueError, match="sizes.d_ff: .* parameters cannot be matched"):
         build_model("mamba_hopfield", TASKS[task], replace(sizes, d_ff=32), seed=0)
 
 
@@ -112,7 +113,7 @@ def test_macro_accuracy_is_that_of_a_loop():
 def test_scores_are_per_batch_pooled_and_plain():
     model, (_, test) = build_model("attention", RECALL.task, SIZES, seed=3), draw(RECALL, seed=0)
     scores = measure(model, test, batch_size=16)
-    logits, places = model(test.inputs).detach(), test.targets != IGNORED
+    logits, places = model(test.inputs).logits.detach(), test.targets != IGNORED
     wanted, answered = test.targets, logits.argmax(-1)
     macros = [plain_macro(wanted[rows][places[rows]].tolist(), answered[rows][places[rows]].tolist())
               for rows in (slice(0, 16), slice(16, 24))]  # fmt: skip

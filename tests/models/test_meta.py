@@ -85,13 +85,13 @@ CASES: dict[str, Case] = {
     **{
         f"mad {name}": (
             lambda name=name: _build(name, Compression(vocab_size=8, seq_len=12), MAD, 8),
-            lambda m: m(TOKENS % 8),
+            lambda m: m(TOKENS % 8).logits,
         )
         for name in MAD_MODELS
     },
     "mad language": (
         lambda: _build("attention", InContextRecall(vocab_size=8, seq_len=12), MAD, 8),
-        lambda m: m(TOKENS % 8),
+        lambda m: m(TOKENS % 8).logits,
     ),
     "vit": (
         lambda: ViT(ViTConfig(image_size=8, patch_size=4, n_classes=3, mixer="fem", d_model=16, n_heads=2)),

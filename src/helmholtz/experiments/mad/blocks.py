@@ -1,150 +1,95 @@
-"""The two backbones of the MAD benchmark: a language model and an autoencoder around any mixer.
+"""The language model and the autoencoder of the MAD benchmark: decoders with the published start and heads.
 
-Both are an embedding without positions and blocks of a mixer and a SwiGLU; the language model reads logits from every
-token, the autoencoder all tokens of a sequence from its last state. Initialised as published: in the language model the
-linear maps of attention, SwiGLU and head as PyTorch makes them (uniform to ``1/sqrt(fan_in)``), in the autoencoder from
-N(0, 0.02); mixers other than attention keep the initialisation of their own layer. Unlike there, attention has no
-biases.
+The language model reads logits from every token, the autoencoder all tokens of a sequence from its last state. In the
+language model the linear maps of attention, SwiGLU and head start as PyTorch makes them (uniform to
+``1/sqrt(fan_in)``), in the autoencoder from N(0, 0.02); mixers other than attention keep the initialisation of their
+own layer. Unlike there, attention has no biases.
 
 Source: Poli et al., "Mechanistic Design and Scaling of Hybrid Architectures", 2024, appendix B and its public code.
 """
 
-import abc
 import math
-from collections.abc import Sequence
-from typing import Any, final
+from typing import final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from helmholtz._checks import check, check_integer
 from helmholtz.layers.attention import Attention
-from helmholtz.layers.base import AbstractMixer
-from helmholtz.layers.block import Block
 from helmholtz.layers.equilibrium import EquilibriumLayer
 from helmholtz.layers.init import init_normal
+from helmholtz.layers.mixer_config import build_mixer
 from helmholtz.layers.mlp import SwiGLU
 from helmholtz.layers.norm import RMSNorm
-from helmholtz.layers.sequence import sequence_layout
+from helmholtz.models.decoder import Decoder
+from helmholtz.models.decoder_config import DecoderConfig
 
-NORM_EPS = 1e-5
+
+def language_model(config: DecoderConfig) -> Decoder:
+    """Next-token logits of a head with a bias."""
+    model = _decoder(config)
+    model.unembed = nn.Linear(config.d_model, config.vocab_size)
+    nn.init.zeros_(model.unembed.bias)
+    for block in model.blocks:
+        for module in (block.mixer, block.mlp):
+            if isinstance(module, Attention | SwiGLU):
+                _init_as_torch(module)
+    return model
 
 
-class AbstractMadModel(nn.Module, abc.ABC):
-    """Embedding N(0, 0.02), a block per mixer, and at the end an equilibrium layer if there is one.
+def autoencoder(config: DecoderConfig) -> Decoder:
+    """Logits of all tokens of a sequence of ``max_seq_len`` tokens from the last state."""
+    model = _decoder(config)
+    model.norm = nn.Identity()  # type: ignore[assignment]
+    model.unembed = LastStateHead(  # type: ignore[assignment]
+        config.max_seq_len, config.d_model, config.vocab_size, norm_eps=config.norm_eps
+    )
+    return model
 
-    Args:
-        mixers: one per block, from tokens to tokens of width ``d_model``.
-        equilibrium: reads the normed stream of the last block; its output replaces the stream.
 
-    Raises: ValueError if there is no mixer or a size is not positive.
+def _decoder(config: DecoderConfig) -> Decoder:
+    """A decoder without the scaling of residual branches with depth.
+
+    Drawn in the order of the committed results: mixers, equilibrium, embedding, feed-forwards.
     """
-
-    def __init__(
-        self,
-        vocab_size: int,
-        mixers: Sequence[AbstractMixer[Any]],
-        *,
-        d_model: int,
-        d_ff: int,
-        equilibrium: EquilibriumLayer | None = None,
-    ) -> None:
-        super().__init__()
-        for name, size in {"vocab_size": vocab_size, "d_model": d_model, "d_ff": d_ff}.items():
-            check_integer(name, size)
-        check(len(mixers) > 0, "mixers", list(mixers), "at least one")
-        self.embed = nn.Embedding(vocab_size, d_model)
-        init_normal(self.embed)
-        blocks = [Block(mixer, SwiGLU(d_model, d_ff), d_model, norm_eps=NORM_EPS) for mixer in mixers]
-        self.blocks: Sequence[Block[Any]] = nn.ModuleList(blocks)  # type: ignore[assignment]
-        self.equilibrium = equilibrium
-        self.context_norm = None if equilibrium is None else RMSNorm(d_model, eps=NORM_EPS)
-
-    @abc.abstractmethod
-    def logits_at(self, tokens: Int[Tensor, "B T"], places: Bool[Tensor, "B T"]) -> Float[Tensor, "N vocab"]:
-        """Logits where ``places`` is true, in the order of batch and time.
-
-        Those of the whole sequence; the head is not computed for the others.
-        """
-
-    def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T vocab"]:
-        """Logits of every place."""
-        places = torch.ones_like(tokens, dtype=torch.bool)
-        return self.logits_at(tokens, places).unflatten(0, tuple(tokens.shape))
-
-    def _stream(self, tokens: Int[Tensor, "B T"], rows: Int[Tensor, "N"] | None) -> Float[Tensor, "N D"]:
-        """The residual stream after all blocks at the given rows of ``B T``; None means all of them."""
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x)
-        if self.equilibrium is not None and self.context_norm is not None:
-            x = self.equilibrium(self.context_norm(x), sequence_layout(x)).output
-        return _take(x, rows)
+    with torch.random.fork_rng(devices=[]):  # all that it draws is drawn anew
+        model = Decoder(config)
+    for block, layer in zip(model.blocks, config.layers, strict=True):
+        block.mixer = build_mixer(layer.mixer)
+    if config.equilibrium is not None:
+        model.equilibrium = EquilibriumLayer(config.equilibrium)
+    model.embed = nn.Embedding(config.vocab_size, config.d_model)
+    init_normal(model.embed)
+    for block, layer in zip(model.blocks, config.layers, strict=True):
+        assert layer.d_ff is not None
+        block.mlp = SwiGLU(config.d_model, layer.d_ff)
+    return model
 
 
 @final
-class MadLanguageModel(AbstractMadModel):
-    """Next-token logits: RMS norm and a linear head with a bias."""
-
-    def __init__(
-        self,
-        vocab_size: int,
-        mixers: Sequence[AbstractMixer[Any]],
-        *,
-        d_model: int,
-        d_ff: int,
-        equilibrium: EquilibriumLayer | None = None,
-    ) -> None:
-        super().__init__(vocab_size, mixers, d_model=d_model, d_ff=d_ff, equilibrium=equilibrium)
-        self.norm = RMSNorm(d_model, eps=NORM_EPS)
-        self.head = nn.Linear(d_model, vocab_size)
-        nn.init.zeros_(self.head.bias)
-        for block in self.blocks:
-            for module in (block.mixer, block.mlp):
-                if isinstance(module, Attention | SwiGLU):
-                    _init_as_torch(module)
-
-    def logits_at(self, tokens: Int[Tensor, "B T"], places: Bool[Tensor, "B T"]) -> Float[Tensor, "N vocab"]:
-        rows = None if bool(places.all()) else places.flatten().nonzero().squeeze(1)
-        return self.head(self.norm(self._stream(tokens, rows)))
-
-
-@final
-class MadAutoencoder(AbstractMadModel):
+class LastStateHead(nn.Module):
     """Logits of all tokens of a sequence from its last state and a fixed table of positions.
 
-    The decoder is RMS norm, linear, GELU, twice, of width ``d_model``, then RMS norm and a linear head.
+    RMS norm, linear, GELU, twice, of width ``d_model``, then RMS norm and a linear map.
 
     Args:
         seq_len: length of the sequences, and rows of the table.
     """
 
-    def __init__(
-        self,
-        vocab_size: int,
-        mixers: Sequence[AbstractMixer[Any]],
-        *,
-        seq_len: int,
-        d_model: int,
-        d_ff: int,
-        equilibrium: EquilibriumLayer | None = None,
-    ) -> None:
-        super().__init__(vocab_size, mixers, d_model=d_model, d_ff=d_ff, equilibrium=equilibrium)
+    def __init__(self, seq_len: int, d_model: int, vocab_size: int, *, norm_eps: float) -> None:
+        super().__init__()
         sinusoids(seq_len, d_model)  # its checks; a table kept here would stay unfilled after ``to_empty``
         self.seq_len = seq_len
-        self.norms = nn.ModuleList([RMSNorm(d_model, eps=NORM_EPS) for _ in range(3)])
-        widths = (d_model, d_model, vocab_size)
-        self.linears = nn.ModuleList([nn.Linear(d_model, width) for width in widths])
+        self.norms = nn.ModuleList([RMSNorm(d_model, eps=norm_eps) for _ in range(3)])
+        self.linears = nn.ModuleList([nn.Linear(d_model, width) for width in (d_model, d_model, vocab_size)])
         init_normal(self.linears)
 
-    def logits_at(self, tokens: Int[Tensor, "B T"], places: Bool[Tensor, "B T"]) -> Float[Tensor, "N vocab"]:
-        batch, time = tokens.shape
-        check(time == self.seq_len, "tokens", tuple(tokens.shape), f"of {self.seq_len} tokens each")
-        code = self._stream(tokens, torch.arange(1, batch + 1, device=tokens.device) * time - 1)
-        row, place = places.nonzero(as_tuple=True)
-        x = code[row] + sinusoids(time, code.shape[-1], code.device).to(code.dtype)[place]
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T vocab"]:
+        time, width = x.shape[1:]
+        check(time == self.seq_len, "tokens", tuple(x.shape[:2]), f"of {self.seq_len} tokens each")
+        x = x[:, -1:] + sinusoids(time, width, x.device).to(x.dtype)
         for norm, linear in zip(self.norms[:-1], self.linears[:-1], strict=True):
             x = F.gelu(linear(norm(x)))
         logits: Tensor = self.linears[-1](self.norms[-1](x))
@@ -158,11 +103,6 @@ def sinusoids(n: int, d_model: int, device: torch.device | None = None) -> Float
     steps = torch.arange(d_model // 2, device=device) / (d_model // 2 - 1)
     angles = torch.arange(n, device=device).unsqueeze(1) * torch.exp(-math.log(10000.0) * steps)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-def _take(x: Float[Tensor, "B T D"], rows: Int[Tensor, "N"] | None) -> Float[Tensor, "N D"]:
-    x = x.flatten(0, 1)
-    return x if rows is None else x[rows]
 
 
 def _init_as_torch(module: nn.Module) -> None:

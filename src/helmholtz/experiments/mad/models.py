@@ -5,21 +5,22 @@ All have the parameters of the attention row, within half a percent: the SwiGLUs
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from helmholtz._checks import check, check_choice, check_integer
-from helmholtz.experiments.mad.blocks import AbstractMadModel, MadAutoencoder, MadLanguageModel
+from helmholtz.experiments.mad.blocks import autoencoder, language_model
 from helmholtz.experiments.mad.data import AbstractMadTask, Compression
-from helmholtz.layers.attention import Attention, check_heads
-from helmholtz.layers.base import AbstractMixer
-from helmholtz.layers.equilibrium import EquilibriumLayer
+from helmholtz.layers.attention import check_heads
 from helmholtz.layers.equilibrium_config import EquilibriumConfig
-from helmholtz.layers.fem import FreeEnergyMixer
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig, Prior, Read
-from helmholtz.layers.mamba import MambaMixer
+from helmholtz.layers.mixer_config import AttentionConfig, MambaMixerConfig, MixerConfig
+from helmholtz.layers.sizing import count_parameters, matched_size
+from helmholtz.models.base import LayerConfig
+from helmholtz.models.decoder import Decoder
+from helmholtz.models.decoder_config import DecoderConfig
 
+NORM_EPS = 1e-5
 D_FF_STEP = 4
 
 
@@ -45,33 +46,27 @@ class MadSizes:
         check(self.n_heads % 2 == 0, "n_heads", self.n_heads, "even: linear priors have half as many")
 
 
-MixerMaker = Callable[[MadSizes], AbstractMixer[Any]]
+MixerMaker = Callable[[MadSizes], MixerConfig]
 
 
-def _attention(sizes: MadSizes) -> Attention:
-    return Attention(sizes.d_model, sizes.n_heads)
+def _attention(sizes: MadSizes) -> MixerConfig:
+    return AttentionConfig(d_model=sizes.d_model, n_heads=sizes.n_heads)
 
 
 def _fem(
     prior: Prior, *, read: Read = "temperature", outer_gate: bool = True, tdc_width: int | None = None
 ) -> MixerMaker:
-    def make(sizes: MadSizes) -> FreeEnergyMixer:
+    def make(sizes: MadSizes) -> MixerConfig:
         heads = sizes.n_heads // 2 if prior in ("linear", "gla") else sizes.n_heads
-        config = FreeEnergyMixerConfig(
+        return FreeEnergyMixerConfig(
             d_model=sizes.d_model, n_heads=heads, prior=prior, read=read, outer_gate=outer_gate, tdc_width=tdc_width
         )  # fmt: skip
-        return FreeEnergyMixer(config)
 
     return make
 
 
-def _mamba(sizes: MadSizes) -> MambaMixer:
-    d_inner, d_head = _mamba_widths(sizes)
-    return MambaMixer(sizes.d_model, d_inner=d_inner, d_state=sizes.d_state, d_head=d_head)
-
-
-def _mamba_widths(sizes: MadSizes) -> tuple[int, int]:
-    return 2 * sizes.d_model, sizes.d_model // 4
+def _mamba(sizes: MadSizes) -> MixerConfig:
+    return MambaMixerConfig(d_model=sizes.d_model, d_state=sizes.d_state, d_head=sizes.d_model // 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +98,7 @@ MODELS: dict[str, MadModel] = {
 """C: local conditioning. L: the read is the free energy. T: learned temperature and inner gate. G: outer gate."""
 
 
-def build_model(name: str, task: AbstractMadTask, sizes: MadSizes, *, seed: int) -> AbstractMadModel:
+def build_model(name: str, task: AbstractMadTask, sizes: MadSizes, *, seed: int) -> Decoder:
     """The model of a row for a task, its weights drawn by the seed; torch's global generator is left as it was.
 
     Raises: ValueError for an unknown name, or if its mixers leave no room for a SwiGLU.
@@ -111,49 +106,42 @@ def build_model(name: str, task: AbstractMadTask, sizes: MadSizes, *, seed: int)
     check_choice("model", name, MODELS)
     check_integer("seed", seed, minimum=0)
     with torch.random.fork_rng(devices=[]):
-        d_ff = matched_d_ff(name, task, sizes)
+        d_ff = mad_d_ff(name, task, sizes)
         torch.manual_seed(seed)
         return _build(name, task, sizes, d_ff)
 
 
-def matched_d_ff(name: str, task: AbstractMadTask, sizes: MadSizes) -> int:
+def mad_d_ff(name: str, task: AbstractMadTask, sizes: MadSizes) -> int:
     """Width of the SwiGLUs that gives a model the parameters of attention with ``sizes.d_ff``."""
     if name == "attention":
         return sizes.d_ff
-    per_unit = 3 * sizes.d_model * sizes.n_blocks
-    rest = count_parameters(_build(name, task, sizes, 1)) - per_unit
-    budget = count_parameters(_build("attention", task, sizes, sizes.d_ff))
-    width = D_FF_STEP * round((budget - rest) / (D_FF_STEP * per_unit))
-    check(
-        width > 0, "sizes.d_ff", sizes.d_ff, f"larger: the rest of {name} has {rest} of {budget} parameters"
+    with torch.device("meta"):
+        budget = count_parameters(_build("attention", task, sizes, sizes.d_ff))
+    return matched_size(
+        lambda d_ff: _build(name, task, sizes, d_ff), budget, multiple_of=D_FF_STEP, name="sizes.d_ff"
     )
-    return width
 
 
-def count_parameters(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _build(name: str, task: AbstractMadTask, sizes: MadSizes, d_ff: int) -> AbstractMadModel:
+def _build(name: str, task: AbstractMadTask, sizes: MadSizes, d_ff: int) -> Decoder:
     row = MODELS[name]
-    mixers = [row.mixer(sizes) for _ in range(sizes.n_blocks)]
-    equilibrium = _equilibrium(sizes) if row.equilibrium else None
-    if isinstance(task, Compression):
-        return MadAutoencoder(
-            task.vocab_size, mixers, seq_len=task.n_tokens, d_model=sizes.d_model, d_ff=d_ff, equilibrium=equilibrium
-        )  # fmt: skip
-    return MadLanguageModel(
-        task.vocab_size, mixers, d_model=sizes.d_model, d_ff=d_ff, equilibrium=equilibrium
+    config = DecoderConfig(
+        vocab_size=task.vocab_size,
+        d_model=sizes.d_model,
+        layers=(LayerConfig(mixer=row.mixer(sizes), d_ff=d_ff),) * sizes.n_blocks,
+        equilibrium=_equilibrium(sizes) if row.equilibrium else None,
+        max_seq_len=task.seq_len,
+        tie_embeddings=False,
+        norm_eps=NORM_EPS,
     )
+    return (autoencoder if isinstance(task, Compression) else language_model)(config)
 
 
-def _equilibrium(sizes: MadSizes) -> EquilibriumLayer:
+def _equilibrium(sizes: MadSizes) -> EquilibriumConfig:
     """Of half the mixers' channels, so that its parameters leave room for the SwiGLUs."""
-    config = EquilibriumConfig(
+    return EquilibriumConfig(
         d_model=sizes.d_model,
         d_inner=sizes.d_model,
         d_state=sizes.d_state,
-        d_head=_mamba_widths(sizes)[1],
+        d_head=sizes.d_model // 4,
         n_patterns=sizes.n_patterns,
     )
-    return EquilibriumLayer(config)

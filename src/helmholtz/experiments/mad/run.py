@@ -6,9 +6,10 @@ from typing import Any
 
 from helmholtz._checks import check, check_choice, check_integer
 from helmholtz.experiments.mad.data import TASKS, MadSetting, baseline, draw, ladder
-from helmholtz.experiments.mad.models import MODELS, MadSizes, build_model, count_parameters
+from helmholtz.experiments.mad.models import MODELS, MadSizes, build_model
 from helmholtz.experiments.mad.training import MadProtocol, StepCallback, train
 from helmholtz.experiments.queue import FinishedRun, QueuedRun
+from helmholtz.layers.sizing import count_parameters
 
 LR_GRID = (1e-4, 5e-4, 1e-3)
 LEARNING_RATES: dict[str, float] = {

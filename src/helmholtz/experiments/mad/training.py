@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from helmholtz._checks import check, check_choice, check_fraction, check_integer, check_positive
-from helmholtz.experiments.mad.blocks import AbstractMadModel
 from helmholtz.experiments.mad.data import IGNORED, Examples
 from helmholtz.models.base import evaluation_mode
+from helmholtz.models.decoder import Decoder
 from helmholtz.training.diagnosis import NonFiniteError
 from helmholtz.training.fit import fit, shuffled
 from helmholtz.training.optim import parameter_groups
@@ -107,7 +107,7 @@ def macro_accuracy(wanted: Int[Tensor, "N"], answered: Int[Tensor, "N"], n_class
     return float((right.double() / asked.clamp(min=1))[counted].mean())
 
 
-def measure(model: AbstractMadModel, test: Examples, *, batch_size: int) -> Scores:
+def measure(model: Decoder, test: Examples, *, batch_size: int) -> Scores:
     """All scores of a model, which is left in the mode it was in."""
     losses, macros, wanted, answered = [], [], [], []
     with evaluation_mode(model):
@@ -115,7 +115,7 @@ def measure(model: AbstractMadModel, test: Examples, *, batch_size: int) -> Scor
             test.inputs.split(batch_size), test.targets.split(batch_size), strict=True
         ):
             places = targets != IGNORED
-            logits, asked = model.logits_at(tokens, places), targets[places]
+            logits, asked = model(tokens).logits[places], targets[places]
             losses.append(F.cross_entropy(logits, asked, reduction="sum").double())
             wanted.append(asked)
             answered.append(logits.argmax(-1))
@@ -163,7 +163,7 @@ class Trained:
 
 
 def train(
-    model: AbstractMadModel,
+    model: Decoder,
     data: tuple[Examples, Examples],
     protocol: MadProtocol,
     *,
@@ -174,8 +174,7 @@ def train(
 ) -> Trained:
     """Train on ``data[0]`` and test on ``data[1]``; the seed orders the training sequences.
 
-    Weight matrices and embeddings are decayed, nothing else. Head and last SwiGLU are computed where a target is, which
-    changes no gradient.
+    Weight matrices and embeddings are decayed, nothing else.
     """
     check_positive("lr", lr)
     training, test = data
@@ -191,7 +190,7 @@ def train(
     def loss(rows: Int[Tensor, "B"]) -> Float[Tensor, ""]:
         targets = training.targets[rows]
         places = targets != IGNORED
-        return F.cross_entropy(model.logits_at(training.inputs[rows], places), targets[places])
+        return F.cross_entropy(model(training.inputs[rows]).logits[places], targets[places])
 
     def reached(step: int, loss: float) -> bool:
         """Tests when it is due; whether that is enough."""
