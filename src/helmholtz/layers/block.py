@@ -63,6 +63,11 @@ class Block(nn.Module, Generic[StateT]):
         mixed, state = mixed
         return self._feed_forward(x + self.mixer_dropout(mixed)), state
 
+    @property
+    def writers(self) -> list[nn.Linear]:
+        """The projections that write into the residual stream."""
+        return [self.mixer.o_proj, *([] if self.mlp is None else [self.mlp.down_proj])]
+
     def init_state(self, batch_size: int) -> StateT:
         return self.mixer.init_state(batch_size)
 

@@ -54,8 +54,7 @@ class AbstractStack(nn.Module, abc.ABC):
         self.unembed = nn.Linear(config.d_model, config.vocab_size, bias=False)
         init_normal(self.embed)
         init_normal(self.unembed)
-        feed_forwards = [block.mlp for block in blocks if block.mlp is not None]
-        scale_residual([b.mixer.o_proj for b in blocks] + [mlp.down_proj for mlp in feed_forwards])
+        scale_residual([writer for block in blocks for writer in block.writers])
         self.tie_weights()
         keep_ties(self)
         self._add_plan(self.plan)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from helmholtz._checks import check, check_choice, check_integer
 from helmholtz.layers.init import init_normal
-from helmholtz.models.encoder import Encoder, EncoderConfig, MixerName
+from helmholtz.models.encoder import Encoder, EncoderConfig
 
 Axis = Literal["variates", "time"]
 VARIANCE_EPS = 1e-5
@@ -22,38 +22,26 @@ TREND_WIDTH = 25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ForecasterConfig:
-    """Sizes of an encoder forecaster."""
+class ForecasterConfig(EncoderConfig):
+    """Sizes of an encoder forecaster, and those of its encoder."""
 
     look_back: int = 96
     horizon: int
     axis: Axis
     """Along which its tokens lie: one token per variate, or per patch of time, each variate by itself."""
-    mixer: MixerName
     patch: int = 16
     """Values per token of the axis "time"."""
     stride: int = 8
     """Values from one patch to the next; after the last value one stride of it is repeated."""
-    d_model: int = 64
-    n_layers: int = 2
-    n_heads: int = 4
-    d_ff: int = 128
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        EncoderConfig.__post_init__(self)
         for name in ("look_back", "horizon", "patch", "stride"):
             check_integer(name, getattr(self, name))
         check_choice("axis", self.axis, get_args(Axis))
         check(self.patch <= self.look_back, "patch", self.patch, f"at most look_back = {self.look_back}")
         check(self.stride <= self.patch, "stride", self.stride, f"at most patch = {self.patch}")
-        self.encoder()
-
-    def encoder(self) -> EncoderConfig:
-        """Variates have no order, patches of time have."""
-        return EncoderConfig(
-            mixer=self.mixer, order="none" if self.axis == "variates" else "rotary", d_model=self.d_model,
-            n_layers=self.n_layers, n_heads=self.n_heads, d_ff=self.d_ff, dropout=self.dropout,
-        )  # fmt: skip
 
     @property
     def n_patches(self) -> int:
@@ -77,7 +65,7 @@ class EncoderForecaster(nn.Module):
         self.config = c = config
         over_variates = c.axis == "variates"
         self.embed = nn.Linear(c.look_back if over_variates else c.patch, c.d_model)
-        self.encoder = Encoder(c.encoder())
+        self.encoder = Encoder(c, order="none" if over_variates else "rotary")
         self.head = nn.Linear(c.d_model * (1 if over_variates else c.n_patches), c.horizon)
         init_normal(self.embed)
         init_normal(self.head)

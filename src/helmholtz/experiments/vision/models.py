@@ -8,36 +8,24 @@ from torch import Tensor, nn
 
 from helmholtz._checks import check_divides, check_integer
 from helmholtz.layers.init import STANDARD_DEVIATION, init_normal
-from helmholtz.models.encoder import Encoder, EncoderConfig, MixerName
+from helmholtz.models.encoder import Encoder, EncoderConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ViTConfig:
-    """Sizes of a vision transformer for square grey images."""
+class ViTConfig(EncoderConfig):
+    """Sizes of a vision transformer for square grey images, and those of its encoder."""
 
     image_size: int
     """Pixels along a side."""
     patch_size: int
     """Pixels along a side of a patch; a divisor of image_size."""
     n_classes: int
-    mixer: MixerName
-    d_model: int = 64
-    n_layers: int = 2
-    n_heads: int = 4
-    d_ff: int = 128
-    dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        EncoderConfig.__post_init__(self)
         check_integer("image_size", self.image_size)
         check_divides("patch_size", self.patch_size, "image_size", self.image_size)
         check_integer("n_classes", self.n_classes, minimum=2)
-        self.encoder()
-
-    def encoder(self) -> EncoderConfig:
-        return EncoderConfig(
-            mixer=self.mixer, order="given", d_model=self.d_model, n_layers=self.n_layers,
-            n_heads=self.n_heads, d_ff=self.d_ff, dropout=self.dropout,
-        )  # fmt: skip
 
     @property
     def n_patches(self) -> int:
@@ -55,7 +43,7 @@ class ViT(nn.Module):
         self.config = c = config
         self.embed = nn.Linear(c.patch_size**2, c.d_model)
         self.positions = nn.Parameter(torch.empty(c.n_patches, c.d_model))
-        self.encoder = Encoder(c.encoder())
+        self.encoder = Encoder(c, order="given")
         self.head = nn.Linear(c.d_model, c.n_classes)
         init_normal(self.embed)
         init_normal(self.head)
