@@ -1,5 +1,6 @@
 """The decoder: embedding, blocks of any mixers, and if wanted a latent plan and an equilibrium of every token."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -16,6 +17,9 @@ from helmholtz.models.decoder_config import DecoderConfig
 from helmholtz.models.outputs import LMOutput, LMState, LowerOutput, PlanState
 from helmholtz.models.stack import AbstractStack
 from helmholtz.solvers import SolverConfig
+
+PlanOf = Callable[[LowerOutput], Plan]
+"""Makes the plan of what the blocks below it give."""
 
 
 class Decoder(AbstractStack):
@@ -45,7 +49,7 @@ class Decoder(AbstractStack):
         attention_mask: Shaped[Tensor, "..."] | None = None,
         cu_seqlens: Shaped[Tensor, "..."] | None = None,
         state: LMState | None = None,
-        z: Plan | None = None,
+        z: Plan | PlanOf | None = None,
         z_init: Shaped[Tensor, "..."] | None = None,
     ) -> LMOutput:
         """Logits of the token after each position of ``tokens`` (integer ``B T``), and what they were read from.
@@ -54,10 +58,9 @@ class Decoder(AbstractStack):
             attention_mask: bool or integer ``B T``, non-zero where a token is real; any pattern.
             cu_seqlens: integer ``n+1``, bounds of sequences packed end to end in one row; excludes mask and state.
             state: the stream that the tokens continue, which stays unchanged; then the output holds the next state.
-            z: the plan. None draws one from the prior (torch's global generator), as in generation; so the
-                cross-entropy of these logits bounds the model's own from above. ``encode`` gives the posterior's. In a
-                stream the encoder does not run; to read a prompt with it: ``half = lower(prompt, state)``, a plan from
-                ``posterior(half)``, ``upper(half, plan)``.
+            z: the plan, or a function that makes it of the blocks below, as ``model.sample_posterior`` does of the text
+                with the encoder, also within a stream. None draws one from the prior (torch's global generator), as in
+                generation; so the cross-entropy of these logits bounds the model's own from above.
             z_init: where the equilibrium's iterations start, ``B T D`` or ``B D``; None where the model would start.
                 Changes equilibria within the tolerance only, except in the descent regime, where it selects among
                 several. In a stream ``equilibrium.z[:, -1]`` of the step before is a warm start; ``generate`` starts
@@ -78,7 +81,7 @@ class Decoder(AbstractStack):
         if z is None:
             z = self.sample_prior(*half.x.shape[:2], device=half.x.device)
             return self._read_out(*self._upper_blocks(half, z, z_init))
-        return self.upper(half, z, z_init=z_init)
+        return self.upper(half, z(half) if callable(z) else z, z_init=z_init)
 
     def step(
         self,
@@ -86,7 +89,7 @@ class Decoder(AbstractStack):
         state: LMState,
         *,
         attention_mask: Shaped[Tensor, "..."] | None = None,
-        z: Plan | None = None,
+        z: Plan | PlanOf | None = None,
         z_init: Shaped[Tensor, "..."] | None = None,
     ) -> LMOutput:
         """``forward`` with a state: logits after the next one or many tokens of a stream, and the new state."""

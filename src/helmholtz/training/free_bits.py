@@ -93,9 +93,14 @@ class FreeBitsObjective:
     def read(self, model: nn.Module, tokens: Int[Tensor, "B T1"], step: int) -> tuple[Objective, LMOutput]:
         """The objective, and the model's output under the plan that it is of."""
         model = _planned(model)
-        half = model.lower(tokens[:, :-1])
-        z = model.sample_posterior(half)
-        output = model.upper(half, z)
+        found: list[tuple[LowerOutput, Plan]] = []
+
+        def posterior(half: LowerOutput) -> Plan:
+            found.append((half, model.sample_posterior(half)))
+            return found[0][1]
+
+        output = model(tokens[:, :-1], z=posterior)
+        half, z = found[0]
         reconstruction = cross_entropy(output.logits, tokens[:, 1:])
         kl = kl_per_token(_logits(z))
         charge = free_bits(kl, self.config.kappa(step))

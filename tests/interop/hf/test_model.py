@@ -149,3 +149,17 @@ def test_a_wrapper_holds_the_model_itself():
     assert not any(parameter.is_meta for parameter in wrapper.parameters())
     with pytest.raises(ValueError, match="model must be one of the architectures"):
         HelmholtzForCausalLM.of(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", CORES)
+@pytest.mark.parametrize("how", ["logits", "loss", "stream", "generate"])
+def test_the_model_inside_is_called_so_that_its_hooks_run(name, how):
+    model, calls = make(name), []
+    model.model.register_forward_hook(lambda module, args, output: calls.append(output))
+    tokens = tokens_of(2, 5)
+    if how == "generate":
+        model.generate(tokens, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    else:
+        options = {"loss": {"labels": tokens}, "stream": {"use_cache": True}}.get(how, {})
+        assert torch.equal(model(tokens, **options).logits, calls[0].logits)
+    assert len(calls) == (2 if how == "generate" else 1)

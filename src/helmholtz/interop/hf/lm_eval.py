@@ -28,8 +28,7 @@ from helmholtz.evals.runs import find_checkpoint
 from helmholtz.interop.hf.config import MODEL_TYPE
 from helmholtz.interop.hf.export import from_hf
 from helmholtz.interop.hf.generation_kwargs import fit_windows, read_generation_kwargs
-from helmholtz.interop.hf.inputs import Inputs
-from helmholtz.interop.hf.plans import read_planned
+from helmholtz.interop.hf.plans import seeded_plan
 from helmholtz.models.base import evaluation_mode
 from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.models.decoder import Decoder
@@ -213,11 +212,10 @@ class HelmholtzLM(TemplateLM):
 
     def _logits(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Of a model with a plan under the plan that the seed draws from the prior: what greedy decoding would see."""
+        plan = None
         if self.model.plan is not None:
-            seeds = torch.tensor([self.seed], device=self._device)
-            inputs = Inputs(tokens, None, mask, None, len(tokens))
-            return read_planned(self.model, inputs, None, seeds).logits
-        return self.model(tokens, attention_mask=mask).logits
+            plan = seeded_plan(self.model, torch.tensor([self.seed], device=self._device))
+        return self.model(tokens, attention_mask=mask, z=plan).logits
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations as ``read_generation_kwargs`` reads the options, in the window as ``fit_windows`` says."""

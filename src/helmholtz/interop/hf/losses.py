@@ -1,5 +1,6 @@
 """What ``labels`` ask for: the objectives of this library's trainer, with pads and labels that do not count."""
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +11,18 @@ from torch import Tensor
 from helmholtz._checks import check, check_fraction
 from helmholtz.interop.hf.inputs import Inputs
 from helmholtz.layers.equilibrium_reading import start_distance
+from helmholtz.layers.latent import Plan
 from helmholtz.models.decoder import Decoder
-from helmholtz.models.outputs import LMOutput, LMState
+from helmholtz.models.outputs import LMOutput, LMState, LowerOutput
 from helmholtz.ops.binary_latent import bits_to_nats, kl_per_token
 from helmholtz.ops.losses import cross_entropy
 
 IGNORED = -100
+LOSS = ("num_items_in_batch", "shift_labels", "label_smoothing")
+WITHOUT_LABELS = (
+    "the labels were taken out of the call (label smoothing or compute_loss_func of Trainer), so the loss lacks what "
+    "{} weighs; helmholtz.interop.hf.HelmholtzTrainer smooths the whole objective"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,17 +41,26 @@ class Asked:
     """``HelmholtzConfig.objective``."""
 
     @classmethod
-    def of(cls, labels: Tensor | None, loss: dict[str, Any], objective: dict[str, Any]) -> "Asked | None":
-        """From transformers' arguments; None without labels."""
-        shifted, smoothing = loss["shift_labels"], loss["label_smoothing"]
+    def of(
+        cls, labels: Tensor | None, others: dict[str, Any], objective: dict[str, Any], *, training: bool
+    ) -> "Asked | None":
+        """From transformers' arguments; None without labels.
+
+        Args:
+            others: what ``forward`` does not name, as Trainer takes every name with "label" for a column of the data.
+                ``num_items_in_batch``, ``shift_labels`` and ``label_smoothing`` are taken out.
+        """
+        n_items, shifted, smoothing = (others.pop(name, None) for name in LOSS)
         given = labels if shifted is None else shifted
         if given is None:
             check(not smoothing, "label_smoothing", smoothing, "None without labels")
+            if n_items is not None and training and objective:
+                warnings.warn(WITHOUT_LABELS.format(", ".join(objective)), stacklevel=4)
             return None
         return cls(
             labels=given,
             are_shifted=shifted is not None,
-            n_items=loss["num_items_in_batch"],
+            n_items=n_items,
             smoothing=smoothing or 0.0,
             objective=objective,
         )
@@ -95,17 +111,18 @@ def _read(
     model: Decoder, inputs: Inputs, state: LMState | None, objective: dict[str, Any]
 ) -> tuple[LMOutput, Tensor | float]:
     """The output, and the sum of the objective's other terms."""
+    plans: list[Plan] = []
+
+    def posterior(half: LowerOutput) -> Plan:
+        plans.append(model.sample_posterior(half))
+        return plans[0]
+
+    output = inputs.read(model, state, None if model.plan is None else posterior)
     extra: Tensor | float = 0.0
-    if model.plan is None:
-        output = inputs.read(model, state)
-    else:
-        half = model.lower(inputs.tokens, state, **inputs.masks())
-        plan = model.sample_posterior(half)
-        assert plan.logits is not None
-        kl = kl_per_token(plan.logits)  # that of a pad is 0, as its logits are
-        if model.training:
-            kl = F.relu(kl - bits_to_nats(objective["kappa_bits"]))
-        output, extra = model.upper(half, plan), kl.sum()
+    if plans:
+        assert plans[0].logits is not None
+        kl = kl_per_token(plans[0].logits)  # that of a pad is 0, as its logits are
+        extra = (F.relu(kl - bits_to_nats(objective["kappa_bits"])) if model.training else kl).sum()
     if model.equilibrium is not None and model.training and objective["convergence_weight"]:
         assert output.equilibrium is not None
         distance = start_distance(model.equilibrium, output.equilibrium)

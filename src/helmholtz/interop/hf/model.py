@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 import os
-import warnings
 from typing import Any
 
 import torch
@@ -14,35 +13,24 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.generic import can_return_tuple
 
-from helmholtz._checks import check, nearest
+from helmholtz._checks import check
 from helmholtz.interop.hf.cache import StateCache
 from helmholtz.interop.hf.checkpointing import Checkpoint, blocks_of, checkpointed, other_switches
 from helmholtz.interop.hf.config import MODEL_TYPE, HelmholtzConfig
-from helmholtz.interop.hf.inputs import Inputs, bounds_of, real_tokens
+from helmholtz.interop.hf.inputs import Inputs, check_arguments
 from helmholtz.interop.hf.losses import Asked, read_with_loss
-from helmholtz.interop.hf.plans import read_planned, seeds_of
+from helmholtz.interop.hf.plans import plan_seeds, seeded_plan
 from helmholtz.interop.hf.taps import is_flat, keeper, tapped
 from helmholtz.layers.init import init_normal
 from helmholtz.layers.placement import dtype_of
 from helmholtz.models import MODELS
-from helmholtz.models.decoder import Decoder
-from helmholtz.models.outputs import LMOutput, LMState
+from helmholtz.models.decoder import Decoder, PlanOf
+from helmholtz.models.outputs import LMState
 from helmholtz.models.tied import is_tied
 
 EMBED, UNEMBED = "model.embed.weight", "model.unembed.weight"
-PASSED_ON = (
-    *("tokenizer", "assistant_tokenizer", "token_type_ids", "cache_position"),
-    *("is_causal", "max_length_q", "max_length_k"),
-)
-"""What ``generate``, tokenizers and collators pass to every model although it says nothing to this one."""
-LOSS = ("num_items_in_batch", "shift_labels", "label_smoothing")
-"""Of a loss; not in the signature of ``forward``, where Trainer takes every name with "label" for a column."""
-
-WITHOUT_LABELS = (
-    "the labels were taken out of the call (label smoothing or compute_loss_func of Trainer), so the loss lacks what "
-    "{} weighs; helmholtz.interop.hf.HelmholtzTrainer smooths the whole objective"
-)
 
 
 class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
@@ -59,6 +47,7 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = HelmholtzConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
+    _input_embed_layer = "embed"
     accepts_loss_kwargs = True  # Trainer then tells how many labels the whole step asks for
     supports_gradient_checkpointing = True
     gradient_checkpointing = False  # set by transformers
@@ -133,6 +122,7 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
         self._note_ties()
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -143,14 +133,13 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         plan_seed: int | Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
         seq_idx: Tensor | None = None,
         **others: Any,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+    ) -> CausalLMOutputWithPast:
         """Logits of the token after each position; with ``labels`` the loss (``read_with_loss``).
 
         Args:
@@ -169,14 +158,23 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises: ValueError for what cannot be honoured (``output_attentions``, ...), and as the model inside.
         """
-        asked = self._asked(labels, others)
+        asked = Asked.of(labels, others, self.config.objective or {}, training=self.training)
+        check_arguments(others, inspect.signature(self.forward).parameters)
         cache = self._cache(past_key_values, use_cache)
-        bounds = cu_seq_lens_q if cu_seq_lens_q is not None else cu_seq_lens_k
-        inputs = self._inputs(input_ids, inputs_embeds, attention_mask, position_ids, bounds, seq_idx, cache)
+        inputs = Inputs.of(
+            input_ids,
+            inputs_embeds,
+            mask=attention_mask,
+            position_ids=position_ids,
+            bounds=cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q,
+            seq_idx=seq_idx,
+            past=None if cache is None else cache.mask,
+            pad=self._foreign_pad(),
+        )
         if inputs.cu_seqlens is not None:
             check(not use_cache, "use_cache", use_cache, "false where sequences are packed")
             cache = None
-        seeds = self._seeds(plan_seed, inputs.tokens, asked)
+        seeds = plan_seeds(self.config, plan_seed, inputs.tokens, with_loss=asked is not None)
         later = past_key_values is None and (use_cache is None or asked is not None)
         state = None if cache is None or later else cache.state or self.model.init_state(len(inputs.tokens))
         first = cache is not None and not later and cache.state is None
@@ -186,7 +184,7 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
         taps = tapped(self.model, embeds=inputs.embeds, keep=keep, hidden=bool(hidden))
         with self._checkpointed(), taps as found:
             if asked is None:
-                output = self._read(inputs, state, seeds, first=first)
+                output = inputs.read(self.model, state, self._plan(seeds, first=first))
             else:
                 loss, output = read_with_loss(self.model, inputs, state, asked)
         if cache is not None and later:
@@ -197,37 +195,12 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
         logits = (
             output.logits if keep else slice_logits_to_keep(inputs.as_given(output.logits), logits_to_keep)
         )
-        result = CausalLMOutputWithPast(
+        return CausalLMOutputWithPast(
             loss=loss,
             logits=logits.squeeze(0) if is_flat(logits_to_keep) and keep else logits,
             past_key_values=cache,
             hidden_states=tuple(map(inputs.as_given, found)) if hidden else None,
         )
-        return (
-            result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
-        )
-
-    def _inputs(
-        self,
-        tokens: Tensor | None,
-        embeds: Tensor | None,
-        mask: Tensor | None,
-        position_ids: Tensor | None,
-        bounds: Tensor | None,
-        seq_idx: Tensor | None,
-        cache: StateCache | None,
-    ) -> Inputs:
-        if (tokens is None) == (embeds is None):
-            came = "neither" if tokens is None else "both"
-            raise ValueError(f"input_ids, inputs_embeds: wanted one of them, got {came}")
-        if embeds is not None:
-            tokens = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        assert tokens is not None
-        past, pad = None if cache is None else cache.mask, self._foreign_pad()
-        real = real_tokens(tokens, mask, past, pad)
-        if pad is not None:
-            tokens = tokens.masked_fill(tokens == pad, 0)
-        return Inputs.of(tokens, embeds, real, bounds_of(tokens, bounds, seq_idx), position_ids, past)
 
     def _foreign_pad(self) -> int | None:
         """The id of pads if it is outside the vocabulary, so that no other token has it."""
@@ -237,35 +210,17 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
                 return pad
         return None
 
-    def _asked(self, labels: Tensor | None, others: dict[str, Any]) -> Asked | None:
-        """Of what a loss is asked. Raises: ValueError for arguments that nothing takes."""
-        loss = {name: others.pop(name, None) for name in LOSS}
-        check(
-            others.get("is_causal") is not False, "is_causal", False, "true: a decoder reads no later tokens"
-        )
-        for name, value in others.items():
-            if name not in PASSED_ON and value is not None and value is not False:
-                close = nearest(name, inspect.signature(self.forward).parameters)
-                raise ValueError(
-                    f"{name}: a helmholtz model takes no such argument{close}, got {_short(value)!r}"
-                )
-        asked = Asked.of(labels, loss, self.config.objective or {})
-        elsewhere = asked is None and loss["num_items_in_batch"] is not None
-        if elsewhere and self.training and self.config.objective:
-            warnings.warn(WITHOUT_LABELS.format(", ".join(self.config.objective)), stacklevel=2)
-        return asked
-
-    def _read(self, inputs: Inputs, state: LMState | None, seeds: Tensor | None, *, first: bool) -> LMOutput:
-        if self.model.plan is None:
-            return inputs.read(self.model, state)
-        assert seeds is not None
-        encoder = first and self.config.prompt_plan == "posterior"
-        return read_planned(self.model, inputs, state, seeds, encoder=encoder)
+    def _plan(self, seeds: Tensor | None, *, first: bool) -> PlanOf | None:
+        """The plan of tokens that nobody asks a loss of; the first ones of a stream may be the encoder's."""
+        if seeds is None:
+            return None
+        return seeded_plan(self.model, seeds, encoder=first and self.config.prompt_plan == "posterior")
 
     def _stream(self, inputs: Inputs, seeds: Tensor | None) -> LMState:
         """The state after tokens that were read without one."""
         with tapped(self.model, embeds=inputs.embeds, keep=lambda x: x[:, -1:], hidden=False):
-            output = self._read(inputs, self.model.init_state(len(inputs.tokens)), seeds, first=False)
+            start = self.model.init_state(len(inputs.tokens))
+            output = inputs.read(self.model, start, self._plan(seeds, first=False))
         assert output.state is not None
         return output.state
 
@@ -277,16 +232,6 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
         is_ours = isinstance(given, StateCache)
         check(is_ours, "past_key_values", type(given).__name__, "a helmholtz.interop.hf.StateCache")
         return given
-
-    def _seeds(self, plan_seed: int | Tensor | None, tokens: Tensor, asked: Asked | None) -> Tensor | None:
-        if self.config.plan_seed is None:
-            wanted = f"None: a {self.config.architecture} has no plan"
-            check(plan_seed is None, "plan_seed", _short(plan_seed), wanted)
-            return None
-        if asked is not None:
-            check(plan_seed is None, "plan_seed", _short(plan_seed), "None with labels: the encoder plans")
-        seed = self.config.plan_seed if plan_seed is None else plan_seed
-        return seeds_of(seed, len(tokens), tokens.device)
 
     def _prepare_cache_for_generation(
         self,
@@ -322,12 +267,9 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
             return contextlib.nullcontext()
         return checkpointed(blocks_of(self.model, self._checkpoint_every), self._checkpoint)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed
-
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embedding; the vocabulary is then that of the new one."""
-        self.model.embed = value  # type: ignore[assignment]
+        super().set_input_embeddings(value)
         self._configure(vocab_size=getattr(value, "num_embeddings", self.config.vocab_size))
 
     def get_output_embeddings(self) -> nn.Module:
@@ -357,7 +299,3 @@ def register() -> None:
 
 # where Trainer looks whether label smoothing has to shift the labels, and pipelines whether they know the class
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(MODEL_TYPE, HelmholtzForCausalLM.__name__)
-
-
-def _short(value: object) -> object:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from helmholtz._checks import check
-from helmholtz.interop.hf.inputs import Inputs
+from helmholtz.interop.hf.config import HelmholtzConfig
+from helmholtz.interop.hf.inputs import short
 from helmholtz.layers.latent import Plan
-from helmholtz.layers.sequence import SequenceLayout
-from helmholtz.models.decoder import Decoder, require_plan
-from helmholtz.models.outputs import LMOutput, LMState
+from helmholtz.models.decoder import Decoder, PlanOf, require_plan
+from helmholtz.models.outputs import LowerOutput
 from helmholtz.ops.binary_latent import bits_to_code, sample_bits
 from helmholtz.ops.row_random import row_keys, row_uniform
 
@@ -16,32 +16,23 @@ PRIOR, POSTERIOR = 0, 1
 """Sites of the draws: a position's code of the prior says nothing about its code of the encoder."""
 
 
-def read_planned(
-    model: Decoder,
-    inputs: Inputs,
-    state: LMState | None,
-    seeds: Tensor,
-    *,
-    encoder: bool = False,
-) -> LMOutput:
-    """Logits, and with a state the next one, under the plan of each row's seed.
+def seeded_plan(model: Decoder, seeds: Tensor, *, encoder: bool = False) -> PlanOf:
+    """The plan of each row's seed.
 
     Args:
         seeds: one for all rows or one per row, integer ``1`` or ``B``.
-        encoder: the encoder plans these tokens, with the seed's uniform numbers; otherwise the prior does.
+        encoder: the encoder plans, with the seed's uniform numbers; otherwise the prior does.
     """
-    half = model.lower(inputs.tokens, state, **inputs.masks())
-    positions = layout_positions(half.layout, len(inputs.tokens))
-    if not encoder:
-        return model.upper(half, Plan(prior_codes(seeds, positions, require_plan(model).n_bits)))
-    logits = model.posterior(half)
-    uniform = _uniform(seeds, positions, logits.shape[-1], POSTERIOR)
-    return model.upper(half, Plan(bits_to_code(sample_bits(logits, uniform=uniform))))
 
+    def plan(half: LowerOutput) -> Plan:
+        positions = half.layout.positions.expand(len(half.x), -1)  # among the real tokens of a row
+        if not encoder:
+            return Plan(prior_codes(seeds, positions, require_plan(model).n_bits))
+        logits = model.posterior(half)
+        uniform = _uniform(seeds, positions, logits.shape[-1], POSTERIOR)
+        return Plan(bits_to_code(sample_bits(logits, uniform=uniform)))
 
-def layout_positions(layout: SequenceLayout, rows: int) -> Tensor:
-    """Position of each token among the real tokens of its row, ``B T``."""
-    return layout.positions.expand(rows, -1)
+    return plan
 
 
 def prior_codes(seeds: Tensor, positions: Tensor, n_bits: int) -> Tensor:
@@ -49,9 +40,21 @@ def prior_codes(seeds: Tensor, positions: Tensor, n_bits: int) -> Tensor:
     return bits_to_code(_uniform(seeds, positions, n_bits, PRIOR) < 0.5)
 
 
-def seeds_of(seed: int | Tensor, rows: int, device: torch.device) -> Tensor:
-    """The argument ``plan_seed`` as a tensor of 1 or ``rows`` numbers. Raises: ValueError for anything else."""
-    seeds = torch.as_tensor(seed, device=device)
+def plan_seeds(
+    config: HelmholtzConfig, plan_seed: int | Tensor | None, tokens: Tensor, *, with_loss: bool
+) -> Tensor | None:
+    """The argument ``plan_seed`` or the config's, one number or one per row; None of a model without a plan.
+
+    Raises: ValueError for anything else, or where the argument means nothing.
+    """
+    if config.plan_seed is None:
+        wanted = f"None: a {config.architecture} has no plan"
+        check(plan_seed is None, "plan_seed", short(plan_seed), wanted)
+        return None
+    if with_loss:
+        check(plan_seed is None, "plan_seed", short(plan_seed), "None with labels: the encoder plans")
+    rows = len(tokens)
+    seeds = torch.as_tensor(config.plan_seed if plan_seed is None else plan_seed, device=tokens.device)
     integer = not (seeds.is_floating_point() or seeds.is_complex() or seeds.dtype == torch.bool)
     check(integer, "plan_seed", seeds.dtype, "an integer, or an integer tensor of one per row")
     wanted = f"an integer, or a tensor of shape ({rows},)"

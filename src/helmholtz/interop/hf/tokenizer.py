@@ -4,9 +4,10 @@ import json
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AddedToken, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from helmholtz._checks import check
-from helmholtz.data.tokenizer import BYTES, AbstractTokenizer, BPETokenizer, ByteTokenizer, IdTokenizer
+from helmholtz.data.tokenizer import AbstractTokenizer, BPETokenizer, ByteTokenizer, IdTokenizer
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 """Names of the end-of-document token and of pads. A text that spells one is text all the same."""
@@ -47,7 +48,7 @@ def _backend(tokenizer: AbstractTokenizer) -> Tokenizer:
     if isinstance(tokenizer, BPETokenizer):
         return _with_pad(tokenizer.copy_of_backend())
     if isinstance(tokenizer, ByteTokenizer):
-        vocabulary = {PAD if byte == NEVER_TEXT else name: byte for name, byte in _byte_vocabulary().items()}
+        vocabulary = {PAD if byte == NEVER_TEXT else name: byte for byte, name in bytes_to_unicode().items()}
         backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.decoder = decoders.ByteLevel()
@@ -61,18 +62,7 @@ def _backend(tokenizer: AbstractTokenizer) -> Tokenizer:
 def _with_pad(backend: Tokenizer) -> Tokenizer:
     """The same tokenizer with pads in the place of the byte that no text has."""
     saved = json.loads(backend.to_str())
-    model, name = saved["model"], next(c for c, byte in _byte_vocabulary().items() if byte == NEVER_TEXT)
+    model, name = saved["model"], bytes_to_unicode()[NEVER_TEXT]
     if name in model["vocab"] and not any(name in merge for merge in model["merges"]):
         model["vocab"] = {PAD if token == name else token: i for token, i in model["vocab"].items()}
     return Tokenizer.from_str(json.dumps(saved))
-
-
-def _byte_vocabulary() -> dict[str, int]:
-    """The byte of every character that byte-level tokenizers write for one.
-
-    Printable characters of Latin-1 stand for their own byte; the other bytes, in their order, for the characters from
-    256 on.
-    """
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
-    others = [byte for byte in range(BYTES) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(BYTES + n): byte for n, byte in enumerate(others)}
