@@ -1,90 +1,73 @@
-import json
-
 import pytest
 import torch
 
-from helmholtz.cli.main import main
-from helmholtz.cli.studies import continual, recall
-from helmholtz.cli.studies.learners import LEARNERS, build_learner
+from helmholtz.experiments.continual.study import JOINT, methods
+from helmholtz.experiments.recall import study as recall
+from helmholtz.experiments.recall.data import MapTask
+from helmholtz.experiments.recall.learners import LEARNERS, build_learner
 from helmholtz.experiments.recall.patterns import Corruption
-
-
-def call(capsys, *arguments):
-    code = main([*map(str, arguments)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+from helmholtz.experiments.recall.study import PROFILES, Profile
+from helmholtz.experiments.records import read_lines
+from study_cases import call_study
 
 
 @pytest.fixture
 def _tiny(monkeypatch):
-    monkeypatch.setitem(recall.PROFILES, "tiny", {8: (4,), 16: (4, 8)})
-    monkeypatch.setitem(recall.MASKED, "tiny", ((16, 8),))
-    monkeypatch.setitem(recall.PAIRS, "tiny", (12,))
-    monkeypatch.setattr(recall, "SPOILT", (Corruption("mask", 0.5),))
+    monkeypatch.setattr(recall, "N_WRITTEN", 50)
+    monkeypatch.setitem(PROFILES, "tiny", Profile({8: (4,), 16: (4, 8)}, ((16, 8),), (12,)))
+    monkeypatch.setattr(recall, "CORRUPTED", (Corruption("mask", 0.5),))
+
+
+def results_of(folder, part):
+    """Results of the runs on disk by their names."""
+    records = read_lines(folder / "runs.jsonl").values()
+    return {r["name"]: r["result"] for r in records if r["settings"]["part"] == part}
 
 
 def test_recall_from_the_shell(capsys, tmp_path, _tiny):
-    command = (
-        "study",
-        "recall",
-        "run",
-        "--profile=tiny",
-        "--trials=25",
-        "--pairs=1",
-        "--train_steps=3",
-        f"--output={tmp_path}",
-    )
-    code, out, _ = call(capsys, *command)
-    assert code == 0
-    content = json.loads((tmp_path / "recall.json").read_text())
-    assert len(content["patterns"]) == 3 * 4 + 1 and len(content["values"]) == 12
-    assert {"date", "commit", "hardware", "seed"} <= content.keys()
-    assert all(row["agrees"] and row["n_trials"] == 25 for row in content["patterns"] + content["values"])
-    assert content["in_context"]["written"]["accuracy"] >= 0.99
-    assert content["in_context"]["untrained mamba_hopfield"]["steps"] == 0
-    assert content["in_context"]["trained mamba_hopfield"]["steps"] == 3
+    options = ("--profile=tiny", "--trials=25", "--pairs=1", "--train_steps=3", f"--output={tmp_path}")
+    code, out, _ = call_study(capsys, "recall", "run", *options)
+    assert code == 0 and "0 of 28 runs are missing" in out
+    assert len(results_of(tmp_path, "patterns")) == 3 * 4 + 1 and len(results_of(tmp_path, "values")) == 12
+    rows = results_of(tmp_path, "patterns") | results_of(tmp_path, "values")
+    assert all(row["agrees"] and row["n_trials"] == 25 for row in rows.values())
+    untrained, trained, written = results_of(tmp_path, "context").values()
+    assert (written["accuracy"] >= 0.99, untrained["steps"], trained["steps"]) == (True, 0, 3)
     assert (tmp_path / "recall.png").stat().st_size > 10_000
     assert "32 pairs in a context, written: 1.000 (chance 0.016)" in out and "mask 0.5" in out
+    assert "1 pairs in a context, trained mamba_hopfield:" in out and "DIFFERS" not in out
+    again = call_study(capsys, "recall", "run", *options)[1]
+    assert again.count("done before") == 28 and "begins" not in again
 
 
-def test_the_profile_of_capacities_has_no_values_to_recall(capsys, tmp_path, monkeypatch):
-    assert recall.MASKED["capacity"] == recall.PAIRS["capacity"] == ()
-    monkeypatch.setitem(recall.PROFILES, "capacity", {8: (4, 8)})
-    code, out, _ = call(
-        capsys, "study", "recall", "run", "--profile=capacity", "--trials=10", f"--output={tmp_path}"
-    )
-    assert code == 0 and "Values recalled" not in out
-    content = json.loads((tmp_path / "recall.json").read_text())
-    assert [row["n_patterns"] for row in content["patterns"]] == [4] * 4 + [8] * 4
-    assert content["values"] == []
+def test_the_profile_of_capacities_does_nothing_else(capsys, tmp_path, monkeypatch):
+    assert PROFILES["capacity"].corrupted == PROFILES["capacity"].pairs == ()
+    monkeypatch.setitem(PROFILES, "capacity", Profile({8: (4, 8)}))
+    options = ("--profile=capacity", "--trials=10", f"--output={tmp_path}")
+    code, out, _ = call_study(capsys, "recall", "run", *options)
+    assert code == 0 and "Values recalled" not in out and "pairs in a context" not in out
+    sizes = [row["n_patterns"] for row in results_of(tmp_path, "patterns").values()]
+    assert sizes == [4] * 4 + [8] * 4 and not results_of(tmp_path, "values")
 
 
 def test_continual_from_the_shell(capsys, tmp_path):
-    command = (
-        "study",
-        "continual",
-        "run",
-        "--seeds",
-        3,
-        4,
-        "--tasks=2",
-        "--inputs=10",
-        "--steps=3",
-        f"--output={tmp_path}",
+    options = ("--tasks=2", "--inputs=10", "--steps=3", f"--output={tmp_path}")
+    code, out, _ = call_study(capsys, "continual", "run", "--seeds", 3, 4, *options)
+    assert code == 0 and "0 of 12 runs are missing" in out
+    records = read_lines(tmp_path / "runs.jsonl")
+    assert {(r["settings"]["method"], r["settings"]["seed"]) for r in records.values()} == {
+        (method, seed) for method in methods(MapTask(), 1) for seed in (3, 4)
+    }
+    assert {r["settings"]["learner"] for r in records.values()} == {"transformer"}
+    assert records["memory-4"]["result"]["accuracy"] == 1
+    assert (
+        len(records["memory-3"]["result"]["matrix"]) == len(records["memory-3"]["result"]["matrix"][0]) == 2
     )
-    code, out, _ = call(capsys, *command)
-    assert code == 0
-    content = json.loads((tmp_path / "continual.json").read_text())
-    assert content["seeds"] == [3, 4] and content["learner"] == "transformer"
-    assert {"date", "commit", "hardware", "joint"} <= content.keys()
-    assert list(content["runs"]) == list(continual.runs(continual.MapTask(), 1))
-    for run in content["runs"].values():
-        assert len(run["seeds"]) == 2
-        assert len(run["seeds"][0]["matrix"]) == len(run["seeds"][0]["matrix"][0]) == 2
-    assert content["runs"]["memory"]["seeds"][0]["accuracy"] == 1
-    assert content["runs"]["small, fifo"]["config"]["n_slots"] == 12
+    assert len(records["all_maps_at_once-3"]["result"]["accuracies"]) == 2
+    assert records["small_fifo-3"]["settings"]["config"]["n_slots"] == 12
     assert (tmp_path / "continual.png").stat().st_size > 10_000
-    assert "all maps at once" in out and "Mean of 2 seeds; chance 0.10" in out
+    assert JOINT in out and "Mean of 2 seeds; chance 0.10" in out
+    assert call_study(capsys, "continual", "run", "--seeds", 3, 5, *options)[1].count("done before") == 6
 
 
 def test_every_learner_can_be_built():
@@ -99,21 +82,21 @@ def test_every_learner_can_be_built():
     ("arguments", "message"),
     [
         (
-            ["study", "recall", "run", "--profile=huge"],
+            ["recall", "run", "--profile=huge"],
             "profile must be one of ['capacity', 'ci', 'full'], got 'huge'",
         ),
-        (["study", "recall", "run", "--trials=0"], "trials must be an integer of at least 1, got 0"),
+        (["recall", "run", "--trials=0"], "trials must be an integer of at least 1, got 0"),
         (
-            ["study", "recall", "run", "--train_steps=-1"],
+            ["recall", "run", "--train_steps=-1"],
             "train_steps must be an integer of at least 0, got -1",
         ),
-        (["study", "continual", "run", "--learner=mambo"], "did you mean 'mamba'?"),
-        (["study", "recall", "run", "--learner=rnn"], "learner must be one of"),
-        (["study", "continual", "run", "--seeds", "-1"], "seeds must be an integer of at least 0, got -1"),
-        (["study", "continual", "run", "--step", "1"], "unknown option --step; did you mean 'steps'?"),
+        (["continual", "run", "--learner=mambo"], "did you mean 'mamba'?"),
+        (["recall", "run", "--learner=rnn"], "learner must be one of"),
+        (["continual", "run", "--seeds", "-1"], "seeds must be an integer of at least 0, got -1"),
+        (["continual", "run", "--step", "1"], "unknown option --step; did you mean 'steps'?"),
     ],
 )
 def test_mistakes_are_one_line_and_touch_nothing(capsys, tmp_path, arguments, message):
-    code, _, error = call(capsys, *arguments, f"--output={tmp_path / 'new'}")
+    code, _, error = call_study(capsys, *arguments, f"--output={tmp_path / 'new'}")
     assert code == 2 and message in error and error.count("\n") == 1
     assert not (tmp_path / "new").exists()

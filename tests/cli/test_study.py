@@ -1,12 +1,11 @@
 """``helmholtz study``: what there is, what is done and missing, and reports that compute nothing."""
 
-import json
-
 import pytest
 
 from helmholtz.cli.main import COMMANDS, MOVED, main
 from helmholtz.cli.study import STUDIES
 from helmholtz.experiments.mad.run import PROFILES
+from helmholtz.experiments.recall import study as recall
 from mad_cases import profile, protocol
 from study_cases import call_study
 
@@ -58,21 +57,17 @@ def test_a_command_that_is_a_study_now_says_so(capsys, old):
 
 @pytest.mark.parametrize("study", ["recall", "continual"])
 def test_a_report_prints_what_its_run_printed(capsys, tmp_path, monkeypatch, study):
-    from helmholtz.cli.studies import recall
-
-    monkeypatch.setitem(recall.PROFILES, "ci", {8: (4,)})
-    monkeypatch.setitem(recall.MASKED, "ci", ((8, 4),))
-    monkeypatch.setitem(recall.PAIRS, "ci", (12,))
+    monkeypatch.setattr(recall, "N_WRITTEN", 5)
+    monkeypatch.setitem(recall.PROFILES, "ci", recall.Profile({8: (4,)}, ((8, 4),), (12,)))
     sizes = {"recall": ["--trials=10", "--pairs=1"], "continual": ["--tasks=2", "--inputs=6", "--steps=2"]}
-    output = f"--output={tmp_path}"
-    code, printed, _ = call_study(capsys, study, "run", *sizes[study], output)
+    options = [*sizes[study], f"--output={tmp_path}"]
+    code, printed, _ = call_study(capsys, study, "run", *options)
     assert code == 0
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert call_study(capsys, study, "report", output) == (0, printed, "")
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert f"{study}.json" in call_study(capsys, study, "list", output)[1]
-    content = json.loads((tmp_path / f"{study}.json").read_text())
-    del content["patterns" if study == "recall" else "runs"]
-    (tmp_path / f"{study}.json").write_text(json.dumps(content))
-    code, _, error = call_study(capsys, study, "report", output)
-    assert code == 2 and f"{study}.json: damaged" in error and len(error.splitlines()) == 1
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    code, again, _ = call_study(capsys, study, "report", *options)
+    assert code == 0 and again in printed
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    assert "missing  " not in call_study(capsys, study, "list", *options)[1]
+    (tmp_path / "runs.jsonl").write_text(before["runs.jsonl"].decode().replace('"result"', '"results"', 1))
+    code, _, error = call_study(capsys, study, "report", *options)
+    assert code == 2 and "runs.jsonl, line 1: damaged" in error and len(error.splitlines()) == 1

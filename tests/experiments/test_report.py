@@ -248,30 +248,30 @@ def test_forecasts_and_images_are_read_from_their_queues(tmp_path, monkeypatch):
     assert check_page(render(list(sections.values()), [tmp_path]), tmp_path) > 8
 
 
-def test_recall_takes_the_first_of_settings_that_were_measured_twice(tmp_path, monkeypatch):
+def test_recall_takes_the_larger_of_two_measurements_of_a_setting(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ran = {"processor": "p", "threads": 1, "torch": "t"}
 
-    def write(folder, *rows):
-        folder.mkdir(parents=True)
-        patterns = [
-            {"d_model": 8, "n_patterns": k, "margin": m, "accuracy": a, "nearest": 1.0,
-             "corruption": {"kind": "noise", "level": 1.0}}
-            for k, m, a in rows
-        ]  # fmt: skip
-        content = {"seed": 0, "patterns": patterns, "commit": "c", "hardware": ran}
-        (folder / "recall.json").write_text(json.dumps(content))
+    def run(n_patterns, n_trials, margin, accuracy, kind="noise"):
+        sizes = {"d_model": 8, "n_patterns": n_patterns, "n_trials": n_trials,
+                 "corruption": {"kind": kind, "level": 1.0}}  # fmt: skip
+        settings = {"part": "patterns", **sizes, "seed": 0}
+        return {
+            "settings": settings,
+            "result": {**sizes, "margin": margin, "accuracy": accuracy, "nearest": 1.0},
+        }
 
-    write(tmp_path / "memory", (4, 4.5, 0.75))
-    write(tmp_path / "memory" / "capacity", (4, 4.5, 0.5), (8, 2.5, 0.25))
+    queue(
+        tmp_path / "recall", a=run(4, 10, 4.5, 0.5), b=run(4, 20, 4.5, 0.75), c=run(8, 10, 2.5, 0.25),
+        d=run(8, 10, 2.5, 0.1, kind="mask"), e={"settings": {"part": "values", "seed": 0}, "result": {}},
+    )  # fmt: skip
     section = next(s for s in build_sections([tmp_path]) if s.anchor == "recall")
     (table,) = section.tables
     assert [[cell.text for cell in row] for row in table.rows] == [
         ["D = 8, K = 4", "4.50", "0.750"],
         ["D = 8, K = 8", "2.50", "0.250"],
     ]
-    assert "capacity/recall.json" in table.rows[1][2].sources[0]
-    assert check_page(render([section], [tmp_path]), tmp_path) > 6
+    assert "recall/results/c.json" in table.rows[1][2].sources[0]
+    assert check_page(render([section], [tmp_path]), tmp_path) == 5
 
 
 def test_nodes_know_where_they_lie(tmp_path):

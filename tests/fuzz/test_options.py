@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import importlib.util
 import io
 import itertools
 import re
@@ -37,9 +36,7 @@ SIZES = ["--model.d_model=16", "--model.n_layers=1", "--model.max_seq_len=32"]
 ARCHITECTURES = ["fem_lm", "free_transformer", "mamba_hopfield"]
 LONG = [("data.prepare", "shakespeare_files"), ("cli.report", "build_sections"), ("cli.data", "prepare_dataset"),
         ("interop.hf.export", "export"), ("experiments.language.study", "prepare_corpus"),
-        ("cli.study", "run_queue"), ("cli.study", "fold_finished"), ("cli.studies.recall", "pattern_results"),
-        ("cli.studies.recall", "read_content"), ("cli.studies.continual", "read_content"),
-        ("experiments.forecasting.study", "load"),
+        ("cli.study", "run_queue"), ("cli.study", "fold_finished"), ("experiments.forecasting.study", "load"),
         ("experiments.vision.study", "load")]  # fmt: skip
 """Work that begins without a module of torch, and results that are read."""
 
@@ -63,8 +60,7 @@ def prefixes():
         actions = getattr(importlib.import_module(f"helmholtz.cli.{command}"), "ACTIONS", [None])
         found += [(command, *([action] if action else [])) for action in actions if command != "study"]
     for study in STUDIES:
-        old = importlib.util.find_spec(f"helmholtz.cli.studies.{study}")
-        actions = importlib.import_module(old.name).ACTIONS if old else load_study(study).actions
+        actions = load_study(study).actions
         found += [("study", study, action) for action in actions]
     trained = [("train", f"--model.architecture={name}") for name in ARCHITECTURES]
     return [prefix for prefix in found if prefix != ("train",)] + trained

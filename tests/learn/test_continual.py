@@ -1,29 +1,31 @@
 """What is forgotten of maps that are learned one after another, and what a memory keeps.
 
-The limits were set on seeds 0, 1 and 2 (``docs/experiments/memory/continual.json`` has all six); the seeds run here are
+The limits were set on seeds 0, 1 and 2 (``docs/experiments/continual/runs.jsonl`` has all six); the seeds run here are
 3, 4 and 5.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from helmholtz.cli.studies.continual import runs
-from helmholtz.cli.studies.learners import build_learner
 from helmholtz.experiments.continual.run import ContinualLearning, ContinualResult, joint_accuracy
+from helmholtz.experiments.continual.study import JOINT, methods
+from helmholtz.experiments.queue import split_finished
 from helmholtz.experiments.recall.data import MapTask, PairTask
+from helmholtz.experiments.recall.learners import build_learner
 from helmholtz.experiments.recall.run import InContextRecall
+from helmholtz.experiments.recall.study import Recall, of_part
+from helmholtz.experiments.records import read_lines
 
-FOLDER = Path(__file__).parents[2] / "docs" / "experiments" / "memory"
+FOLDER = Path(__file__).parents[2] / "docs" / "experiments"
 TASK = MapTask()
-RUNS = runs(TASK, 150)
+METHODS = methods(TASK, 150)
 
 
 def learn(name, seed, task=TASK):
     model = build_learner("transformer", vocab_size=task.vocab_size, n_tokens=2, seed=seed)
-    return ContinualLearning(model, replace(RUNS[name], task=task), seed=seed).run()
+    return ContinualLearning(model, replace(METHODS[name], task=task), seed=seed).run()
 
 
 def check(results):
@@ -45,14 +47,14 @@ def check(results):
 @pytest.mark.timeout(4 * 3600)
 @pytest.mark.parametrize("seed", [3, 4, 5])
 def test_forgetting_and_its_cure(seed):
-    check({name: learn(name, seed) for name in RUNS})
+    check({name: learn(name, seed) for name in METHODS if name != JOINT})
 
 
 @pytest.mark.learn
 @pytest.mark.timeout(4 * 3600)
 def test_all_maps_at_once_can_be_learned():
     model = build_learner("transformer", vocab_size=TASK.vocab_size, n_tokens=2, seed=3)
-    assert min(joint_accuracy(model, RUNS["no memory"], seed=3)) >= 0.9
+    assert min(joint_accuracy(model, METHODS[JOINT], seed=3)) >= 0.9
 
 
 @pytest.mark.learn
@@ -77,22 +79,33 @@ def test_the_oldest_of_three_maps():
 
 
 def test_the_committed_results_hold_the_limits():
-    content = json.loads((FOLDER / "continual.json").read_text())
-    assert content["seeds"] == [0, 1, 2, 3, 4, 5]
-    for i in range(6):
-        results = {name: ContinualResult.from_dict(run["seeds"][i]) for name, run in content["runs"].items()}
-        check(results)
-        assert min(content["joint"][i]) >= 0.9
+    runs = [
+        (run["settings"], run["result"]) for run in read_lines(FOLDER / "continual" / "runs.jsonl").values()
+    ]
+    assert len(runs) == 6 * len(METHODS)
+    for seed in range(6):
+        found = {settings["method"]: result for settings, result in runs if settings["seed"] == seed}
+        assert min(found.pop(JOINT)["accuracies"]) >= 0.9
+        check({method: ContinualResult.from_dict(result) for method, result in found.items()})
 
 
 def test_the_committed_table_of_recall_agrees_with_its_oracle():
     """Recall never beats the nearest neighbour by more than chance, and a warning comes before the failure."""
-    content = json.loads((FOLDER / "recall.json").read_text())
-    rows = content["patterns"]
+    full = {
+        "profile": "full",
+        "trials": 4096,
+        "pairs": 4,
+        "train_steps": 1500,
+        "seed": 0,
+        "learner": "mamba_hopfield",
+    }
+    done, missing = split_finished(FOLDER / "recall", Recall("report", {**full, "output": ""}).runs())
+    assert not missing
+    rows = [run.result for run in of_part(done, "patterns")]
     assert len(rows) == 52 and all(
         row["agrees"] and row["n_trials"] >= 4096 and row["n_sets"] == 5 for row in rows
     )
-    assert all(row["agrees"] for row in content["values"])
+    assert all(run.result["agrees"] for run in of_part(done, "values"))
     for row in rows:
         assert row["accuracy"] <= row["nearest"] + 0.02
         assert row["warned"] == (row["margin"] < 3)

@@ -1,7 +1,6 @@
 """``helmholtz study NAME run | report | list``: one command for all studies (``experiments.base.Study``)."""
 
 import importlib
-import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,8 +52,6 @@ def run(arguments: list[str], console: Console) -> int:
         console.print(usage(), markup=False)
         return 0 if name else 2
     check_choice("study", name, STUDIES)
-    if importlib.util.find_spec(f"helmholtz.cli.studies.{name}"):
-        return _run_old(name, rest, console)
     study = load_study(name)
     action, *options = rest or [""]
     if action in ("", "-h", "--help"):
@@ -142,18 +139,3 @@ def report(study: Study, console: Console) -> None:
 
 def _print_missing(study: Study, n_missing: int, n_runs: int, console: Console) -> None:
     console.print(f"{n_missing} of {n_runs} runs are missing in {study.folder}", markup=False)
-
-
-def _run_old(name: str, rest: list[str], console: Console) -> int:
-    """Of studies that are no ``Study`` yet."""
-    module = importlib.import_module(f"helmholtz.cli.studies.{name}")
-    action, *options = rest or [""]
-    if action in ("", "-h", "--help"):
-        lines = [f"  {name:<8}{text}" for name, text in module.ACTIONS.items()]
-        console.print(
-            "\n".join([f"usage: helmholtz study {name} <action> [options]", "", *lines]), markup=False
-        )
-        return 0 if action else 2
-    check_choice("action", action, module.ACTIONS)
-    module.act(action, options, console)
-    return 0

@@ -109,7 +109,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-Progress = Callable[[int, int, float], None]
+Progress = Callable[[int, int, float], object]
 """Called with the map, the step (both from 0) and the loss."""
 
 

@@ -1,11 +1,11 @@
 """Sections: what a Hopfield memory holds, learning one map after another, and what the equilibrium model learns."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
+from helmholtz.experiments.continual.study import JOINT, METHODS
 from helmholtz.experiments.report import parts
 from helmholtz.experiments.report.charts import Curve, line_chart
-from helmholtz.experiments.report.nodes import Node, by, grouped, label, number
+from helmholtz.experiments.report.nodes import Node, by, grouped, label, number, ordered
 
 LEARNING_ROWS = {
     "periods": (
@@ -32,37 +32,32 @@ LEARNING_ROWS = {
 BY_SEED = "Means and deviations over seeds"
 
 
-def _recall_files(folders: Sequence[Path], *paths: str) -> list[Node] | None:
-    return [node for path in paths if (node := parts.file_node(folders, path)) is not None] or None
-
-
 @parts.section(
     "Memory: how many patterns are recalled",
     "How many random patterns does the memory tell apart as its margin falls? The margin says by how many nats the "
     "pattern that is told apart worst outweighs all others at its own place; below three the memory warns.",
-    "helmholtz study recall run --profile full --train_steps 1500 --output docs/experiments/memory\n"
-    "helmholtz study recall run --profile capacity --trials 1024 --output docs/experiments/memory/capacity",
-    "memory/recall.json",
-    "memory/capacity/recall.json",
-    find=_recall_files,
+    "helmholtz study recall run --profile full --train_steps 1500 --output docs/experiments/recall\n"
+    "helmholtz study recall run --profile capacity --trials 1024 --output docs/experiments/recall",
+    "recall",
+    find=parts.run_nodes,
 )
-def recall(contents: Sequence[Node]) -> parts.Found:
-    rows = [row for content in contents for row in content["patterns"]]
-    noisy = _first_of_each([row for row in rows if row.at("corruption/kind").value == "noise"])
+def recall(nodes: Sequence[Node]) -> parts.Found:
+    rows = [node["result"] for node in nodes if node.at("settings/part").value == "patterns"]
+    noisy = _most_trials([row for row in rows if row.at("corruption/kind").value == "noise"])
     levels = sorted(grouped(noisy, by("corruption/level")))
     return parts.Found(
         [_recall_table(noisy, levels)],
         [_capacity_figure(noisy, level) for level in levels if level > 0],
-        (parts.seeds(contents), *parts.hardware(contents)),
+        parts.queue_provenance(nodes),
         ["One seed, five sets of patterns each; spread over sets is not kept."],
     )
 
 
-def _first_of_each(rows: Sequence[Node]) -> list[Node]:
-    """Of settings that were measured twice, the first."""
+def _most_trials(rows: Sequence[Node]) -> list[Node]:
+    """Of settings that were measured twice, the measurement of more trials."""
     places = ("d_model", "n_patterns", "corruption/level")
     groups = grouped(rows, lambda row: tuple(row.at(place).value for place in places))
-    return [same[0] for same in groups.values()]
+    return [max(same, key=by("n_trials")) for same in groups.values()]
 
 
 def _recall_table(rows: Sequence[Node], levels: Sequence[float]) -> parts.Table:
@@ -94,12 +89,14 @@ def _capacity_figure(rows: Sequence[Node], level: float) -> parts.Figure:
 @parts.section(
     "Memory: one map after another",
     "Maps over shared inputs and labels, learned in turn: what is left of the earlier ones at the end?",
-    "helmholtz study continual run --seeds 0 1 2 3 4 5 --output docs/experiments/memory",
-    "memory/continual.json",
-    find=parts.file_node,
+    "helmholtz study continual run --seeds 0 1 2 3 4 5 --output docs/experiments/continual",
+    "continual",
+    find=parts.run_nodes,
 )
-def continual(content: Node) -> parts.Found:
-    runs = [(run.name, list(run["seeds"])) for run in content["runs"]]
+def continual(nodes: Sequence[Node]) -> parts.Found:
+    by_method = ordered(grouped(nodes, by("settings/method")), METHODS)
+    joint = [value for run in by_method.pop(JOINT, []) for value in run.at("result/accuracies")]
+    runs = [(method, [run["result"] for run in same]) for method, same in by_method.items()]
     columns = {
         "accuracy at the end": parts.column("accuracy", ".3f"),
         "forgetting": parts.column("forgetting", ".3f"),
@@ -109,8 +106,7 @@ def continual(content: Node) -> parts.Found:
         "bytes of memory": parts.column("memory_bytes", ",.0f"),
     }
     found = parts.table(BY_SEED, "run", runs, columns)
-    joint = [value for seed in content["joint"] for value in seed]
-    last = (label("all maps at once"), number(joint, ".3f"), *[label("")] * 5)
+    last = (label(JOINT), number(joint, ".3f"), *[label("")] * 5)
     return parts.Found(
         [parts.Table(found.caption, found.columns, (*found.rows, last))],
         [
@@ -118,7 +114,7 @@ def continual(content: Node) -> parts.Found:
                 "What is left, a mark per seed.", runs, "accuracy", x="accuracy over all maps at the end"
             )
         ],
-        (("seeds", parts.different(content["seeds"], "", "d")), *parts.hardware([content])),
+        parts.queue_provenance(nodes),
     )
 
 

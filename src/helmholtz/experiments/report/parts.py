@@ -185,13 +185,14 @@ def incomplete(found: Iterable[str], wanted: Mapping[str, int]) -> tuple[str, ..
 def queue_provenance(nodes: Sequence[Node]) -> Provenance:
     """Of the runs of a queue: seeds from their settings, the rest from their timings."""
     timings = [times for node in nodes if (times := timing(node)) is not None and times.value]
+    seconds = [times["cpu_seconds"] for times in timings if "cpu_seconds" in times.value]
     by_seed = sorted(nodes, key=lambda node: node.at("settings/seed").value)
     places = dict.fromkeys(Path(node.file) if node.pointer else Path(node.file).parent for node in nodes)
     return (
         ("runs", label(f"{len(nodes)} in {', '.join(place.as_posix() for place in places)}")),
         seeds(by_seed, "settings/seed"),
         *hardware(timings),
-        ("CPU seconds", number([times["cpu_seconds"] for times in timings], ",.0f", rule="sum")),
+        ("CPU seconds", number(seconds, ",.0f", rule="sum")),
     )
 
 

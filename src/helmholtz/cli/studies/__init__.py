@@ -1,1 +1,0 @@
-"""``helmholtz study NAME``: a module per study."""
