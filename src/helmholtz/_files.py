@@ -9,7 +9,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from helmholtz._json import parse_json
 
@@ -177,6 +177,11 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     finally:
         partial.unlink(missing_ok=True)
     _flush_one(path.parent)
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """``write_atomically`` of JSON values, a line each."""
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def point_at(link: Path, target: Path) -> None:

@@ -30,7 +30,7 @@ def test_every_study_runs_reports_and_lists(capsys, study):
 @pytest.mark.parametrize("study", STUDIES)
 def test_reports_and_lists_of_nothing_compute_nothing_and_leave_nothing(capsys, tmp_path, monkeypatch, study):
     if study in ("vision", "forecasting"):
-        monkeypatch.setattr(f"helmholtz.experiments.{study}.study.load", lambda names: [])
+        monkeypatch.setattr(f"helmholtz.experiments.{study}.study.load_data", lambda *arguments: [])
     output = f"--output={tmp_path / 'new'}"
     for action in ("list", "report"):
         code, out, error = call_study(capsys, study, action, output)

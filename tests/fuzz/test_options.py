@@ -36,8 +36,8 @@ SIZES = ["--model.d_model=16", "--model.n_layers=1", "--model.max_seq_len=32"]
 ARCHITECTURES = ["fem_lm", "free_transformer", "mamba_hopfield"]
 LONG = [("data.prepare", "shakespeare_files"), ("cli.report", "build_sections"), ("cli.data", "prepare_dataset"),
         ("interop.hf.export", "export"), ("experiments.language.study", "prepare_corpus"),
-        ("cli.study", "run_queue"), ("cli.study", "fold_finished"), ("experiments.forecasting.study", "load"),
-        ("experiments.vision.study", "load")]  # fmt: skip
+        ("cli.study", "run_queue"), ("cli.study", "fold_finished"), ("experiments.forecasting.study", "load_data"),
+        ("experiments.vision.study", "load_data")]  # fmt: skip
 """Work that begins without a module of torch, and results that are read."""
 
 

@@ -11,11 +11,11 @@ import pytest
 
 from helmholtz.experiments.continual.run import ContinualLearning, ContinualResult, joint_accuracy
 from helmholtz.experiments.continual.study import JOINT, methods
-from helmholtz.experiments.queue import split_finished
+from helmholtz.experiments.queue import runs_of, split_finished
 from helmholtz.experiments.recall.data import MapTask, PairTask
 from helmholtz.experiments.recall.learners import build_learner
 from helmholtz.experiments.recall.run import InContextRecall
-from helmholtz.experiments.recall.study import Recall, of_part
+from helmholtz.experiments.recall.study import Recall
 from helmholtz.experiments.records import read_lines
 
 FOLDER = Path(__file__).parents[2] / "docs" / "experiments"
@@ -101,11 +101,11 @@ def test_the_committed_table_of_recall_agrees_with_its_oracle():
     }
     done, missing = split_finished(FOLDER / "recall", Recall("report", {**full, "output": ""}).runs())
     assert not missing
-    rows = [run.result for run in of_part(done, "patterns")]
+    rows = [run.result for run in runs_of(done, part="patterns")]
     assert len(rows) == 52 and all(
         row["agrees"] and row["n_trials"] >= 4096 and row["n_sets"] == 5 for row in rows
     )
-    assert all(run.result["agrees"] for run in of_part(done, "values"))
+    assert all(run.result["agrees"] for run in runs_of(done, part="values"))
     for row in rows:
         assert row["accuracy"] <= row["nearest"] + 0.02
         assert row["warned"] == (row["margin"] < 3)

@@ -1,6 +1,5 @@
 """``helmholtz landscape``."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from rich.console import Console
 
 from helmholtz._checks import check, check_integer
-from helmholtz._files import write_atomically
+from helmholtz._files import write_json
 from helmholtz._run_folder import TOKENIZER
 from helmholtz.cli.arguments import Parser, make_parser, parse
 from helmholtz.cli.validate import load_equilibrium_model
@@ -148,7 +147,7 @@ def run(arguments: list[str], console: Console) -> int:
         "critical_points": points_to_dict(points),
         "memory": memory_to_dict(memory),
     }
-    write_atomically(folder / "landscape.json", json.dumps(content, indent=1) + "\n")
+    write_json(folder / "landscape.json", content)
     pictures = "slice.png, trajectories.png, basins.png, memory.png and landscape.json"
     console.print(f"wrote {pictures} in {folder}", markup=False)
     return 0

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from helmholtz._checks import check, check_integer, check_keys
-from helmholtz._files import write_atomically
+from helmholtz._files import write_json
 from helmholtz._json import parse_json
 from helmholtz.layers.placement import device_of
 from helmholtz.models.base import evaluation_mode
@@ -54,7 +54,7 @@ class PlanFile:
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write JSON, atomically."""
-        write_atomically(file, json.dumps(asdict(self), indent=1) + "\n")
+        write_json(file, asdict(self))
 
 
 def load_plan(file: str | os.PathLike[str], model: Decoder) -> PlanFile:

@@ -6,17 +6,18 @@
 
 import abc
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
 from helmholtz._checks import check, check_integer, check_positive
-from helmholtz._files import write_atomically
+from helmholtz._files import write_json
 from helmholtz.experiments.queue import SEEDS, FinishedRun, QueuedRun, Spread
+
+T = TypeVar("T")
 
 COMPUTING = ("run", "pilot")
 """Actions that compute runs; all others only read results."""
@@ -50,6 +51,16 @@ class Study(abc.ABC):
     def output(cls, action: str) -> str:
         """Folder of the results unless ``--output`` names another."""
         return f"results/{cls.name}"
+
+    @property
+    def measured(self) -> Literal["validation", "test"]:
+        """What runs are measured on: those of a pilot do not see the test."""
+        return "validation" if self.action == "pilot" else "test"
+
+    @property
+    def lrs(self) -> Sequence[float | None]:
+        """Learning rates that a pilot compares; else None, for that of the model."""
+        return self.values.get("lrs", (None,))
 
     @classmethod
     @abc.abstractmethod
@@ -106,13 +117,26 @@ def add_seeds(parser: argparse.ArgumentParser, help: str, default: Sequence[int]
     parser.add_argument("--seeds", type=int, nargs="+", default=list(default), help=help)
 
 
+def load_data(
+    names: Sequence[str], packaged: Mapping[str, Callable[[], T]], read: Callable[[Path], T], files: str
+) -> list[T]:
+    """The data sets of these names, or in the files or folders of these names.
+
+    Args:
+        read: reads one of the user's own.
+        files: what such a one is, in words.
+
+    Raises: ValueError for a name that is neither.
+    """
+    wanted = f"{files} or one of {', '.join(packaged)}"
+    for name in names:
+        check(name in packaged or Path(name).exists(), "data", name, wanted)
+    return [packaged[name]() if name in packaged else read(Path(name)) for name in names]
+
+
 def add_learning_rates(parser: argparse.ArgumentParser) -> None:
     """What a pilot compares."""
     parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates")
-
-
-def write_json(file: Path, content: Any) -> None:
-    write_atomically(file, json.dumps(content, indent=1) + "\n")
 
 
 def spread_text(found: Spread | Mapping[str, Any] | None, digits: int = 4) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from helmholtz._checks import check, check_integer
-from helmholtz._files import write_atomically
+from helmholtz._files import write_atomically, write_json
 from helmholtz._hardware import describe_hardware, git_commit
 from helmholtz._locks import LockedError, locked
 from helmholtz.experiments.records import LOCKS, RESULTS, TIMINGS, fold, read_record
@@ -52,6 +52,29 @@ class FinishedRun:
     result: dict[str, Any]
     timing: dict[str, Any]
     """CPU and wall seconds, date, commit and hardware; empty if it is lost."""
+
+    def setting(self, name: str) -> Any:
+        """A setting; of one that is a mapping, as data are, its name."""
+        value = self.run.settings[name]
+        return value["name"] if isinstance(value, dict) else value
+
+
+def grouped(done: Sequence[FinishedRun], *names: str) -> dict[tuple[Any, ...], list[FinishedRun]]:
+    """The runs by what these settings are, in the order in which they come."""
+    groups: dict[tuple[Any, ...], list[FinishedRun]] = {}
+    for run in done:
+        groups.setdefault(tuple(map(run.setting, names)), []).append(run)
+    return groups
+
+
+def values_of(done: Sequence[FinishedRun], name: str) -> list[Any]:
+    """What a setting is among the runs, in their order."""
+    return [value for (value,) in grouped(done, name)]
+
+
+def runs_of(done: Sequence[FinishedRun], **settings: Any) -> list[FinishedRun]:
+    """The runs with these settings."""
+    return grouped(done, *settings).get(tuple(settings.values()), [])
 
 
 def shard(runs: Sequence[QueuedRun], text: str) -> list[QueuedRun]:
@@ -144,7 +167,7 @@ def _compute(
         "commit": git_commit(),
         "hardware": describe_hardware(),
     }
-    write_atomically(folder / TIMINGS / f"{run.name}.json", json.dumps(timing, indent=1) + "\n")
+    write_json(folder / TIMINGS / f"{run.name}.json", timing)
     write_atomically(folder / RESULTS / f"{run.name}.json", text + "\n")
     return seconds
 

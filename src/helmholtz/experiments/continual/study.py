@@ -16,7 +16,7 @@ from helmholtz.experiments.continual.run import (
     ContinualResult,
     joint_accuracy,
 )
-from helmholtz.experiments.queue import FinishedRun, QueuedRun
+from helmholtz.experiments.queue import FinishedRun, QueuedRun, grouped, runs_of, values_of
 from helmholtz.experiments.recall.data import MapTask
 from helmholtz.experiments.recall.learners import LearnerStudy, build_learner
 from helmholtz.experiments.recall.report import plot_continual
@@ -89,14 +89,15 @@ class Continual(LearnerStudy):
         )
 
     def report(self, done: Sequence[FinishedRun], missing: Sequence[QueuedRun], console: Console) -> None:
-        results: dict[str, list[ContinualResult]] = {}
-        for run in done:
-            if (method := run.run.settings["method"]) != JOINT:
-                results.setdefault(method, []).append(ContinualResult.from_dict(run.result))
-        joint = [run.result["accuracies"] for run in done if run.run.settings["method"] == JOINT]
+        results = {
+            method: [ContinualResult.from_dict(run.result) for run in runs]
+            for (method,), runs in grouped(done, "method").items()
+            if method != JOINT
+        }
+        joint = [run.result["accuracies"] for run in runs_of(done, method=JOINT)]
         rows = [_cells(method, found) for method, found in results.items()]
         rows += [{"": JOINT, "ACC": f"{statistics.fmean(map(statistics.fmean, joint)):.3f}"}] if joint else []
-        n_seeds = len({run.run.settings["seed"] for run in done})
+        n_seeds = len(values_of(done, "seed"))
         chance = 1 / done[0].run.settings["config"]["task"]["n_labels"]
         title = f"Mean of {n_seeds} seed{'s' * (n_seeds > 1)}; chance {chance:.2f}"
         console.print(make_table(title, rows))

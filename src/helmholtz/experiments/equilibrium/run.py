@@ -11,6 +11,7 @@ from helmholtz.data.tokens import TokenDataset, bits_per_byte
 from helmholtz.experiments.equilibrium.data import sample_periodic
 from helmholtz.experiments.recall.data import PairTask, sample_pairs
 from helmholtz.layers.equilibrium_reading import equilibrium_statistics
+from helmholtz.layers.sizing import count_parameters
 from helmholtz.models.base import evaluation_mode
 from helmholtz.models.decoder import Decoder
 from helmholtz.models.mamba import Mamba, MambaConfig
@@ -96,7 +97,7 @@ def learn_pairs(seed: int, *, equilibrium: bool, steps: int = 1500) -> dict[str,
     tokens = pairs(4096, torch.Generator().manual_seed(EVALUATION_SEED + seed))
     with evaluation_mode(model):
         hits = model(tokens[:, :-1]).logits[:, -1].argmax(-1) == tokens[:, -1]
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = count_parameters(model)
     return {"accuracy": hits.double().mean().item(), "parameters": float(parameters)}
 
 

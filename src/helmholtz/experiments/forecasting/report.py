@@ -1,5 +1,6 @@
 """Tables and pictures of the forecasting study."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,7 @@ from helmholtz.evals.plots import picture
 from helmholtz.experiments.forecasting.data import Series
 from helmholtz.experiments.forecasting.run import LOOK_BACK, RECIPES, SHOWN_STEPS, shown_windows
 from helmholtz.experiments.forecasting.windows import forecast_data
-from helmholtz.experiments.queue import FinishedRun, spread
+from helmholtz.experiments.queue import FinishedRun, grouped, runs_of, spread, values_of
 
 PUBLISHED: dict[str, dict[str, float]] = {
     "ETTh1": {
@@ -25,60 +26,44 @@ PUBLISHED: dict[str, dict[str, float]] = {
 and sizes are not known here."""
 
 
-def of(done: Sequence[FinishedRun], **settings: Any) -> list[FinishedRun]:
-    """The runs with these settings; ``data`` is its name."""
-    wanted = settings.items()
-    return [d for d in done if all(_setting(d, name) == value for name, value in wanted)]
-
-
-def _setting(run: FinishedRun, name: str) -> Any:
-    value = run.run.settings[name]
-    return value["name"] if name == "data" else value
-
-
-def values_of(done: Sequence[FinishedRun], name: str) -> list[Any]:
-    """What a setting is among the runs, in their order."""
-    return list(dict.fromkeys(_setting(run, name) for run in done))
-
-
 def summary(done: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     """A row per data and model: test errors by horizon, and their mean over horizons, both as a spread over seeds.
 
     The mean over horizons is of seeds that have all horizons of the data; None if there are none.
     """
     rows = []
-    for data in values_of(done, "data"):
-        horizons = sorted(values_of(of(done, data=data), "horizon"))
-        for model in (name for name in RECIPES if of(done, data=data, model=name)):
-            runs = of(done, data=data, model=model)
-            whole = [seed for seed in values_of(runs, "seed") if len(of(runs, seed=seed)) == len(horizons)]
-            row: dict[str, Any] = {"data": data, "model": model, "seeds": whole, "horizons": horizons}
-            row["parameters"] = {str(r.run.settings["horizon"]): r.result["parameters"] for r in runs}
-            row["cpu_seconds"] = round(sum(run.timing.get("cpu_seconds", 0.0) for run in runs), 1)
-            for error in ("mse", "mae"):
-                by_seed = [[r.result["test"][error] for r in of(runs, seed=seed)] for seed in whole]
-                means = [sum(errors) / len(errors) for errors in by_seed]
-                row[error] = asdict(spread(means)) if means else None
-                row[f"{error}_by_horizon"] = {
-                    str(horizon): asdict(spread([r.result["test"][error] for r in of(runs, horizon=horizon)]))
-                    for horizon in values_of(runs, "horizon")
-                }
-            rows.append(row)
+    for (data, model), runs in grouped(done, "data", "model").items():
+        horizons = sorted(values_of(runs_of(done, data=data), "horizon"))
+        by_seed = {s: own for (s,), own in grouped(runs, "seed").items() if len(own) == len(horizons)}
+        row: dict[str, Any] = {"data": data, "model": model, "seeds": list(by_seed), "horizons": horizons}
+        row["parameters"] = {str(run.setting("horizon")): run.result["parameters"] for run in runs}
+        row["cpu_seconds"] = round(sum(run.timing.get("cpu_seconds", 0.0) for run in runs), 1)
+        for error in ("mse", "mae"):
+            means = [sum(_errors(own, error)) / len(own) for own in by_seed.values()]
+            row[error] = asdict(spread(means)) if means else None
+            row[f"{error}_by_horizon"] = {
+                str(horizon): asdict(spread(_errors(own, error)))
+                for (horizon,), own in grouped(runs, "horizon").items()
+            }
+        rows.append(row)
     return rows
+
+
+def _errors(runs: Sequence[FinishedRun], error: str) -> list[float]:
+    return [run.result["test"][error] for run in runs]
 
 
 def pilot_summary(done: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     """A row per model and learning rate of a pilot: its validation errors by data, and their mean."""
     rows = []
-    for model in values_of(done, "model"):
-        runs = of(done, model=model)
+    for (model,), runs in grouped(done, "model").items():
         for lr in dict.fromkeys(run.run.settings["training"]["lr"] for run in runs):
             found = [run for run in runs if run.run.settings["training"]["lr"] == lr]
             errors = {
-                data: spread([run.result["validation"]["mse"] for run in of(found, data=data)]).mean
-                for data in values_of(found, "data")
+                data: statistics.fmean(run.result["validation"]["mse"] for run in own)
+                for (data,), own in grouped(found, "data").items()
             }
-            mean = sum(errors.values()) / len(errors)
+            mean = statistics.fmean(errors.values())
             rows.append({"model": model, "lr": lr, "validation_mse": errors, "mean": mean})
     return rows
 
@@ -110,7 +95,7 @@ def plot_horizons(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 def plot_forecasts(done: Sequence[FinishedRun], one: Series, file: Path, *, horizon: int, seed: int) -> None:
     """The first steps of some test windows of the variate that a series shows, with the forecast of every model."""
-    runs = of(done, data=one.name, horizon=horizon, seed=seed)
+    runs = runs_of(done, data=one.name, horizon=horizon, seed=seed)
     data = forecast_data(one, look_back=LOOK_BACK, horizon=horizon)
     chosen = shown_windows(len(data.test))
     inputs, targets = data.test.read(chosen)

@@ -23,6 +23,7 @@ from helmholtz.experiments.forecasting.models import (
 )
 from helmholtz.experiments.forecasting.windows import ForecastData, Windows, forecast_data
 from helmholtz.experiments.queue import QueuedRun
+from helmholtz.layers.sizing import count_parameters
 from helmholtz.models.base import evaluation_mode
 from helmholtz.training.config import TrainConfig
 from helmholtz.training.fit import fit_examples
@@ -165,7 +166,7 @@ def compute_forecast(run: QueuedRun, series: Mapping[str, Series]) -> dict[str, 
     data = forecast_data(one, look_back=LOOK_BACK, horizon=horizon)
     seed_everything(seed)
     model = build_forecaster(settings["model"], horizon, one.step)
-    result: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "curve": []}
+    result: dict[str, Any] = {"parameters": count_parameters(model), "curve": []}
     if settings["training"] is not None:
         result |= _train(model, data, Recipe(**settings["training"]), seed)
     result["validation"] = errors(model, data.validation, stride=VALIDATION_STRIDE)

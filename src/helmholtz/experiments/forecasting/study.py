@@ -2,12 +2,10 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from helmholtz._checks import check
 from helmholtz.experiments.base import (
     LIST,
     Note,
@@ -15,21 +13,20 @@ from helmholtz.experiments.base import (
     add_learning_rates,
     add_names,
     add_seeds,
+    load_data,
     make_table,
     spread_text,
 )
-from helmholtz.experiments.forecasting.data import PACKAGED, Series, read_series
+from helmholtz.experiments.forecasting.data import PACKAGED, read_series
 from helmholtz.experiments.forecasting.report import (
     PUBLISHED,
-    of,
     pilot_summary,
     plot_forecasts,
     plot_horizons,
     summary,
-    values_of,
 )
 from helmholtz.experiments.forecasting.run import HORIZONS, RECIPES, compute_forecast, forecast_runs
-from helmholtz.experiments.queue import SEEDS, FinishedRun, QueuedRun
+from helmholtz.experiments.queue import SEEDS, FinishedRun, QueuedRun, runs_of, values_of
 
 TRAINED = [name for name, recipe in RECIPES.items() if recipe is not None]
 
@@ -45,7 +42,7 @@ class Forecasting(Study):
 
     def __init__(self, action: str, values: Mapping[str, Any]) -> None:
         super().__init__(action, values)
-        self.series = load(values["data"])
+        self.series = load_data(values["data"], PACKAGED, read_series, "a CSV file")
 
     @classmethod
     def output(cls, action: str) -> str:
@@ -71,8 +68,8 @@ class Forecasting(Study):
             self.values["models"],
             self.values["horizons"],
             self.values["seeds"],
-            measured="validation" if self.action == "pilot" else "test",
-            lrs=self.values.get("lrs", (None,)),
+            measured=self.measured,
+            lrs=self.lrs,
         )
 
     def compute(self, run: QueuedRun, note: Note) -> dict[str, Any]:
@@ -93,23 +90,13 @@ class Forecasting(Study):
     def _plot(self, done: Sequence[FinishedRun], rows: Sequence[Mapping[str, Any]]) -> None:
         plot_horizons(rows, self.folder / "horizons.png")
         for one in self.series:
-            own = of(done, data=one.name)
+            own = runs_of(done, data=one.name)
             if own:
                 horizon, seed = min(values_of(own, "horizon")), min(values_of(own, "seed"))
                 plot_forecasts(own, one, self.folder / f"{one.name}.png", horizon=horizon, seed=seed)
 
 
 STUDY = Forecasting
-
-
-def load(names: Sequence[str]) -> list[Series]:
-    """The series by the names of packaged ones or of files. Raises: ValueError for a name that is neither."""
-    return [PACKAGED[name]() if name in PACKAGED else _read(Path(name)) for name in names]
-
-
-def _read(file: Path) -> Series:
-    check(file.is_file(), "data", str(file), f"a CSV file or one of {', '.join(PACKAGED)}")
-    return read_series(file)
 
 
 def _error_rows(rows: Sequence[Mapping[str, Any]], data: str) -> list[dict[str, str]]:

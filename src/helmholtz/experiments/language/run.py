@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from helmholtz._checks import check, check_choice, check_integer
-from helmholtz._files import write_atomically
+from helmholtz._files import write_json
 from helmholtz._run_folder import LAST
 from helmholtz.data.king_james import king_james
 from helmholtz.data.prepare import DataConfig, PreparedData, prepare
@@ -26,8 +26,9 @@ from helmholtz.data.tokens import TokenDataset, bits_per_byte
 from helmholtz.evals.language import stream_nats, text_stream
 from helmholtz.evals.latent import bounds_per_byte, stream_bounds
 from helmholtz.experiments.language.models import LANGUAGE_MODELS, SIZES, model_config
-from helmholtz.experiments.queue import SEEDS, FinishedRun, QueuedRun
+from helmholtz.experiments.queue import SEEDS, FinishedRun, QueuedRun, runs_of, values_of
 from helmholtz.experiments.records import TIMINGS
+from helmholtz.layers.sizing import count_parameters
 from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.models.decoder import Decoder
 from helmholtz.training.callbacks import Callback, EvalRecord, StepRecord
@@ -166,10 +167,9 @@ def compute_language(run: QueuedRun, *, data: Path, folder: Path) -> dict[str, A
                 f"{run.name} was {result.status} at step {result.step}; the same command begins it anew"
             )
         model = load_checkpoint(result.folder / LAST)
-    seconds = json.dumps({"cpu_seconds": curve.seconds}, indent=1)
-    write_atomically(folder / TIMINGS / f"{run.name}.curve.json", seconds + "\n")
+    write_json(folder / TIMINGS / f"{run.name}.curve.json", {"cpu_seconds": curve.seconds})
     return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": count_parameters(model),
         "tokens": result.tokens,
         "fingerprint": prepared.metadata.fingerprint,
         "curve": curve.points,
@@ -221,11 +221,8 @@ def scaling_fits(done: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     """
     fits = []
     for model in SCALED_MODELS:
-        found = [
-            run for run in done
-            if (s := run.run.settings)["model"] == model and (s["corpus"], s["tokenizer"]) == ("shakespeare", "bytes")
-        ]  # fmt: skip
-        if len({run.run.settings["size"] for run in found}) < len(SIZES):
+        found = runs_of(done, model=model, corpus="shakespeare", tokenizer="bytes")
+        if len(values_of(found, "size")) < len(SIZES):
             continue
         x = np.log10([run.result["parameters"] for run in found])
         y = np.array([run.result["bits_per_byte"] for run in found])

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from helmholtz._files import write_json
 from helmholtz.experiments.base import (
     COMPUTING,
     LIST,
@@ -17,7 +18,6 @@ from helmholtz.experiments.base import (
     add_seeds,
     make_table,
     spread_text,
-    write_json,
 )
 from helmholtz.experiments.language.models import LANGUAGE_MODELS
 from helmholtz.experiments.language.run import (
@@ -29,7 +29,7 @@ from helmholtz.experiments.language.run import (
     prepare_corpus,
     scaling_fits,
 )
-from helmholtz.experiments.queue import FinishedRun, QueuedRun, spread
+from helmholtz.experiments.queue import FinishedRun, QueuedRun, grouped, spread
 
 
 class Language(Study):
@@ -87,10 +87,7 @@ STUDY = Language
 
 def result_table(done: Sequence[FinishedRun]) -> Table:
     """Bits per byte of every model on every text, mean and deviation over seeds; "<" marks a bound."""
-    groups: dict[tuple[str, ...], list[FinishedRun]] = {}
-    for run in done:
-        key = tuple(run.run.settings[name] for name in ("corpus", "tokenizer", "size", "model"))
-        groups.setdefault(key, []).append(run)
+    groups = grouped(done, "corpus", "tokenizer", "size", "model")
     return make_table("Validation bits per byte", [_cells(key, runs) for key, runs in groups.items()], left=4)
 
 

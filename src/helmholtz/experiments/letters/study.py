@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from helmholtz._checks import check_choice, check_non_negative
-from helmholtz.experiments.base import LIST, Note, Study, add_seeds, make_table, write_json
+from helmholtz._files import write_json
+from helmholtz.experiments.base import LIST, Note, Study, add_seeds, make_table
 from helmholtz.experiments.letters.data import LetterLaw, letters_to_text, noise_floor, vanilla_floor
 from helmholtz.experiments.letters.report import (
     GroupStatistics,
@@ -23,6 +24,7 @@ from helmholtz.experiments.letters.report import (
 )
 from helmholtz.experiments.letters.run import PROFILES, train_on_letters
 from helmholtz.experiments.queue import FinishedRun, QueuedRun
+from helmholtz.layers.sizing import count_parameters
 from helmholtz.models.decoder import Decoder
 
 SHOWN = 5
@@ -86,7 +88,7 @@ class Letters(Study):
             callback=lambda step, loss: note(step, n_steps),
         )
         return {
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "parameters": count_parameters(model),
             "result": measure_letters(model, self.experiment.law, seed=seed).to_dict(),
             "samples": written_samples(model, self.experiment.law, seed),
         }

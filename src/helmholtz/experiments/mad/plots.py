@@ -9,7 +9,7 @@ from helmholtz.evals.plots import picture
 from helmholtz.experiments.mad.data import BASELINE, TASKS
 from helmholtz.experiments.mad.models import MODELS
 from helmholtz.experiments.mad.report import PUBLISHED, SHORT, Row
-from helmholtz.experiments.queue import FinishedRun
+from helmholtz.experiments.queue import FinishedRun, runs_of, values_of
 
 
 def plot_accuracy(rows: Sequence[Row], file: Path) -> None:
@@ -51,16 +51,11 @@ def plot_curves(finished: Sequence[FinishedRun], accuracy: str, file: Path) -> N
         from matplotlib.lines import Line2D
 
         panels = figure.subplots(2, 3, sharex=True, sharey=True)
-        plain = [
-            done for done in finished if done.run.settings["setting"] == BASELINE and done.result["curve"]
-        ]
-        models = [model for model in MODELS if any(done.run.settings["model"] == model for done in plain)]
+        plain = [done for done in runs_of(finished, setting=BASELINE) if done.result["curve"]]
+        models = [model for model in MODELS if model in values_of(plain, "model")]
         for axes, task in zip(panels.flat, TASKS, strict=True):
             for index, model in enumerate(models):
-                settings = {"task": task, "model": model}
-                curves = [
-                    done.result["curve"] for done in plain if settings.items() <= done.run.settings.items()
-                ]
+                curves = [done.result["curve"] for done in runs_of(plain, task=task, model=model)]
                 if curves:
                     _curve(axes, curves, accuracy, f"C{index}", 3 + 1.2 * (len(models) - index))
             axes.set_title(task, fontsize=10)

@@ -8,7 +8,7 @@ from helmholtz._checks import check, check_choice, check_integer
 from helmholtz.experiments.mad.data import TASKS, MadSetting, baseline, draw, ladder
 from helmholtz.experiments.mad.models import MODELS, MadSizes, build_model
 from helmholtz.experiments.mad.training import MadProtocol, StepCallback, train
-from helmholtz.experiments.queue import FinishedRun, QueuedRun
+from helmholtz.experiments.queue import FinishedRun, QueuedRun, grouped
 from helmholtz.layers.sizing import count_parameters
 
 LR_GRID = (1e-4, 5e-4, 1e-3)
@@ -167,8 +167,7 @@ def chosen_rates(finished: Sequence[FinishedRun]) -> dict[str, float]:
     Raises: ValueError for a task of which every run diverged.
     """
     chosen = {}
-    for task in dict.fromkeys(done.run.settings["task"] for done in finished):
-        of_task = [done for done in finished if done.run.settings["task"] == task]
+    for (task,), of_task in grouped(finished, "task").items():
         scored = [done for done in of_task if done.result["score"] is not None]
         check(bool(scored), "runs", task, "a task with a run that did not diverge")
         best = min(scored, key=lambda done: float(done.result["final"]["loss"]))

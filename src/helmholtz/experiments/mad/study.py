@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from helmholtz._checks import check_choice
-from helmholtz._files import write_atomically
+from helmholtz._files import write_atomically, write_json
 from helmholtz.experiments.base import (
     LIST,
     Note,
@@ -16,7 +16,6 @@ from helmholtz.experiments.base import (
     add_names,
     add_seeds,
     make_table,
-    write_json,
 )
 from helmholtz.experiments.mad.plots import plot_accuracy, plot_curves
 from helmholtz.experiments.mad.report import markdown, report_content, rows_of, table_lines

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from helmholtz._checks import check_choice, check_integer
 from helmholtz.experiments.base import LIST, Note, make_table
-from helmholtz.experiments.queue import FinishedRun, QueuedRun
+from helmholtz.experiments.queue import FinishedRun, QueuedRun, runs_of
 from helmholtz.experiments.recall.data import PairTask
 from helmholtz.experiments.recall.learners import LearnerStudy, build_learner
 from helmholtz.experiments.recall.patterns import (
@@ -161,15 +161,15 @@ class Recall(LearnerStudy):
         return recall_patterns(**settings | {"corruption": Corruption(**settings["corruption"])}).to_dict()
 
     def report(self, done: Sequence[FinishedRun], missing: Sequence[QueuedRun], console: Console) -> None:
-        patterns = [RecallResult.from_dict(run.result) for run in of_part(done, "patterns")]
-        values = [AssociationResult.from_dict(run.result) for run in of_part(done, "values")]
+        patterns = [RecallResult.from_dict(run.result) for run in runs_of(done, part="patterns")]
+        values = [AssociationResult.from_dict(run.result) for run in runs_of(done, part="values")]
         if patterns:
             title = "Patterns recalled (kappa = 0: no gain of a context enters)"
             console.print(make_table(title, [_pattern_cells(result) for result in patterns], left=0))
         if values:
             rows = [_value_cells(result) for result in values]
             console.print(make_table("Values recalled from keys", rows, left=0))
-        for run in of_part(done, "context"):
+        for run in runs_of(done, part="context"):
             s, result = run.run.settings, run.result
             console.print(
                 f"{s['task']['n_pairs']} pairs in a context, {reader_label(s)}: {result['accuracy']:.3f} "
@@ -181,10 +181,6 @@ class Recall(LearnerStudy):
 
 
 STUDY = Recall
-
-
-def of_part(done: Sequence[FinishedRun], part: str) -> list[FinishedRun]:
-    return [run for run in done if run.run.settings["part"] == part]
 
 
 def reader_label(settings: Mapping[str, Any]) -> str:

@@ -6,31 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from helmholtz.evals.plots import picture
-from helmholtz.experiments.queue import FinishedRun, spread
+from helmholtz.experiments.queue import FinishedRun, grouped, runs_of, spread
 from helmholtz.experiments.selection.data import expected_gap, expected_maximum
 
 SHOWN = ("attention, values fixed", "free energy, beta 2", "free energy, beta 20")
 """Readers whose example is drawn."""
 
 
-def of_part(done: Sequence[FinishedRun], part: str) -> list[FinishedRun]:
-    return [run for run in done if run.run.settings["part"] == part]
-
-
 def by_reader(done: Sequence[FinishedRun], target: str) -> dict[str, list[FinishedRun]]:
     """Learned runs of a target by the label of their reader, in the order of the queue."""
-    found: dict[str, list[FinishedRun]] = {}
-    for run in of_part(done, "learned"):
-        if run.run.settings["task"]["target"] == target:
-            found.setdefault(run.run.settings["label"], []).append(run)
-    return found
+    learned = runs_of(done, part="learned")
+    own = [run for run in learned if run.run.settings["task"]["target"] == target]
+    return {label: runs for (label,), runs in grouped(own, "label").items()}
 
 
 def plot_gaps(done: Sequence[FinishedRun], file: Path) -> None:
     """Left: gap to the maximum over beta, the law as lines and what was measured as marks. Right: trained layers."""
     with picture(file, (11, 4.3)) as figure:
         left, right = figure.subplots(1, 2)
-        _draw_law(left, of_part(done, "gaps"))
+        _draw_law(left, runs_of(done, part="gaps"))
         _draw_learned(right, by_reader(done, "maximum"))
 
 

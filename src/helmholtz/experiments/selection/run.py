@@ -23,6 +23,7 @@ from helmholtz.experiments.selection.data import SelectionTask, expected_gap, ex
 from helmholtz.layers.fem import FreeEnergyMixer
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig
 from helmholtz.layers.fem_reading import inspect_read
+from helmholtz.layers.sizing import count_parameters
 from helmholtz.ops.free_energy import free_energy_read, hidden_temperature
 from helmholtz.training.config import TrainConfig
 from helmholtz.training.fit import fit
@@ -246,7 +247,7 @@ def measure_reader(layer: FreeEnergyMixer, task: SelectionTask, *, seed: int) ->
     influence = channel_influence(layer, part.query, part.cache, task)
     rms = missing.square().mean().sqrt().item()
     return {
-        "parameters": sum(parameter.numel() for parameter in layer.parameters()),
+        "parameters": count_parameters(layer),
         "rms_error": rms,
         "mean_gap": missing.mean().item(),
         "sharpness": layer.in_proj.weight[-task.width :].norm(dim=1).mean().item(),

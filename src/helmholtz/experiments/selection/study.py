@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from helmholtz.experiments.base import LIST, Note, Study, add_seeds, make_table, spread_text
-from helmholtz.experiments.queue import FinishedRun, QueuedRun, spread
-from helmholtz.experiments.selection.report import by_reader, of_part, plot_gaps, plot_reads
+from helmholtz.experiments.queue import FinishedRun, QueuedRun, runs_of, spread
+from helmholtz.experiments.selection.report import by_reader, plot_gaps, plot_reads
 from helmholtz.experiments.selection.run import SelectionStudy, compute, queue
 
 
@@ -39,10 +39,10 @@ class Selection(Study):
         if missing:
             console.print("tables and pictures are made when all runs are done")
             return
-        console.print(gap_table(of_part(done, "gaps")))
+        console.print(gap_table(runs_of(done, part="gaps")))
         console.print(learned_table("Every channel's maximum", by_reader(done, "maximum")))
         console.print(learned_table("A token named for every channel", by_reader(done, "named")))
-        console.print(pattern_table(of_part(done, "patterns")))
+        console.print(pattern_table(runs_of(done, part="patterns")))
         plot_gaps(done, self.folder / "gaps.png")
         plot_reads(done, self.folder / "reads.png")
         console.print(f"wrote gaps.png and reads.png into {self.folder}", markup=False)

@@ -8,50 +8,31 @@ from typing import Any
 import numpy as np
 
 from helmholtz.evals.plots import picture
-from helmholtz.experiments.queue import FinishedRun, spread
-from helmholtz.experiments.vision.run import LEARNING_RATES
-
-
-def by_model(done: Sequence[FinishedRun], data: str) -> dict[str, list[FinishedRun]]:
-    """Runs on one set by mixer, in the order of ``LEARNING_RATES``."""
-    own = [run for run in done if run.run.settings["data"]["name"] == data]
-    groups = {name: [run for run in own if run.run.settings["model"] == name] for name in LEARNING_RATES}
-    return {name: runs for name, runs in groups.items() if runs}
-
-
-def data_names(done: Sequence[FinishedRun]) -> list[str]:
-    return list(dict.fromkeys(run.run.settings["data"]["name"] for run in done))
+from helmholtz.experiments.queue import FinishedRun, grouped, runs_of, spread
 
 
 def summary(done: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     """A row per set and mixer: accuracies and test loss as a spread over seeds."""
-    rows = []
-    for data in data_names(done):
-        for model, runs in by_model(done, data).items():
-            results = [run.result for run in runs]
-            rows.append(
-                {
-                    "data": data,
-                    "model": model,
-                    "seeds": [run.run.settings["seed"] for run in runs],
-                    "parameters": results[0]["parameters"],
-                    "validation_accuracy": asdict(spread([r["validation"]["accuracy"] for r in results])),
-                    "test_accuracy": asdict(spread([r["test"]["accuracy"] for r in results])),
-                    "test_loss": asdict(spread([r["test"]["loss"] for r in results])),
-                    "cpu_seconds": round(sum(run.timing.get("cpu_seconds", 0.0) for run in runs), 1),
-                }
-            )
-    return rows
+    return [
+        {
+            "data": data,
+            "model": model,
+            "seeds": [run.setting("seed") for run in runs],
+            "parameters": runs[0].result["parameters"],
+            "validation_accuracy": asdict(spread([run.result["validation"]["accuracy"] for run in runs])),
+            "test_accuracy": asdict(spread([run.result["test"]["accuracy"] for run in runs])),
+            "test_loss": asdict(spread([run.result["test"]["loss"] for run in runs])),
+            "cpu_seconds": round(sum(run.timing.get("cpu_seconds", 0.0) for run in runs), 1),
+        }
+        for (data, model), runs in grouped(done, "data", "model").items()
+    ]
 
 
 def pilot_summary(done: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     """A row per run of a pilot: what its learning rate gives on the validation images."""
     return [
         {
-            "data": run.run.settings["data"]["name"],
-            "model": run.run.settings["model"],
-            "lr": run.run.settings["lr"],
-            "seed": run.run.settings["seed"],
+            **{name: run.setting(name) for name in ("data", "model", "lr", "seed")},
             "validation": run.result["validation"],
             "best_step": run.result["best_step"],
         }
@@ -63,7 +44,7 @@ def plot_learning(done: Sequence[FinishedRun], data: str, file: Path) -> None:
     """Validation loss (line) and training loss (faint) against steps, a colour per mixer and a line per seed."""
     with picture(file, (6, 4)) as figure:
         axes = figure.subplots()
-        for number, (model, runs) in enumerate(by_model(done, data).items()):
+        for number, ((model,), runs) in enumerate(grouped(runs_of(done, data=data), "model").items()):
             for run in runs:
                 steps, train, validation = zip(*run.result["curve"], strict=True)
                 label = model if run is runs[0] else None
@@ -79,10 +60,10 @@ def plot_learning(done: Sequence[FinishedRun], data: str, file: Path) -> None:
 
 def plot_confusion(done: Sequence[FinishedRun], data: str, file: Path) -> None:
     """Share of each class that is taken for each other one, a panel per mixer, over all seeds."""
-    groups = by_model(done, data)
+    groups = grouped(runs_of(done, data=data), "model")
     with picture(file, (5.2 * len(groups), 4.8)) as figure:
         panels = figure.subplots(1, len(groups), squeeze=False)
-        for axes, (model, runs) in zip(panels[0], groups.items(), strict=True):
+        for axes, ((model,), runs) in zip(panels[0], groups.items(), strict=True):
             counts = np.sum([run.result["confusion"] for run in runs], axis=0)
             shares = counts / counts.sum(1, keepdims=True)
             names = runs[0].run.settings["data"]["classes"]

@@ -16,6 +16,7 @@ from helmholtz._checks import check, check_choice, check_integer
 from helmholtz.experiments.queue import QueuedRun
 from helmholtz.experiments.vision.data import Images, ImageSplits
 from helmholtz.experiments.vision.models import ViT, ViTConfig
+from helmholtz.layers.sizing import count_parameters
 from helmholtz.models.base import evaluation_mode
 from helmholtz.models.encoder import MixerName
 from helmholtz.training.config import TrainConfig
@@ -137,7 +138,7 @@ def compute_vision(run: QueuedRun, data: Mapping[str, ImageSplits]) -> dict[str,
         lambda: measure(model, one.validation)["loss"], patience=recipe.patience,
     )  # fmt: skip
     result: dict[str, Any] = {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": count_parameters(model),
         "steps": found.steps,
         "best_step": found.best.step,
         "curve": [[point.step, point.train, point.validation] for point in found.curve],

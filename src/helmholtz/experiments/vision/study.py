@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.console import Console
 
-from helmholtz._checks import check
 from helmholtz.experiments.base import (
     LIST,
     Note,
@@ -15,13 +14,13 @@ from helmholtz.experiments.base import (
     add_learning_rates,
     add_names,
     add_seeds,
+    load_data,
     make_table,
     spread_text,
 )
-from helmholtz.experiments.queue import SEEDS, FinishedRun, QueuedRun
+from helmholtz.experiments.queue import SEEDS, FinishedRun, QueuedRun, values_of
 from helmholtz.experiments.vision.data import PACKAGED, ImageSplits, idx_images
 from helmholtz.experiments.vision.report import (
-    data_names,
     pilot_summary,
     plot_confusion,
     plot_learning,
@@ -42,7 +41,8 @@ class Vision(Study):
 
     def __init__(self, action: str, values: Mapping[str, Any]) -> None:
         super().__init__(action, values)
-        self.data = load(values["data"])
+        files = "a folder of IDX files"
+        self.data = load_data(values["data"], PACKAGED, read_folder, files)
 
     @classmethod
     def output(cls, action: str) -> str:
@@ -62,8 +62,8 @@ class Vision(Study):
             self.data,
             self.values["models"],
             self.values["seeds"],
-            measured="validation" if self.action == "pilot" else "test",
-            lrs=self.values.get("lrs", (None,)),
+            measured=self.measured,
+            lrs=self.lrs,
         )
 
     def compute(self, run: QueuedRun, note: Note) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class Vision(Study):
         else:
             rows = summary(done)
             console.print(make_table("Mean over seeds ± deviation", [_cells(row) for row in rows], left=2))
-            for data in data_names(done):
+            for data in values_of(done, "data"):
                 plot_learning(done, data, self.folder / f"{data}-learning.png")
                 plot_confusion(done, data, self.folder / f"{data}-confusion.png")
         self.write_summary(rows, done, missing)
@@ -87,13 +87,8 @@ class Vision(Study):
 STUDY = Vision
 
 
-def load(names: Sequence[str]) -> list[ImageSplits]:
-    """The images by name or folder; of a folder a tenth of the training images validates."""
-    return [PACKAGED[name]() if name in PACKAGED else _folder(Path(name)) for name in names]
-
-
-def _folder(folder: Path) -> ImageSplits:
-    check(folder.is_dir(), "data", str(folder), f"a folder of IDX files or one of {', '.join(PACKAGED)}")
+def read_folder(folder: Path) -> ImageSplits:
+    """The images of a folder, called by its name; a tenth of the training images validates."""
     return idx_images(folder, name=folder.resolve().name)
 
 
