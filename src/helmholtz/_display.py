@@ -9,12 +9,11 @@ from typing import Any
 from rich.console import Console
 
 
-class LosableStream:
-    """A text stream that goes silent, after one line on standard error, where ``stream`` cannot be written."""
+class StandardOutput:
+    """Standard output, whose errors say that they are its own; but for a closed pipe's, which ends a command."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
-        self.lost = False
 
     def write(self, text: str) -> int:
         self._attempt(lambda: self._write(text))
@@ -25,6 +24,25 @@ class LosableStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+    def _write(self, text: str) -> None:
+        self.stream.write(text)
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OSError(f"standard output: {error.strerror}") from error
+
+
+class LosableStream(StandardOutput):
+    """A text stream that goes silent, after one line on standard error, where ``stream`` cannot be written."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self.lost = False
 
     def _write(self, text: str) -> None:
         try:
@@ -61,8 +79,9 @@ def _itself(stream: Any) -> Any:
 
 def make_losable(console: Console) -> None:
     """From now on the console's output never ends the work that it tells of."""
-    if not isinstance(console.file, LosableStream):
-        console.file = LosableStream(console.file)  # type: ignore[assignment]
+    stream: Any = console.file
+    if not isinstance(stream, LosableStream):
+        console.file = LosableStream(getattr(stream, "stream", stream))  # type: ignore[assignment]
 
 
 @contextlib.contextmanager

@@ -91,6 +91,14 @@ def _devices() -> list[str]:
     ]
 
 
+def memory_bytes() -> int | None:
+    """Main memory of this machine; None on a system that does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
 def describe_hardware() -> dict[str, str | int]:
     """Processor, threads and versions, for the head of a result file."""
     model = platform.processor() or platform.machine()

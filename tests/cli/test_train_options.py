@@ -97,3 +97,22 @@ def test_a_second_ctrl_c_ends_a_run_at_once_in_one_line_and_keeps_its_checkpoint
     assert train(data, tmp_path / "run", "--train.save_every=4") == 130
     assert capsys.readouterr().err == "helmholtz train: interrupted\n"
     assert (tmp_path / "run" / "last").resolve().name == "step-00000004"
+
+
+def test_a_model_that_no_memory_holds_is_refused_before_it_is_built(data, tmp_path, capsys):
+    for option, message in [
+        ("--model.n_layers=1000000", "n_layers must be at most 10,000, got 1000000"),
+        (
+            "--model.d_model=1000000",
+            r"model: 13,0\d\d,\d{3},\d{3},\d{3}|model: 12,0\d\d,\d{3},\d{3},\d{3} parameters",
+        ),
+    ]:
+        assert train(data, tmp_path / "run", option) == 2
+        said = capsys.readouterr().err
+        assert re.search(message, said) and said.count("\n") == 1
+    assert not (tmp_path / "run" / "last").exists()
+
+
+def test_text_that_was_not_prepared_is_refused_with_the_command_that_does(tmp_path, capsys):
+    assert main(["train", f"--data.folder={tmp_path}"]) == 2
+    assert "make it with helmholtz data" in capsys.readouterr().err

@@ -4,15 +4,19 @@ import argparse
 import difflib
 import os
 import re
+import sys
+import tempfile
 import types
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 import jsonargparse
 
 from helmholtz._checks import check
+from helmholtz._display import StandardOutput
 from helmholtz.cli.documents import Document, documents, read_documents
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -31,6 +35,10 @@ class Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise ValueError(_readable(self, " ".join(str(message).split()))) from ex
+
+    def print_help(self, file: Any = None) -> None:
+        """As argparse's, which keeps silent where the help cannot be written."""
+        StandardOutput(file or sys.stdout).write(self.format_help())
 
 
 def make_parser(command: str, description: str) -> Parser:
@@ -108,6 +116,39 @@ def _finished(name: str, value: Any) -> Any:
             check(value != "", name, value, "the name of a file or folder")
             return os.path.expanduser(value)
     return value
+
+
+def output_file(name: str, value: str) -> Path:
+    """The file that the option ``name`` asks for. Raises: ValueError if it cannot be written: before it is computed."""
+    path = Path(value)
+    check(not path.is_dir(), name, value, "a file, not a folder")
+    _check_writable(name, value, path.parent)
+    return path
+
+
+def output_folder(name: str, value: str) -> Path:
+    """``output_file`` for a folder, which is made when something is written."""
+    _check_writable(name, value, Path(value))
+    return Path(value)
+
+
+def output_picture(name: str, value: str) -> Path:
+    """``output_file`` for a figure. Raises: ValueError for a suffix, ImportError for want of what draws it."""
+    from helmholtz.evals.plots import pyplot
+
+    kinds = sorted(pyplot().FigureCanvasBase.get_supported_filetypes())
+    suffix = Path(value).suffix[1:].lower()
+    check(suffix in ("", *kinds), name, value, f"a name that ends in one of {', '.join(kinds)}")
+    return output_file(name, value)
+
+
+def _check_writable(name: str, value: str, folder: Path) -> None:
+    try:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"{name}: {value} cannot be written ({error.strerror})") from error
 
 
 def check_utf8(name: str, text: str) -> None:

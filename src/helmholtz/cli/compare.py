@@ -1,14 +1,12 @@
 """``helmholtz compare``."""
 
-from pathlib import Path
-
 from rich.console import Console
 from rich.table import Table
 
-from helmholtz.cli.arguments import make_parser, parse
+from helmholtz.cli.arguments import make_parser, output_folder, parse
 from helmholtz.evals.compare import POSTERIOR_SAMPLES, Comparison, Group, Row, compare, leaders, write_results
 from helmholtz.evals.latent import PRIOR_DRAWS
-from helmholtz.evals.plots import plot_loss_curves
+from helmholtz.evals.plots import plot_loss_curves, pyplot
 
 DESCRIPTION = "Compare finished runs at equal budgets: a table, results.json and the loss curves."
 
@@ -76,7 +74,8 @@ def run(arguments: list[str], console: Console) -> int:
     parser.add_argument("--data", type=str, help="where the runs' data are now (default: where they were)")
     parser.add_argument("--batch_size", type=int, help="windows per forward pass (default: as in training)")
     values = parse(parser, arguments)
-    output = Path(values["output"])
+    output = output_folder("output", values["output"])
+    pyplot()  # or its absence is noticed when all has been evaluated
     comparison = compare(
         values["runs"],
         allow_unequal=values["allow_unequal"],

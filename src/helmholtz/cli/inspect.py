@@ -11,7 +11,7 @@ from rich.table import Table
 from helmholtz._files import read_complete
 from helmholtz._json import parse_json
 from helmholtz._run_folder import TOKENIZER
-from helmholtz.cli.arguments import make_parser, parse
+from helmholtz.cli.arguments import make_parser, output_picture, parse
 from helmholtz.data.tokenizer import load_tokenizer
 from helmholtz.evals.equilibria import equilibrium_of
 from helmholtz.evals.inspection import (
@@ -168,7 +168,8 @@ def run(arguments: list[str], console: Console) -> int:
     )
     parser.add_argument("--picture", type=str, default=None, help="file for a picture of the reading")
     values = parse(parser, arguments)
-    checkpoint, text, picture = find_checkpoint(values["checkpoint"]), values["text"], values["picture"]
+    picture = None if values["picture"] is None else output_picture("picture", values["picture"])
+    checkpoint, text = find_checkpoint(values["checkpoint"]), values["text"]
     if picture and text is None:
         raise ValueError("picture: there is nothing to draw without a text")
     model = load_checkpoint(checkpoint)
@@ -188,7 +189,7 @@ def run(arguments: list[str], console: Console) -> int:
             "text: this model has no Free Energy Mixer and no equilibrium whose reading could be shown"
         )
     if text is not None and mixers(model):
-        console.print(reading_table(model, text, checkpoint, Path(picture) if picture else None))
+        console.print(reading_table(model, text, checkpoint, picture))
         if picture:
             console.print(f"wrote {picture}", markup=False)
     return 0

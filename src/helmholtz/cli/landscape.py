@@ -10,14 +10,14 @@ from rich.console import Console
 from helmholtz._checks import check, check_integer
 from helmholtz._files import write_json
 from helmholtz._run_folder import TOKENIZER
-from helmholtz.cli.arguments import Parser, make_parser, parse
+from helmholtz.cli.arguments import Parser, make_parser, output_folder, parse
 from helmholtz.cli.validate import load_equilibrium_model
 from helmholtz.data.tokenizer import load_tokenizer
 from helmholtz.evals.landscape import EnergyLandscapeAnalyzer, EnergySlice, MemoryOrganisation, points_to_dict
 from helmholtz.evals.landscape_case import SAME, Basis
 from helmholtz.evals.landscape_flow import Basins, Trajectories
 from helmholtz.evals.landscape_plots import plot_basins, plot_memory, plot_slice, plot_trajectories
-from helmholtz.evals.plots import visible
+from helmholtz.evals.plots import pyplot, visible
 from helmholtz.evals.runs import find_checkpoint
 from helmholtz.models.decoder import require_equilibrium
 
@@ -121,7 +121,8 @@ def run(arguments: list[str], console: Console) -> int:
     values = parse(make_landscape_parser(), arguments)
     check_integer("threads", values["threads"])
     torch.set_num_threads(values["threads"])
-    checkpoint, folder = find_checkpoint(values["checkpoint"]), Path(values["output"])
+    folder, checkpoint = output_folder("output", values["output"]), find_checkpoint(values["checkpoint"])
+    pyplot()  # or its absence is noticed when all has been computed
     model = load_equilibrium_model(checkpoint)
     tokens, name = read_tokens(values, checkpoint)
     analyzer = EnergyLandscapeAnalyzer.of(model, tokens, seed=values["seed"])

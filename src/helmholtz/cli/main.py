@@ -4,10 +4,12 @@ import importlib
 import os
 import platform
 import sys
+from typing import Any
 
 from rich.console import Console
 
 from helmholtz._checks import check_choice
+from helmholtz._display import StandardOutput
 
 GROUPS = {
     "data and training": {
@@ -83,7 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    console = Console(highlight=False, emoji=False, soft_wrap=True)
+    output: Any = None if sys.stdout is None else StandardOutput(sys.stdout)
+    console = Console(file=output, highlight=False, emoji=False, soft_wrap=True)
     if console.width < 1 or not console.is_terminal:
         console.width = max(console.width, MIN_WIDTH)
     if command in ("", "-h", "--help", "--version"):
@@ -99,11 +102,9 @@ def _flush() -> None:
     """Write what is still buffered. Raises: OSError if nobody takes it; then nothing tries again at exit."""
     try:
         if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
+            StandardOutput(sys.stdout).flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            raise OSError(f"standard output: {error.strerror}") from error
         raise
 
 

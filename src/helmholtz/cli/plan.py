@@ -15,7 +15,7 @@ from rich.text import Text
 
 from helmholtz._checks import check, check_integer
 from helmholtz._run_folder import TOKENIZER
-from helmholtz.cli.arguments import Parser, make_parser, parse
+from helmholtz.cli.arguments import Parser, make_parser, output_file, output_picture, parse
 from helmholtz.data.tokenizer import AbstractTokenizer, load_tokenizer
 from helmholtz.evals.plan_file import (
     Edit,
@@ -75,6 +75,10 @@ def run(arguments: list[str], console: Console) -> int:
     parser = make_plan_parser()
     values = parse(parser, arguments)
     _check_combination(values, parser)
+    if values["save"] is not None:
+        output_file("save", values["save"])
+    if values["picture"] is not None:
+        output_picture("picture", values["picture"])
     checkpoint = find_checkpoint(values["checkpoint"])
     model, tokenizer = load_checkpoint(checkpoint), load_tokenizer(checkpoint / TOKENIZER)
     if model.plan is None:

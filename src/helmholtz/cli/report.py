@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from helmholtz._files import write_atomically
-from helmholtz.cli.arguments import make_parser, parse
+from helmholtz.cli.arguments import make_parser, output_file, parse
 from helmholtz.experiments.report.page import build_sections, render
 
 DESCRIPTION = (
@@ -25,7 +25,7 @@ def options(arguments: list[str]) -> dict[str, Any]:
 
 def run(arguments: list[str], console: Console) -> int:
     values = options(arguments)
-    folders, file = [Path(folder) for folder in values["folders"]], Path(values["output"])
+    folders, file = [Path(folder) for folder in values["folders"]], output_file("output", values["output"])
     sections = build_sections(folders)
     write_atomically(file, render(sections, folders))
     for section in sections:

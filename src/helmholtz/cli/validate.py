@@ -13,7 +13,7 @@ from helmholtz._checks import check, check_integer
 from helmholtz._files import write_atomically
 from helmholtz._hardware import describe_hardware, git_commit
 from helmholtz._run_folder import TOKENIZER
-from helmholtz.cli.arguments import Parser, make_parser, parse
+from helmholtz.cli.arguments import Parser, make_parser, output_file, parse
 from helmholtz.data.tokenizer import load_tokenizer
 from helmholtz.evals.convergence import ConvergenceReport, ConvergenceValidator
 from helmholtz.evals.runs import find_checkpoint
@@ -108,6 +108,7 @@ def report_table(report: ConvergenceReport) -> Table:
 
 def run(arguments: list[str], console: Console) -> int:
     values = options(arguments)
+    output = None if values["output"] is None else output_file("output", values["output"])
     torch.set_num_threads(values["threads"])
     model, tokens = load(values)
     begin = time.perf_counter()
@@ -132,6 +133,6 @@ def run(arguments: list[str], console: Console) -> int:
             f"{require_equilibrium(model).config.stability} regime, {result['seconds']:.0f} s: {verdict}",
             markup=False,
         )
-    if values["output"] is not None:
-        write_atomically(Path(values["output"]), text + "\n")
+    if output is not None:
+        write_atomically(output, text + "\n")
     return 0 if report.all_passed else 1

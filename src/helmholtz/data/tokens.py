@@ -64,7 +64,10 @@ class Metadata:
         """Raises: ValueError if the folder is not one of prepared text, or its metadata is damaged."""
         path = Path(folder) / METADATA
         if not path.is_file():
-            raise ValueError(f"{os.fspath(folder)!r} is no folder of prepared text ({METADATA} is missing)")
+            raise ValueError(
+                f"{os.fspath(folder)!r} is no folder of prepared text ({METADATA} is missing): "
+                "make it with helmholtz data"
+            )
         try:
             values = parse_json(path.read_text())
             if values["format"] != FORMAT:

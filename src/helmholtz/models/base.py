@@ -27,6 +27,8 @@ from helmholtz.layers.mixer_config import AttentionConfig, MixerConfig
 from helmholtz.models.codec import config_from_dict
 from helmholtz.ops.binary_latent import MAX_LATENT_BITS
 
+MOST_LAYERS = 10_000
+
 ConfigT = TypeVar("ConfigT", bound="ModelConfig")
 
 
@@ -125,6 +127,7 @@ class FlatConfig(ModelConfig):
     def __post_init__(self) -> None:
         ModelConfig.__post_init__(self)
         check_integer("n_layers", self.n_layers)
+        check(self.n_layers <= MOST_LAYERS, "n_layers", self.n_layers, f"at most {MOST_LAYERS:,}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

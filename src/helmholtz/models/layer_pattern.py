@@ -6,10 +6,9 @@ from typing import Any
 from helmholtz._checks import check, check_choice
 from helmholtz.layers.fem_config import PRIORS, FreeEnergyMixerConfig
 from helmholtz.layers.sizing import matched_d_ff
-from helmholtz.models.base import default_d_ff
+from helmholtz.models.base import MOST_LAYERS, default_d_ff
 
 KINDS = ("attention", "fem", "mamba")
-MOST_LAYERS = 1000
 N_HEADS = 4
 
 
@@ -24,7 +23,7 @@ def layers_of(pattern: str, d_model: int) -> list[dict[str, Any]]:
     """
     layers: list[dict[str, Any]] = []
     for part in pattern.split(","):
-        found = re.fullmatch(r"\s*(\w+)(?::(\w+))?(?:\s*x\s*(\d{1,4}))?\s*", part)
+        found = re.fullmatch(r"\s*(\w+)(?::(\w+))?(?:\s*x\s*(\d{1,5}))?\s*", part)
         form = "parts such as attention, fem:gla x3 or mamba, with commas between them"
         check(found is not None, "layers", part.strip(), form)
         assert found is not None

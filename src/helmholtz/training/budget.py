@@ -4,13 +4,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from helmholtz._hardware import memory_bytes
+from helmholtz.layers.mixer_config import build_mixer
+from helmholtz.models.base import ModelConfig
+
 PEAK_SIZE = 1024
 PEAK_REPEATS = 5
+BYTES_PER_BLOCK = 40_000
+"""Of Python's objects, beside the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +39,24 @@ class Budget:
     @property
     def total_bytes(self) -> int:
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+
+
+def check_memory(config: ModelConfig) -> None:
+    """Raises: ValueError if this machine cannot hold the weights of such a model, before it is filled with them."""
+    weights, blocks = config.vocab_size * config.d_model, 0
+    try:
+        for layer, same in groupby(config.layer_configs()):
+            n_same = sum(1 for _ in same)
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):
+                mixer = sum(parameter.numel() for parameter in build_mixer(layer.mixer).parameters())
+            weights += n_same * (mixer + 3 * config.d_model * (layer.d_ff or 0))
+            blocks += n_same
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"model: no model has these sizes ({error})") from error
+    needed, there = 4 * weights + BYTES_PER_BLOCK * blocks, memory_bytes()
+    if there is not None and needed > there:
+        wanted = f"{weights:,} parameters in {blocks:,} blocks take {needed / 1e9:,.1f} GB"
+        raise ValueError(f"model: {wanted}, this machine has {there / 1e9:,.1f} GB of memory")
 
 
 def measure_budget(model: nn.Module, loss: Callable[[], Tensor], *, micro_batches: int) -> Budget:

@@ -20,6 +20,7 @@ from helmholtz.data.tokens import TokenDataset, check_contents
 from helmholtz.models import MODELS
 from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.models.decoder import Decoder
+from helmholtz.training.budget import check_memory
 from helmholtz.training.callbacks import Callback, JSONLMetrics, ProgressBar, RunResult, Summary, TensorBoard
 from helmholtz.training.checkpoint import can_resume, claim, first_difference, newest_checkpoint
 from helmholtz.training.config import RunConfig, TrainConfig
@@ -115,13 +116,16 @@ def open_data(config: DataConfig) -> tuple[TokenDataset, TokenDataset]:
     data = TokenDataset(config.folder, "train")
     difference = first_difference(data.metadata.settings, config.settings(), "data")
     if difference:
-        raise ValueError(f"{config.folder} was prepared with other settings: {difference}")
+        raise ValueError(
+            f"{config.folder} was prepared with other settings ({difference}): prepare them with helmholtz data"
+        )
     return data, TokenDataset(config.folder, "validation")
 
 
 def _model(config: RunConfig, checkpoint: Path | None) -> Decoder:
     if checkpoint is not None:
         return _saved_model(config, checkpoint)
+    check_memory(config.model)
     seed_everything(config.train.seed)
     return MODELS[config.architecture](config.model)
 
