@@ -58,7 +58,8 @@ def test_train_without_an_option_is_the_run_of_the_defaults(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert call(capsys, "train")[0::2] == (
         2,
-        "helmholtz train: error: 'data/shakespeare' is no folder of prepared text (metadata.json is missing)\n",
+        "helmholtz train: error: 'data/shakespeare' is no folder of prepared text (metadata.json is missing): "
+        "make it with helmholtz data\n",
     )
 
 

@@ -49,3 +49,9 @@ def test_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
 def test_there_are_blocks_to_run():
     assert "docs/data.md" in RUNNABLE
     assert RUNNABLE["docs/data.md"]
+
+
+def test_a_mixer_of_ones_own_in_a_hybrid_takes_less_than_40_lines():
+    (block,) = [block for block in RUNNABLE["docs/how-to-extend.md"] if "AbstractMixerConfig):" in block]
+    assert all(word in block for word in ("DecoderConfig", ".fit()", "generate(", '"attention"', '"fem"'))
+    assert len([line for line in block.splitlines() if line]) < 40

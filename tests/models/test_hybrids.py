@@ -272,7 +272,7 @@ def test_layers_can_be_named_in_a_pattern_and_parts_take_the_models_width() -> N
         ("atention", "layers must be one of .*'atention'; did you mean 'attention'"),
         ("fem:glu", "the prior of fem must be one of .*'glu'; did you mean 'gla'"),
         ("mamba:gla", "layers must be a prior after fem alone, got 'mamba:gla'"),
-        ("mamba x0", "layers must be from 1 to 1000 times"),
+        ("mamba x0", "layers must be from 1 to 10000 times"),
         ("mamba x99999999", "layers must be parts such as"),
         ("", "layers must be parts such as"),
         ("mamba mamba", "layers must be parts such as"),

@@ -6,7 +6,7 @@ from rich.table import Table
 from helmholtz.cli.arguments import make_parser, output_folder, parse
 from helmholtz.evals.compare import POSTERIOR_SAMPLES, Comparison, Group, Row, compare, leaders, write_results
 from helmholtz.evals.latent import PRIOR_DRAWS
-from helmholtz.evals.plots import plot_loss_curves, pyplot
+from helmholtz.evals.plots import plot_loss_curves
 
 DESCRIPTION = "Compare finished runs at equal budgets: a table, results.json and the loss curves."
 
@@ -74,8 +74,7 @@ def run(arguments: list[str], console: Console) -> int:
     parser.add_argument("--data", type=str, help="where the runs' data are now (default: where they were)")
     parser.add_argument("--batch_size", type=int, help="windows per forward pass (default: as in training)")
     values = parse(parser, arguments)
-    output = output_folder("output", values["output"])
-    pyplot()  # or its absence is noticed when all has been evaluated
+    output = output_folder("output", values["output"], figures=True)
     comparison = compare(
         values["runs"],
         allow_unequal=values["allow_unequal"],

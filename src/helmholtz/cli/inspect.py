@@ -26,7 +26,7 @@ from helmholtz.evals.plots import plot_selection
 from helmholtz.evals.runs import find_checkpoint
 from helmholtz.layers.equilibrium_reading import equilibrium_statistics, learned_strengths
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig
-from helmholtz.layers.mixer_config import AttentionConfig, MambaMixerConfig
+from helmholtz.layers.mixer_config import AttentionConfig
 from helmholtz.layers.unconverged import one_convergence_warning
 from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.models.decoder import Decoder, require_equilibrium
@@ -66,7 +66,7 @@ def stack_table(model: Decoder) -> Table:
     for index, layer in enumerate(model.config.layer_configs()):
         mixer = layer.mixer
         name = f"fem, {mixer.prior}" if isinstance(mixer, FreeEnergyMixerConfig) else mixer.kind
-        heads = "" if isinstance(mixer, MambaMixerConfig) else _heads(mixer)
+        heads = _heads(mixer) if isinstance(mixer, AttentionConfig | FreeEnergyMixerConfig) else ""
         beside = "" if plan is None or plan.layer != index else f"plan of {plan.n_bits} bits"
         table.add_row(str(index), name, heads, "" if layer.d_ff is None else f"{layer.d_ff:,}", beside)
     if model.equilibrium is not None:

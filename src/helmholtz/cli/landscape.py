@@ -17,7 +17,7 @@ from helmholtz.evals.landscape import EnergyLandscapeAnalyzer, EnergySlice, Memo
 from helmholtz.evals.landscape_case import SAME, Basis
 from helmholtz.evals.landscape_flow import Basins, Trajectories
 from helmholtz.evals.landscape_plots import plot_basins, plot_memory, plot_slice, plot_trajectories
-from helmholtz.evals.plots import pyplot, visible
+from helmholtz.evals.plots import visible
 from helmholtz.evals.runs import find_checkpoint
 from helmholtz.models.decoder import require_equilibrium
 
@@ -121,8 +121,8 @@ def run(arguments: list[str], console: Console) -> int:
     values = parse(make_landscape_parser(), arguments)
     check_integer("threads", values["threads"])
     torch.set_num_threads(values["threads"])
-    folder, checkpoint = output_folder("output", values["output"]), find_checkpoint(values["checkpoint"])
-    pyplot()  # or its absence is noticed when all has been computed
+    folder = output_folder("output", values["output"], figures=True)
+    checkpoint = find_checkpoint(values["checkpoint"])
     model = load_equilibrium_model(checkpoint)
     tokens, name = read_tokens(values, checkpoint)
     analyzer = EnergyLandscapeAnalyzer.of(model, tokens, seed=values["seed"])

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from helmholtz.evals.equilibria import read
 from helmholtz.layers.equilibrium import EquilibriumLayer
 from helmholtz.layers.fem import FreeEnergyMixer
+from helmholtz.layers.fem_config import FreeEnergyMixerConfig
 from helmholtz.layers.fem_reading import Reading, inspect_read
-from helmholtz.layers.mixer_config import MambaMixerConfig
+from helmholtz.layers.mixer_config import AttentionConfig
 from helmholtz.layers.sizing import attention_block_parameters
 from helmholtz.models.base import default_d_ff, evaluation_mode
 from helmholtz.models.decoder import Decoder
@@ -90,7 +91,8 @@ def baseline_block_parameters(model: Decoder) -> int:
     Of a model without heads: the block whose heads share nothing.
     """
     c = model.config
-    found = [layer.mixer for layer in c.layer_configs() if not isinstance(layer.mixer, MambaMixerConfig)]
+    headed = AttentionConfig | FreeEnergyMixerConfig
+    found = [layer.mixer for layer in c.layer_configs() if isinstance(layer.mixer, headed)]
     n_heads = max((mixer.n_heads for mixer in found), default=1)
     n_kv_heads = min((mixer.n_kv_heads or mixer.n_heads for mixer in found), default=1)
     return attention_block_parameters(c.d_model, n_heads, n_kv_heads, default_d_ff(c.d_model))

@@ -13,12 +13,14 @@ from helmholtz.layers.free_energy_gate import FreeEnergyGate
 from helmholtz.layers.hopfield import HopfieldMemory, MarginWarning, NoveltyWarning, WriteResult
 from helmholtz.layers.key_value_memory import KeyValueMemory, NGramKeys
 from helmholtz.layers.mamba import MambaCell, MambaMixer, MambaState
+from helmholtz.layers.mixer_config import AbstractMixerConfig
 from helmholtz.layers.mlp import SwiGLU
 from helmholtz.layers.sizing import matched_d_ff
 from helmholtz.layers.state import KVCache, map_state
 
 __all__ = [
     "AbstractMixer",
+    "AbstractMixerConfig",
     "Attention",
     "Block",
     "Equilibrium",

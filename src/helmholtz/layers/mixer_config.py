@@ -1,5 +1,6 @@
 """Which mixer a layer has: a config per kind, told apart by ``kind`` in files, and the one place that builds it."""
 
+import abc
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,6 +10,23 @@ from helmholtz.layers.base import AbstractMixer
 from helmholtz.layers.fem import FreeEnergyMixer
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig
 from helmholtz.layers.mamba import MambaMixer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AbstractMixerConfig(abc.ABC):
+    """What a mixer of one's own is made of.
+
+    A subclass gives ``kind`` a default of its own, by which files name it as soon as the class exists. One whose mixer
+    may also see later tokens has a field ``causal``.
+    """
+
+    kind: str
+    d_model: int
+    """Width of the input and the output."""
+
+    @abc.abstractmethod
+    def build(self) -> AbstractMixer[Any]:
+        """The mixer, initialised."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +82,13 @@ class MambaMixerConfig:
         check_divides("d_head", self.d_head, "d_inner", self.d_inner)
 
 
-MixerConfig = AttentionConfig | FreeEnergyMixerConfig | MambaMixerConfig
+# one's own come first: of two with the same kind the last is taken
+MixerConfig = AbstractMixerConfig | AttentionConfig | FreeEnergyMixerConfig | MambaMixerConfig
 
 
 def is_causal(config: MixerConfig) -> bool:
     """Whether the mixer of this config lets no token see a later one."""
-    return isinstance(config, MambaMixerConfig) or config.causal
+    return getattr(config, "causal", True)
 
 
 def build_mixer(config: MixerConfig) -> AbstractMixer[Any]:
@@ -81,5 +100,7 @@ def build_mixer(config: MixerConfig) -> AbstractMixer[Any]:
         return Attention(
             c.d_model, c.n_heads, n_kv_heads=c.n_kv_heads, rope_theta=c.rope_theta, causal=c.causal
         )
-    assert c.d_inner is not None
-    return MambaMixer(c.d_model, d_inner=c.d_inner, d_state=c.d_state, d_conv=c.d_conv, d_head=c.d_head)
+    if isinstance(c, MambaMixerConfig):
+        assert c.d_inner is not None
+        return MambaMixer(c.d_model, d_inner=c.d_inner, d_state=c.d_state, d_conv=c.d_conv, d_head=c.d_head)
+    return c.build()

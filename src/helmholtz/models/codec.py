@@ -1,8 +1,9 @@
 """Configs from plain values: what JSON, YAML and a command line give, checked by name."""
 
+import inspect
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal
 
@@ -36,7 +37,7 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     options = typing.get_args(hint) if union else (hint,)
     if value is None and type(None) in options:
         return None
-    nested = [option for option in options if is_dataclass(option)]
+    nested = [cls for option in options if is_dataclass(option) for cls in _concrete(option)]
     if nested:
         return config_from_dict(_kind(nested, value, name), value, name)
     if isinstance(value, list | tuple):
@@ -48,6 +49,15 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     if words and isinstance(value, str):
         check_choice(name, value, words)
     return value
+
+
+def _concrete(cls: Any) -> Iterator[Any]:
+    """The class, or of an abstract one all that are derived from it, in the order in which they were defined."""
+    if not inspect.isabstract(cls):
+        yield cls
+    else:
+        for derived in cls.__subclasses__():
+            yield from _concrete(derived)
 
 
 def _kind(classes: Sequence[Any], values: Any, name: str) -> type:

@@ -50,6 +50,13 @@ class AbstractStack(nn.Module, abc.ABC):
             self._block(layer.d_ff, partial(self.build_mixer, i)) for i, layer in enumerate(self._layers)
         ]
         self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
+        for index, block in enumerate(blocks):
+            check(
+                block.mixer.causal,
+                f"layers[{index}].mixer.causal",
+                False,
+                "true: it lets no token see a later one",
+            )
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.unembed = nn.Linear(config.d_model, config.vocab_size, bias=False)
         init_normal(self.embed)

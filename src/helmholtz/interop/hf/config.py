@@ -158,7 +158,7 @@ class HelmholtzConfig(PreTrainedConfig):
         if isinstance(mixer, MambaMixerConfig):
             assert mixer.d_inner is not None
             return mixer.d_inner // mixer.d_head
-        return mixer.n_heads
+        return getattr(mixer, "n_heads", 1)
 
     @num_attention_heads.setter
     def num_attention_heads(self, value: int) -> None:
