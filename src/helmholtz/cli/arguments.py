@@ -129,26 +129,20 @@ def output_file(name: str, value: str) -> Path:
 def output_folder(name: str, value: str, *, figures: bool = False) -> Path:
     """``output_file`` for a folder. Raises: ImportError for want of matplotlib if it is to hold figures."""
     if figures:
-        _figure_kinds()
+        from helmholtz.evals.plots import file_types
+
+        file_types()
     _check_writable(name, value, Path(value))
     return Path(value)
 
 
 def output_picture(name: str, value: str) -> Path:
     """``output_file`` for a figure, whose suffix says its format."""
-    kinds = _figure_kinds()
-    suffix = Path(value).suffix[1:].lower()
+    from helmholtz.evals.plots import file_types
+
+    suffix, kinds = Path(value).suffix[1:].lower(), file_types()
     check(suffix in ("", *kinds), name, value, f"a name that ends in one of {', '.join(kinds)}")
     return output_file(name, value)
-
-
-def _figure_kinds() -> list[str]:
-    from helmholtz.evals.plots import own_style
-
-    with own_style():
-        from matplotlib.backend_bases import FigureCanvasBase
-
-        return sorted(FigureCanvasBase.get_supported_filetypes())
 
 
 def _check_writable(name: str, value: str, folder: Path) -> None:

@@ -27,9 +27,9 @@ from helmholtz.models.decoder import Decoder
 from helmholtz.models.decoder_config import DecoderConfig
 from helmholtz.models.sampling import SamplingSettings
 from helmholtz.training.callbacks import Callback, EvalRecord
-from helmholtz.training.config import TrainConfig
+from helmholtz.training.config import RunConfig, TrainConfig
 from helmholtz.training.free_bits import FreeBitsConfig
-from helmholtz.training.run import RunConfig, train
+from helmholtz.training.run import train
 
 PARTS = ("letters", "plan", "equilibrium")
 LETTERS = "ci"
