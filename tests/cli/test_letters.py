@@ -1,4 +1,3 @@
-import json
 import math
 from dataclasses import replace
 
@@ -6,7 +5,7 @@ import pytest
 
 from helmholtz.experiments.letters.data import LetterLaw
 from helmholtz.experiments.letters.run import PROFILES, LetterExperiment
-from helmholtz.experiments.records import read_record
+from helmholtz.experiments.records import read_lines, read_record
 from study_cases import call_study
 
 TINY = LetterExperiment(
@@ -30,20 +29,20 @@ def test_the_experiment_from_the_shell(capsys, tmp_path):
     command = ("--profile=tiny", "--kappas", 0.25, 2, "--seeds", 4, f"--output={tmp_path}")
     code, out, _ = call(capsys, *command)
     assert code == 0
-    content = json.loads((tmp_path / "results.json").read_text())
-    assert [(cell["kappa_bits"], cell["seed"]) for cell in content["cells"]] == [
-        (None, 4),
-        (0.25, 4),
-        (2.0, 4),
-    ]
-    assert content["experiment"]["law"] == {"n_characters": 12, "run_length": 3, "noise": 0.0625}
-    assert content["noise_floor"] < content["vanilla_floor"]
-    for cell in content["cells"]:
-        assert {"date", "commit", "hardware", "parameters", "cpu_seconds", "samples"} <= cell.keys()
-        bounds = cell["result"]["bounds"]
+    runs = dict(read_lines(tmp_path / "runs.jsonl"))
+    assert list(runs) == ["0.25-4", "2.0-4", "distribution", "vanilla-4"]
+    own = runs.pop("distribution")
+    assert own["settings"]["law"] == {"n_characters": 12, "run_length": 3, "noise": 0.0625}
+    assert (
+        own["result"]["noise_floor"] < own["result"]["vanilla_floor"] and own["result"]["law"]["valid"] == 1
+    )
+    for name, run in runs.items():
+        assert f"{run['settings']['kappa_bits'] or 'vanilla'}-{run['settings']['seed']}" == name
+        assert {"date", "commit", "hardware", "cpu_seconds"} <= run["timing"].keys()
+        bounds = run["result"]["result"]["bounds"]
         assert bounds["n_sequences"] == 200
         assert math.isfinite(bounds["prior_cross_entropy"])
-        for name, lines in cell["samples"].items():
+        for name, lines in run["result"]["samples"].items():
             assert [len(line) for line in lines] == [14] * 5
             assert len({line[:2] for line in lines}) == 1, "one prompt"
             assert f"  {name}" in out
@@ -69,7 +68,7 @@ def test_finished_cells_are_not_computed_again(capsys, tmp_path, monkeypatch):
     assert call(capsys, *command, "--kappas", 0.25, 1)[0] == 0
     assert trained == [1.0]
     assert read_record(tmp_path, "0.25-0") == before
-    assert len(json.loads((tmp_path / "results.json").read_text())["cells"]) == 3
+    assert len(read_lines(tmp_path / "runs.jsonl")) == 4
 
 
 def test_a_cell_of_other_settings_is_refused(capsys, tmp_path, monkeypatch):

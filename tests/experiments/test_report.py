@@ -248,6 +248,13 @@ def test_forecasts_and_images_are_read_from_their_queues(tmp_path, monkeypatch):
     assert check_page(render(list(sections.values()), [tmp_path]), tmp_path) > 8
 
 
+def test_letters_begin_without_a_plan_and_end_with_the_law():
+    section = next(s for s in build_sections([ROOT / "docs" / "experiments"]) if s.anchor == "letters")
+    names = [row[0].text for row in section.tables[0].rows]
+    assert names == ["no plan", "1/64", "1/8", "1", "8", "the data distribution itself"]
+    assert [cell.text for cell in section.tables[0].rows[-1][1:]] == ["0.2923", "0.2923", "", "12.0", "-0.00"]
+
+
 def test_recall_takes_the_larger_of_two_measurements_of_a_setting(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from helmholtz._checks import check_choice, check_non_negative
-from helmholtz._files import write_json
 from helmholtz.experiments.base import LIST, Note, Study, add_seeds, make_table
 from helmholtz.experiments.letters.data import LetterLaw, letters_to_text, noise_floor, vanilla_floor
 from helmholtz.experiments.letters.report import (
     GroupStatistics,
     LetterResult,
+    Measured,
     kappa_label,
     law_statistics,
     measure_letters,
@@ -30,8 +30,8 @@ from helmholtz.models.decoder import Decoder
 SHOWN = 5
 """Sequences in each of the three groups that are printed: one with a plan each, two with a plan for all."""
 SHOWN_LETTER = 10
-Cell = dict[str, Any]
-"""A finished run as ``results.json`` holds it."""
+DISTRIBUTION = "distribution"
+"""The run that measures sequences of the law itself."""
 
 
 class Letters(Study):
@@ -39,7 +39,7 @@ class Letters(Study):
     actions = {
         "run": "Train models whose free bits per token grow, as in the Free Transformer's paper, and measure their "
         "plans; then the report. Each model's result is kept, and not computed again.",
-        "report": "Table, picture and results.json of the finished models.",
+        "report": "Table and picture of the finished models.",
         "list": LIST,
     }
     reported = ("run", "report")
@@ -69,7 +69,7 @@ class Letters(Study):
 
     def runs(self) -> list[QueuedRun]:
         shared = {"experiment": asdict(self.experiment)}
-        return [
+        return [QueuedRun(DISTRIBUTION, {"law": asdict(self.experiment.law), "seed": 0})] + [
             QueuedRun(
                 f"{'vanilla' if kappa is None else kappa}-{seed}",
                 shared | {"kappa_bits": kappa, "seed": seed},
@@ -79,8 +79,11 @@ class Letters(Study):
         ]
 
     def compute(self, run: QueuedRun, note: Note) -> dict[str, Any]:
-        """Train one model, measure it, and let it write what is printed."""
-        seed, n_steps = run.settings["seed"], self.experiment.steps
+        """Train one model, measure it, and let it write what is printed; or measure the law."""
+        seed, n_steps, law = run.settings["seed"], self.experiment.steps, self.experiment.law
+        if run.name == DISTRIBUTION:
+            own = law_statistics(law, generator=torch.Generator().manual_seed(seed))
+            return {"vanilla_floor": vanilla_floor(law), "noise_floor": noise_floor(law), "law": asdict(own)}
         model = train_on_letters(
             self.experiment,
             kappa_bits=run.settings["kappa_bits"],
@@ -89,34 +92,22 @@ class Letters(Study):
         )
         return {
             "parameters": count_parameters(model),
-            "result": measure_letters(model, self.experiment.law, seed=seed).to_dict(),
-            "samples": written_samples(model, self.experiment.law, seed),
+            "result": measure_letters(model, law, seed=seed).to_dict(),
+            "samples": written_samples(model, law, seed),
         }
 
     def report(self, done: Sequence[FinishedRun], missing: Sequence[QueuedRun], console: Console) -> None:
-        law = self.experiment.law
-        own = law_statistics(law, generator=torch.Generator().manual_seed(0))
-        cells: list[Cell] = [
-            {"kappa_bits": one.run.settings["kappa_bits"], "seed": one.run.settings["seed"], **one.result, **one.timing}
-            for one in done
-        ]  # fmt: skip
+        law, models = self.experiment.law, [one for one in done if one.run.name != DISTRIBUTION]
+        own = [GroupStatistics(**one.result["law"]) for one in done if one.run.name == DISTRIBUTION]
         if self.action == "run":
-            for cell in cells:
-                print_samples(cell, console)
-        results = [LetterResult.from_dict(cell["result"]) for cell in cells]
-        console.print(result_table(cells, results, law, own))
-        content = {
-            "profile": self.values["profile"],
-            "experiment": asdict(self.experiment),
-            "vanilla_floor": vanilla_floor(law),
-            "noise_floor": noise_floor(law),
-            "law": asdict(own),
-            "cells": cells,
-        }
-        write_json(self.folder / "results.json", content)
-        measured = [(cell["kappa_bits"], result) for cell, result in zip(cells, results, strict=True)]
-        plot_letters(law, measured, own, self.folder / "letters.png")
-        console.print(f"wrote results.json and letters.png into {self.folder}", markup=False)
+            for one in models:
+                print_samples(one, console)
+        measured = [
+            (one.run.settings["kappa_bits"], LetterResult.from_dict(one.result["result"])) for one in models
+        ]
+        console.print(result_table([one.run.settings["seed"] for one in models], measured, law, own))
+        if own and models:
+            plot_letters(law, measured, own[0], self.folder / "letters.png")
 
 
 STUDY = Letters
@@ -135,31 +126,31 @@ def written_samples(model: Decoder, law: LetterLaw, seed: int) -> dict[str, list
     return groups
 
 
-def print_samples(cell: Cell, console: Console) -> None:
-    kappa = cell["kappa_bits"]
+def print_samples(one: FinishedRun, console: Console) -> None:
+    kappa = one.run.settings["kappa_bits"]
     label = f"{'' if kappa is None else 'kappa '}{kappa_label(kappa)}"
-    console.print(f"{label}, seed {cell['seed']}", style="bold")
-    for (name, lines), style in zip(cell["samples"].items(), ("blue", "green", "green"), strict=True):
+    console.print(f"{label}, seed {one.run.settings['seed']}", style="bold")
+    for (name, lines), style in zip(one.result["samples"].items(), ("blue", "green", "green"), strict=True):
         console.print(f"  {name}")
         for line in lines:
             console.print(f"    {line}", style=style, markup=False)
 
 
 def result_table(
-    cells: Sequence[Cell], results: Sequence[LetterResult], law: LetterLaw, own: GroupStatistics
+    seeds: Sequence[int], measured: Measured, law: LetterLaw, own: Sequence[GroupStatistics]
 ) -> Table:
-    """A row per model, and one for the law, whose own sequences measure as ``own``."""
+    """A row per model, and one for the law, whose own sequences measure as ``own``, where that is known."""
     floors = f"floor {vanilla_floor(law):.4f}, noise {noise_floor(law):.4f}"
-    rows = [_cells(cell, result, law) for cell, result in zip(cells, results, strict=True)]
-    rows.append({"kappa\nbits": "the law", **_shared_cells(own, own.valid)})
+    rows = [_cells(kappa, seed, result, law) for seed, (kappa, result) in zip(seeds, measured, strict=True)]
+    rows += [{"kappa\nbits": "the law", **_shared_cells(one, one.valid)} for one in own]
     return make_table(f"Nats per token ({floors}); samples under a shared plan", rows, left=0)
 
 
-def _cells(cell: Cell, result: LetterResult, law: LetterLaw) -> dict[str, str]:
+def _cells(kappa_bits: float | None, seed: int, result: LetterResult, law: LetterLaw) -> dict[str, str]:
     b = result.bounds
     return {
-        "kappa\nbits": kappa_label(cell["kappa_bits"]),
-        "\nseed": str(cell["seed"]),
+        "kappa\nbits": kappa_label(kappa_bits),
+        "\nseed": str(seed),
         "posterior\nCE": f"{b.posterior_cross_entropy:.4f}",
         "prior\nCE": f"{b.prior_cross_entropy:.4f}",
         "CE - law\n+ KL": f"{b.excess:.4f}",

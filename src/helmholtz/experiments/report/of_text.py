@@ -91,31 +91,36 @@ def _is_bound(rows: Sequence[Node]) -> bool:
     "As the free bits per token grow: does the plan hold nothing, the place of the run, the noise, or a copy of the "
     "text?",
     "helmholtz study letters run --kappas 0.015625 0.125 1 8 --profile paper --output results/synthetic",
-    *("plan_letters/paper.json", "synthetic/results.json"),
-    find=parts.file_node,
+    *("plan_letters/paper", "synthetic"),
+    find=parts.run_nodes,
 )
-def letters(content: Node) -> parts.Found:
+def letters(nodes: Sequence[Node]) -> parts.Found:
+    models = [node for node in nodes if "kappa_bits" in node["settings"].value]
+    by_kappa = grouped(models, by("settings/kappa_bits"))
+    planned = sorted(kappa for kappa in by_kappa if kappa is not None)
     kappas = {
-        kappa: [cell["result"] for cell in cells]
-        for kappa, cells in grouped(content["cells"], by("kappa_bits")).items()
+        kappa: [node.at("result/result") for node in by_kappa[kappa]]
+        for kappa in (None, *planned)
+        if kappa in by_kappa
     }
     rows = [(_spoken(kappa), results) for kappa, results in kappas.items()]
     found = parts.table(
         "Nats per predicted token; samples under one plan", "free bits per token", rows, LETTER_COLUMNS
     )
-    floor, law = content["vanilla_floor"], content["law"]
-    last: tuple[Cell, ...] = (label("the data distribution itself"), *[number(floor, ".4f")] * 2, label(""))
-    last += (number(law["spread"], ".1f"), number(law["noise_repetition"], ".2f"))
-    planned = sorted(kappa for kappa in kappas if kappa is not None)
-    curves = [Curve("entropy of the data", [planned[0], planned[-1]], [floor.value] * 2, "--", 8)]
-    for name, measure in (("prior", "prior"), ("posterior (sees the text)", "posterior")):
+    curves, last = [], list[tuple[Cell, ...]]()
+    for name, measure in (("posterior (sees the text)", "posterior"), ("prior", "prior")):
         heights = [mean(kappas[kappa], f"bounds/{measure}_cross_entropy") for kappa in planned]
-        curves.insert(0, Curve(name, planned, heights))
+        curves.append(Curve(name, planned, heights))
+    for own in (node["result"] for node in nodes if node not in models):
+        floor, law = own["vanilla_floor"], own["law"]
+        curves.append(Curve("entropy of the data", planned[:1] + planned[-1:], [floor.value] * 2, "--", 8))
+        shared = (number(law["spread"], ".1f"), number(law["noise_repetition"], ".2f"))
+        last.append((label("the data distribution itself"), *[number(floor, ".4f")] * 2, label(""), *shared))
     chart = line_chart(curves, x="free bits per token", y="nats per token", log_x=True, log_y=True)
     return parts.Found(
-        [parts.Table(found.caption, found.columns, (*found.rows, last))],
+        [parts.Table(found.caption, found.columns, (*found.rows, *last))],
         [parts.Figure("The more a plan may hold, the further prior and posterior part.", chart)],
-        (parts.seeds(content["cells"]), *parts.hardware(list(content["cells"]))),
+        parts.queue_provenance(nodes),
     )
 
 
