@@ -1,5 +1,5 @@
 """The original ``free_transformer.encoder``."""
 
-from helmholtz.interop.seeds.free_transformer.encoder import EncoderBlock
+from helmholtz.interop.seeds.free_transformer.model import EncoderBlock
 
 __all__ = ["EncoderBlock"]

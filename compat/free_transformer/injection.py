@@ -1,5 +1,5 @@
 """The original ``free_transformer.injection``."""
 
-from helmholtz.interop.seeds.free_transformer.injection import InjectionMechanism
+from helmholtz.interop.seeds.free_transformer.model import InjectionMechanism
 
 __all__ = ["InjectionMechanism"]

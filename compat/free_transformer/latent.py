@@ -1,5 +1,5 @@
 """The original ``free_transformer.latent``."""
 
-from helmholtz.interop.seeds.free_transformer.latent import BinaryMapper, LatentPlan
+from helmholtz.interop.seeds.free_transformer.model import BinaryMapper, LatentPlan
 
 __all__ = ["BinaryMapper", "LatentPlan"]

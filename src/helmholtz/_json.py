@@ -3,8 +3,7 @@
 import json
 from typing import Any
 
-LARGEST = 2**64
-"""Beyond it a number is no size, seed or count, and overflows wherever it is used as one."""
+from helmholtz._checks import LARGEST
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -28,17 +28,18 @@ from helmholtz.experiments.vision.models import ViT, ViTConfig
 from helmholtz.interop.hf import HelmholtzForCausalLM
 from helmholtz.interop.seeds.fem import FreeEnergyMixer as SeedMixer
 from helmholtz.interop.seeds.fem import FreeEnergyMixerConfig as SeedMixerConfig
-from helmholtz.interop.seeds.free_transformer.baseline import TransformerBaseline
 from helmholtz.interop.seeds.free_transformer.config import ModelConfig as SeedConfig
-from helmholtz.interop.seeds.free_transformer.encoder import EncoderBlock
-from helmholtz.interop.seeds.free_transformer.injection import InjectionMechanism
-from helmholtz.interop.seeds.free_transformer.latent import BinaryMapper, LatentPlan
 from helmholtz.interop.seeds.free_transformer.losses import FreeTransformerLoss
 from helmholtz.interop.seeds.free_transformer.model import (
+    BinaryMapper,
+    EncoderBlock,
     FreeTransformer,
+    InjectionMechanism,
+    LatentPlan,
     RMSNorm,
     RotaryEmbedding,
     SwiGLU,
+    TransformerBaseline,
     TransformerBlock,
 )
 from helmholtz.interop.seeds.unified.model import UnifiedMambaHopfieldDEQ

@@ -1,9 +1,10 @@
 """Text in, a folder of tokens out: once, completely, or not at all."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -144,17 +145,26 @@ def prepare(config: DataConfig, *, overwrite: bool = False, console: Console | N
         config.text_field,
     )
     folder, fingerprint = complete_folder(config.folder), files.fingerprint()
-    found = _existing(folder, config, fingerprint, overwrite=overwrite)
+    difference = partial(_difference, config=config, fingerprint=fingerprint)
+    found = existing_tokens(folder, difference, overwrite=overwrite)
     if found is not None:
         return PreparedData(folder, found, reused=True)
     progress = Progress(console=console, disable=console is None)
-    with progress, atomic_folder(config.folder) as partial:
-        metadata = _write(partial, config, _open_corpus(config, files, progress), fingerprint)
+    with progress, atomic_folder(config.folder) as new:
+        metadata = _write(new, config, _open_corpus(config, files, progress), fingerprint)
     return PreparedData(Path(config.folder), metadata, reused=False)
 
 
-def _existing(folder: Path, config: DataConfig, fingerprint: str, *, overwrite: bool) -> Metadata | None:
-    """The metadata of a folder that can be reused; None if there is none or it may be replaced."""
+def existing_tokens(
+    folder: Path, difference: Callable[[Metadata], str], *, overwrite: bool
+) -> Metadata | None:
+    """The metadata of a folder that can be used as it is; None if there is none or it may be replaced.
+
+    Args:
+        difference: what a folder has otherwise than wanted, in words; empty if nothing.
+
+    Raises: ValueError for a folder that holds no tokens, or, unless it may be replaced, damaged or other ones.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     if not (folder / METADATA).is_file():
@@ -164,9 +174,8 @@ def _existing(folder: Path, config: DataConfig, fingerprint: str, *, overwrite: 
         for split in SPLITS:
             TokenDataset(folder, split)
         check_contents(folder)
-        changed = _differences(metadata, config, fingerprint)
-        if changed:
-            raise ValueError(f"folder: {str(folder)!r} was prepared differently: {', '.join(changed)}")
+        if changed := difference(metadata):
+            raise ValueError(f"folder: {str(folder)!r} {changed}")
     except ValueError as error:
         if overwrite:
             return None
@@ -174,12 +183,12 @@ def _existing(folder: Path, config: DataConfig, fingerprint: str, *, overwrite: 
     return metadata
 
 
-def _differences(metadata: Metadata, config: DataConfig, fingerprint: str) -> list[str]:
+def _difference(metadata: Metadata, config: DataConfig, fingerprint: str) -> str:
     found = ["other text"] if metadata.fingerprint != fingerprint else []
     for name, value in config.settings().items():
         if metadata.settings.get(name) != value:
             found.append(f"{name} is {metadata.settings.get(name)!r} there, {value!r} is wanted")
-    return found
+    return f"was prepared differently: {', '.join(found)}" if found else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,24 +290,35 @@ def _write(folder: Path, config: DataConfig, corpus: _Corpus, fingerprint: str) 
                     writers[split].write(text, tokenizer.encode(text))
             for writer in writers.values():
                 writer.end_document()
-    counts = {split: writer.counts() for split, writer in writers.items()}
-    for split, count in counts.items():
-        if not count.n_documents:
+    for split, writer in writers.items():
+        if not writer.counts().n_documents:
             change = (
                 f"change validation_fraction ({config.validation_fraction}) or split_by ({corpus.split_by})"
             )
             advice = "add text" if corpus.files.are_split else f"add text, or {change}"
             raise ValueError(f"sources: no text came to the {split} split; {advice}")
+    return complete_tokens(folder, tokenizer, writers, config, corpus.split_by, fingerprint)
+
+
+def complete_tokens(
+    folder: Path,
+    tokenizer: AbstractTokenizer,
+    writers: Mapping[Split, SplitWriter],
+    config: DataConfig,
+    split_by: str,
+    fingerprint: str,
+) -> Metadata:
+    """Add tokenizer, metadata and checksums to a folder that the writers have filled."""
     metadata = Metadata(
         format=FORMAT,
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
         dtype=token_dtype(tokenizer.vocab_size),
-        split_by=corpus.split_by,
+        split_by=split_by,
         fingerprint=fingerprint,
         settings=config.settings(),
-        train=counts["train"],
-        validation=counts["validation"],
+        train=writers["train"].counts(),
+        validation=writers["validation"].counts(),
     )
     tokenizer.save(folder / TOKENIZER)
     metadata.save(folder)

@@ -2,26 +2,17 @@
 
 import hashlib
 import os
-from pathlib import Path
 
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from helmholtz._checks import check
-from helmholtz._files import atomic_folder, complete_folder, write_checksums
-from helmholtz.data.prepare import DataConfig
+from helmholtz._files import atomic_folder, complete_folder
+from helmholtz.data.prepare import DataConfig, complete_tokens, existing_tokens
 from helmholtz.data.split import SPLITS
 from helmholtz.data.tokenizer import IdTokenizer
-from helmholtz.data.tokens import (
-    FORMAT,
-    METADATA,
-    TOKENIZER,
-    Metadata,
-    SplitWriter,
-    check_contents,
-    token_dtype,
-)
+from helmholtz.data.tokens import Metadata, SplitWriter
 
 
 def write_rows(
@@ -47,33 +38,23 @@ def write_rows(
     tokenizer = IdTokenizer(n_ids)
     rows = {"train": _checked("train", train, n_ids), "validation": _checked("validation", validation, n_ids)}
     fingerprint = _fingerprint(rows["train"], rows["validation"], n_ids)
-    found = _existing(complete_folder(folder), fingerprint, overwrite=overwrite)
+    found = existing_tokens(
+        complete_folder(folder),
+        lambda there: "" if there.fingerprint == fingerprint else "holds other tokens",
+        overwrite=overwrite,
+    )
     if found is not None:
         return found
     with atomic_folder(folder) as partial:
-        counts = {}
-        for split in SPLITS:
-            with SplitWriter(partial, split, vocab_size=tokenizer.vocab_size) as writer:
+        writers = {split: SplitWriter(partial, split, vocab_size=tokenizer.vocab_size) for split in SPLITS}
+        for split, writer in writers.items():
+            with writer:
                 for row in rows[split].unbind():
                     ids = row.tolist()
                     writer.write(tokenizer.decode(ids), ids)
                     writer.end_document()
-            counts[split] = writer.counts()
-        metadata = Metadata(
-            format=FORMAT,
-            vocab_size=tokenizer.vocab_size,
-            eos_id=tokenizer.eos_id,
-            dtype=token_dtype(tokenizer.vocab_size),
-            split_by="document",
-            fingerprint=fingerprint,
-            settings=DataConfig(tokenizer="ids").settings(),
-            train=counts["train"],
-            validation=counts["validation"],
-        )
-        tokenizer.save(partial / TOKENIZER)
-        metadata.save(partial)
-        write_checksums(partial)
-    return metadata
+        config = DataConfig(tokenizer="ids")
+        return complete_tokens(partial, tokenizer, writers, config, "document", fingerprint)
 
 
 def _checked(name: str, rows: Tensor, n_ids: int) -> Int[Tensor, "N T"]:
@@ -91,21 +72,3 @@ def _fingerprint(train: Tensor, validation: Tensor, n_ids: int) -> str:
         total.update(f"{n_ids}:{tuple(rows.shape)}\n".encode())
         total.update(rows.contiguous().numpy().astype("<i8").tobytes())
     return total.hexdigest()
-
-
-def _existing(folder: Path, fingerprint: str, *, overwrite: bool) -> Metadata | None:
-    """The metadata of a folder that holds these rows; None if there is none or it may be replaced."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return None
-    if not (folder / METADATA).is_file():
-        raise ValueError(f"folder: {str(folder)!r} holds something else than tokens; name another")
-    try:
-        metadata = Metadata.load(folder)
-        if metadata.fingerprint != fingerprint:
-            raise ValueError(f"folder: {str(folder)!r} holds other tokens")
-        check_contents(folder)
-    except ValueError as error:
-        if overwrite:
-            return None
-        raise ValueError(f"{error}; name another, or allow overwriting") from error
-    return metadata

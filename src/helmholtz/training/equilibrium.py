@@ -129,7 +129,7 @@ class EquilibriumObjective:
     def added(self, model: nn.Module, found: Equilibrium, to: Objective, step: int) -> Objective:
         """An objective and the equilibria's terms; the bound stays. Writes into the memory if it is time to."""
         (model, layer), c = _with_equilibria(model), self.config
-        weighted, loss = self._terms(layer, found), to.loss
+        weighted, loss = self.terms(layer, found), to.loss
         for weight, term in weighted.values():
             loss = loss + weight * term
         if model.training and c.writes(step):
@@ -140,7 +140,7 @@ class EquilibriumObjective:
         terms["unconverged"] = (~found.solution.converged).float().mean()
         return replace(to, loss=loss, terms=to.terms | {name: term.detach() for name, term in terms.items()})
 
-    def _terms(
+    def terms(
         self, layer: EquilibriumLayer, found: Equilibrium
     ) -> dict[str, tuple[float, Float[Tensor, ""]]]:
         """Weight and term by name; without those of weight 0."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from helmholtz._checks import check
 from helmholtz._files import atomic_folder, complete_folder
@@ -16,8 +17,8 @@ from helmholtz.training.state import Progress, load_progress, load_training_stat
 METADATA = "metadata.json"
 
 
-def save(
-    model: Decoder,
+def save_checkpoint(
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     step: int,
     path: str | os.PathLike[str],
@@ -28,28 +29,41 @@ def save(
     Safetensors and JSON; nothing is pickled. The commands of ``helmholtz`` take the folder. ``metadata`` (JSON values)
     is stored beside.
     """
+    own = _own(model)
     with atomic_folder(path) as partial:
-        checkpoint.write_checkpoint(model, partial)
+        checkpoint.write_checkpoint(own, partial)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        save_training_state(partial, model, optimizer, scaler, Progress(step=step))
+        save_training_state(partial, own, optimizer, scaler, Progress(step=step))
         (partial / METADATA).write_text(json.dumps(metadata or {}, indent=2) + "\n")
 
 
-def load(model: Decoder, optimizer: torch.optim.Optimizer | None, path: str | os.PathLike[str]) -> int:
+def load_checkpoint(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, path: str | os.PathLike[str]
+) -> int:
     """Restore the model and, unless the optimizer is None, it and the random state of torch, numpy and Python.
 
     Returns: the step.
 
     Raises: ValueError if the checkpoint is of another architecture or other sizes, has an output matrix of its own
-        where the model's is its embedding, or is a pickled file.
+        where the model's is its embedding, or is a pickled file (``free_transformer.convert`` reads those).
     """
-    folder = complete_folder(path)
+    own, folder = _own(model), complete_folder(path)
     check(folder.is_dir(), "path", os.fspath(path), "a folder; foreign files have converters of their own")
     found = checkpoint.load_checkpoint(folder)
-    own = replace(model.config, tie_embeddings=found.config.tie_embeddings)  # of these two the tensors decide
-    check(found.config == own, "model", model.config, f"of the checkpoint's config {found.config}")
-    model.load_state_dict(found.state_dict())
+    config = replace(
+        own.config, tie_embeddings=found.config.tie_embeddings
+    )  # of these two the tensors decide
+    check(found.config == config, "model", own.config, f"of the checkpoint's config {found.config}")
+    own.load_state_dict(found.state_dict())
     if optimizer is None:
         return load_progress(folder).step
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return load_training_state(folder, model, optimizer, scaler).step
+    return load_training_state(folder, own, optimizer, scaler).step
+
+
+def _own(model: nn.Module) -> Decoder:
+    decoder = getattr(model, "model", None)
+    wanted = "a FreeTransformer, a TransformerBaseline or a UnifiedMambaHopfieldDEQ of the original names"
+    check(isinstance(decoder, Decoder), "model", type(model).__name__, wanted)
+    assert isinstance(decoder, Decoder)
+    return decoder

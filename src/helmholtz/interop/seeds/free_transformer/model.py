@@ -1,18 +1,23 @@
-"""The model and its parts in the original names, on the library's own."""
+"""The models and their parts in the original names, on the library's own."""
 
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from helmholtz._checks import check, check_choice
+from helmholtz._checks import check, check_choice, check_integer
 from helmholtz.interop.seeds.free_transformer.config import ModelConfig
 from helmholtz.layers import mlp
 from helmholtz.layers.attention import Attention
 from helmholtz.layers.block import Block
-from helmholtz.models import free_transformer
+from helmholtz.layers.latent import LatentEncoder, Plan, TablePostSampler, sample_plan
+from helmholtz.layers.sequence import sequence_layout
+from helmholtz.models import free_transformer, transformer
 from helmholtz.models.generation import SamplingSettings, generate
+from helmholtz.ops._compute import compute_dtype
+from helmholtz.ops.binary_latent import LARGE, MAX_LATENT_BITS, code_to_bits
 from helmholtz.ops.rope import rope
 
 
@@ -87,12 +92,100 @@ class TransformerBlock(nn.Module):
         return self.block(x, source=kv_input, attention_mask=mask)
 
 
+class EncoderBlock(nn.Module):
+    """Bit logits of every token from the whole context. With rotary positions: the original has none, and gives all
+    tokens the same logits."""
+
+    def __init__(self, dim: int, num_heads: int, ffn_dim: int, latent_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        attention = Attention(dim, num_heads, causal=False)
+        block = Block(attention, mlp.SwiGLU(dim, ffn_dim), dim, dropout=dropout)
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
+        self.latent_dim = latent_dim
+        self.encoder = LatentEncoder(block, dim, latent_dim, norm_eps=1e-6)
+        self.encoder.query = nn.Parameter(self.encoder.query.detach().view(1, 1, dim))  # the original's shape
+        self.register_load_state_dict_pre_hook(_reshape_query)
+
+    @property
+    def zeta(self) -> nn.Parameter:
+        """The learned query, ``encoder.query``."""
+        return self.encoder.query
+
+    @property
+    def readout(self) -> nn.Linear:
+        """From the width to the bits, ``encoder.readout``."""
+        return self.encoder.readout
+
+    def forward(self, context: Float[Tensor, "B T D"]) -> Float[Tensor, "B T H"]:
+        return self.encoder(context, sequence_layout(context))
+
+
+class InjectionMechanism(nn.Module):
+    """What the middle block's keys and values are made of: the context with the plan added."""
+
+    def __init__(self, hidden_dim: int) -> None:
+        super().__init__()
+        self.hidden_dim = hidden_dim
+
+    def forward(
+        self, context: Float[Tensor, "B T D"], z_projected: Float[Tensor, "B T D"]
+    ) -> Float[Tensor, "B T D"]:
+        width = z_projected.shape[-1]
+        check(width == self.hidden_dim, "z_projected", tuple(z_projected.shape), f"{self.hidden_dim} wide")
+        return context + z_projected
+
+
+class BinaryMapper(nn.Module):
+    """One-hot codes drawn from bit logits, whose gradient is exact over all codes, not over the drawn one alone.
+
+    Draws in training and in evaluation alike (the original thresholds in evaluation). A code of H bits is a vector of
+    ``2**H`` numbers, and the gradient needs two more of them: 0.8 MB per token at 16 bits. The library's own
+    ``sample_plan`` and ``code_lookup`` have the same gradient and never make the vectors.
+    """
+
+    def __init__(self, latent_dim: int = 16) -> None:
+        super().__init__()
+        check_integer("latent_dim", latent_dim)
+        check(latent_dim <= MAX_LATENT_BITS, "latent_dim", latent_dim, f"at most {MAX_LATENT_BITS}")
+        self.latent_dim, self.onehot_dim = latent_dim, 2**latent_dim
+
+    def forward(self, logits: Float[Tensor, "B T H"]) -> Float[Tensor, "B T C"]:
+        plan = sample_plan(logits, generator=_global_generator(logits))
+        probability = _code_probabilities(logits)
+        return _one_hot(plan.code, self.onehot_dim, probability.dtype) + (probability - probability.detach())
+
+
+class LatentPlan(nn.Module):
+    """Draws plans as one-hot vectors, and turns them into vectors of the model's width."""
+
+    def __init__(self, latent_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.binary_mapper = BinaryMapper(latent_dim)
+        self.latent_dim, self.onehot_dim = latent_dim, 2**latent_dim
+        self.post_sampler = TablePostSampler(latent_dim, hidden_dim)
+
+    def sample_from_logits(self, z_logits: Float[Tensor, "B T H"]) -> Float[Tensor, "B T C"]:
+        """A plan drawn from the encoder's logits, as of ``BinaryMapper``."""
+        return self.binary_mapper(z_logits)
+
+    def sample_from_prior(
+        self, batch_size: int, seq_len: int, device: torch.device | str = "cpu"
+    ) -> Float[Tensor, "B T C"]:
+        """Uniform codes."""
+        code = torch.randint(self.onehot_dim, (batch_size, seq_len), device=device)
+        return _one_hot(code, self.onehot_dim, torch.float32)
+
+    def project_to_hidden(self, z: Float[Tensor, "B T C"] | Plan) -> Float[Tensor, "B T D"]:
+        """The vector of every code; of one-hot vectors or of the library's own integer plan."""
+        return self.post_sampler(z)
+
+
 class FreeTransformer(nn.Module):
     """``helmholtz.models.FreeTransformer`` built from the original config; the model itself is ``model``."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        check(isinstance(config, ModelConfig), "config", config, f"a {ModelConfig.__module__} config")
+        _check_config(config)
         self.config = config
         self.model = free_transformer.FreeTransformer(config.to_core())
 
@@ -135,5 +228,48 @@ class FreeTransformer(nn.Module):
         return torch.cat([prompt_tokens, prompt_tokens.new_tensor(new)], dim=1)
 
 
+class TransformerBaseline(nn.Module):
+    """``helmholtz.models.Transformer`` built from the original config; the model itself is ``model``."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        _check_config(config)
+        self.config = config
+        self.model = transformer.Transformer(config.to_baseline())
+
+    def forward(self, tokens: Shaped[Tensor, "..."]) -> Float[Tensor, "B T vocab"]:
+        """Logits of the next tokens."""
+        return self.model(tokens).logits
+
+
+def _check_config(config: object) -> None:
+    check(isinstance(config, ModelConfig), "config", config, f"a {ModelConfig.__module__} config")
+
+
 def _check_length(name: str, length: int, longest: int) -> None:
     check(length <= longest, name, f"{length} tokens", f"at most max_seq_len = {longest} tokens long")
+
+
+def _reshape_query(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """State dictionaries written when the query was a row."""
+    name = f"{prefix}encoder.query"
+    if name in state:
+        state[name] = state[name].view(1, 1, -1)
+
+
+def _code_probabilities(logits: Float[Tensor, "B T H"]) -> Float[Tensor, "B T C"]:
+    """Of each of the ``2**H`` codes, in at least float32."""
+    n_bits = logits.shape[-1]
+    wide = logits.to(compute_dtype(logits)).clamp(-LARGE, LARGE)
+    bits = code_to_bits(torch.arange(2**n_bits, device=logits.device), n_bits).to(wide.dtype)
+    return (F.logsigmoid(wide) @ bits.T + F.logsigmoid(-wide) @ (1 - bits).T).exp()
+
+
+def _one_hot(code: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(*code.shape, n, dtype=dtype, device=code.device).scatter_(-1, code.unsqueeze(-1), 1)
+
+
+def _global_generator(like: Tensor) -> torch.Generator:
+    if like.device.type == "cuda":
+        return torch.cuda.default_generators[like.device.index or 0]
+    return torch.default_generator

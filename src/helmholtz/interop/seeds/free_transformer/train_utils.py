@@ -1,7 +1,6 @@
 """Training steps, schedule and checkpoints, in the original names. New code: ``helmholtz.training``."""
 
 import abc
-import os
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from helmholtz._checks import check, check_integer, check_non_negative, check_positive
-from helmholtz.interop.seeds import checkpoints
-from helmholtz.interop.seeds.free_transformer.baseline import TransformerBaseline
-from helmholtz.interop.seeds.free_transformer.model import FreeTransformer
+from helmholtz.interop.seeds.checkpoints import load_checkpoint as load_checkpoint
+from helmholtz.interop.seeds.checkpoints import save_checkpoint as save_checkpoint
+from helmholtz.interop.seeds.free_transformer.model import FreeTransformer, TransformerBaseline
 from helmholtz.models.base import evaluation_mode
 from helmholtz.training.config import TrainConfig
 from helmholtz.training.distributed import connect, is_launched, world
@@ -146,37 +145,3 @@ def wrap_model_fsdp(model: Model, mixed_precision: bool = True, min_num_params: 
 def count_parameters(model: nn.Module) -> int:
     """Trainable numbers, those of tied weights once."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def save_checkpoint(
-    model: Model,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    path: str | os.PathLike[str],
-    metadata: dict[str, Any] | None = None,
-) -> None:
-    """Make the folder ``path`` a checkpoint of model, optimizer, step and random state.
-
-    Safetensors and JSON; nothing is pickled. The commands of ``helmholtz`` take the folder. ``metadata`` (JSON values)
-    is stored beside.
-    """
-    _check_model(model)
-    checkpoints.save(model.model, optimizer, step, path, metadata)
-
-
-def load_checkpoint(
-    model: Model, optimizer: torch.optim.Optimizer | None, path: str | os.PathLike[str]
-) -> int:
-    """Restore the model and, unless the optimizer is None, it and the random state of torch, numpy and Python.
-
-    Returns: the step.
-
-    Raises: ValueError if the checkpoint is of another architecture or other sizes, or is a pickled file
-        (``convert`` reads those).
-    """
-    _check_model(model)
-    return checkpoints.load(model.model, optimizer, path)
-
-
-def _check_model(model: object) -> None:
-    check(isinstance(model, Model), "model", type(model).__name__, "a FreeTransformer or TransformerBaseline")

@@ -49,23 +49,9 @@ class UnifiedMambaHopfieldDEQ(nn.Module):
         stability: Literal["contractive", "descent"] = "contractive",
         max_seq_len: int = 1_048_576,
     ) -> None:
+        given = locals()
         super().__init__()
-        self.config = UnifiedModelConfig(
-            vocab_size=vocab_size,
-            d_model=d_model,
-            d_state=d_state,
-            d_conv=d_conv,
-            n_layers=n_layers,
-            memory_size=memory_size,
-            n_slots=n_slots,
-            beta=beta,
-            stability=stability,
-            solver_type=solver_type,
-            max_iterations=max_iterations,
-            tol_fixedpoint=tol_fixedpoint,
-            tol_energy=tol_energy,
-            max_seq_len=max_seq_len,
-        )
+        self.config = UnifiedModelConfig(**{name: given[name] for name in UnifiedModelConfig.__slots__})
         self.model = MambaHopfield(self.config.to_core())
 
     @classmethod

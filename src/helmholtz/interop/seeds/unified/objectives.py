@@ -10,9 +10,8 @@ from torch import Tensor
 from helmholtz._checks import check, check_keys, check_non_negative
 from helmholtz.interop.seeds.unified.model import UnifiedMambaHopfieldDEQ
 from helmholtz.layers.equilibrium import Equilibrium
-from helmholtz.layers.equilibrium_reading import retrieval_energy, start_distance
 from helmholtz.ops.losses import cross_entropy
-from helmholtz.training.equilibrium import contraction_excess
+from helmholtz.training.equilibrium import EquilibriumObjective, EquilibriumObjectiveConfig
 
 Batch = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
 """Ids ``B T+1`` whose next tokens are the targets; a pair ``(ids, targets)``; or ``input_ids`` and maybe ``labels``."""
@@ -65,16 +64,16 @@ class UnifiedTrainingObjective:
         stability_weight: float = 0.01,
         contraction_target: float = 0.9,
     ) -> None:
-        self.weights = {
-            "task": task_weight,
-            "energy": energy_weight,
-            "convergence": convergence_weight,
-            "stability": stability_weight,
-        }
-        for name, weight in self.weights.items():
-            check_non_negative(f"{name}_weight", weight)
-        check_non_negative("contraction_target", contraction_target)
-        self.contraction_target = contraction_target
+        check_non_negative("task_weight", task_weight)
+        self.task_weight = task_weight
+        self._equilibrium = EquilibriumObjective(
+            EquilibriumObjectiveConfig(
+                energy_weight=energy_weight,
+                convergence_weight=convergence_weight,
+                stability_weight=stability_weight,
+                contraction_target=contraction_target,
+            )
+        )
 
     def compute_loss(
         self, model: UnifiedMambaHopfieldDEQ, batch: Batch
@@ -91,19 +90,12 @@ class UnifiedTrainingObjective:
         """``compute_loss`` and the equilibria it found."""
         ids, targets = read_batch(batch)
         output = model.model(ids)
-        terms = {"task": cross_entropy(output.logits, targets)} | self._terms(model, output.equilibrium)
-        loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
-        return loss, _metrics(output.equilibrium, {"total": loss} | terms), output.equilibrium
-
-    def _terms(self, model: UnifiedMambaHopfieldDEQ, found: Equilibrium) -> dict[str, Float[Tensor, ""]]:
-        terms = dict[str, Float[Tensor, ""]]()
-        if self.weights["energy"]:
-            terms["energy"] = retrieval_energy(model.model.equilibrium, found).mean()
-        if self.weights["convergence"]:
-            terms["convergence"] = start_distance(model.model.equilibrium, found).mean()
-        if self.weights["stability"]:
-            terms["stability"] = contraction_excess(found, self.contraction_target)
-        return terms
+        task = cross_entropy(output.logits, targets)
+        weighted = {"task": (self.task_weight, task)}
+        weighted |= self._equilibrium.terms(model.model.equilibrium, output.equilibrium)
+        loss = torch.stack([weight * term for weight, term in weighted.values()]).sum()
+        terms = {"total": loss} | {name: term for name, (_, term) in weighted.items()}
+        return loss, _metrics(output.equilibrium, terms), output.equilibrium
 
 
 def _metrics(found: Equilibrium, terms: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -165,11 +165,11 @@ class UnifiedModelTrainer:
 
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Make the folder ``path`` a checkpoint of model, optimizer, step and random state; nothing is pickled."""
-        checkpoints.save(self.model.model, self.optimizer, self.step, path)
+        checkpoints.save_checkpoint(self.model, self.optimizer, self.step, path)
 
     def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Go on from a checkpoint of the same sizes. Raises: ValueError for another model's or a pickled file."""
-        self.step = checkpoints.load(self.model.model, self.optimizer, path)
+        self.step = checkpoints.load_checkpoint(self.model, self.optimizer, path)
 
     def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         device = self.model.memory_patterns.device
