@@ -72,6 +72,12 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
         raise ValueError(f"{name} must be one of {sorted(choices)}, got {value!r}{nearest(value, choices)}")
 
 
+def check_choices(name: str, values: Iterable[object], choices: Collection[str]) -> None:
+    """Each of ``values`` is one of ``choices``."""
+    for value in values:
+        check_choice(name, value, choices)
+
+
 def check_keys(name: str, keys: Iterable[str], valid: Collection[str]) -> None:
     """No key is unknown; the first that is gets its nearest valid name suggested."""
     for key in keys:

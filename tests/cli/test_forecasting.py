@@ -1,20 +1,15 @@
 import json
-from dataclasses import replace
 
 import pytest
 
 from helmholtz.experiments.forecasting import study as forecast
-from helmholtz.experiments.forecasting.run import RECIPES
-from series_cases import waves, write_csv
+from series_cases import shorten, waves, write_csv
 from study_cases import call_study
 
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
-    for name, recipe in RECIPES.items():
-        if recipe is not None:
-            short = replace(recipe, steps=4, eval_every=2, warmup_steps=1, batch_size=4)
-            monkeypatch.setitem(RECIPES, name, short)
+    shorten(monkeypatch)
 
 
 @pytest.fixture

@@ -4,21 +4,8 @@ import numpy as np
 import pytest
 
 from helmholtz.experiments.vision import run as vision
-from helmholtz.experiments.vision.run import VisionRecipe
-from image_cases import write_set
+from image_cases import TINY, write_set
 from study_cases import call_study
-
-TINY = VisionRecipe(
-    patch_size=3,
-    n_layers=1,
-    d_model=16,
-    n_heads=2,
-    d_ff=32,
-    steps=4,
-    eval_every=2,
-    warmup_steps=1,
-    batch_size=8,
-)
 
 
 @pytest.fixture(autouse=True)

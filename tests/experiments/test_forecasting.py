@@ -21,17 +21,15 @@ from helmholtz.experiments.forecasting.run import (
 )
 from helmholtz.experiments.forecasting.windows import Windows, forecast_data
 from helmholtz.experiments.queue import FinishedRun, run_queue, split_finished
-from series_cases import waves
+from series_cases import shorten, waves
+from study_cases import check_resumption
 
 WAVES = waves(750, 2)
 
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
-    for name, recipe in RECIPES.items():
-        if recipe is not None:
-            short = replace(recipe, steps=4, eval_every=2, warmup_steps=1, batch_size=4)
-            monkeypatch.setitem(RECIPES, name, short)
+    shorten(monkeypatch)
 
 
 def runs(**options):
@@ -41,24 +39,8 @@ def runs(**options):
 compute = functools.partial(compute_forecast, series={"waves": WAVES})
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted((folder / "results").iterdir())}
-
-
 def test_an_interrupted_queue_leaves_the_bytes_of_one_that_was_not(tmp_path):
-    run_queue(runs(), compute, tmp_path / "whole")
-
-    def interrupted(run):
-        if run.settings["model"] == "fem-time":
-            raise KeyboardInterrupt
-        return compute(run)
-
-    with pytest.raises(KeyboardInterrupt):
-        run_queue(runs(), interrupted, tmp_path / "cut")
-    torch.manual_seed(99)
-    assert run_queue(runs(), compute, tmp_path / "cut") == 3
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
-    assert len(contents(tmp_path / "cut")) == len(RECIPES)
+    assert len(check_resumption(tmp_path, runs(), compute)) == len(RECIPES)
 
 
 def test_a_result_holds_the_settings_it_hangs_on_and_no_path(tmp_path):

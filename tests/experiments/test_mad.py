@@ -350,10 +350,6 @@ def compute_all(folder, stuck=None):
     run_queue([run.queued() for run in runs], compute, folder)
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted((folder / "results").glob("*.json"))}
-
-
 def test_a_queue_that_was_killed_leaves_the_bytes_of_one_that_was_not(tmp_path):
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     process = multiprocessing.get_context("fork").Process(target=compute_all, args=(cut, 2))

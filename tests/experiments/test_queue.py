@@ -8,16 +8,13 @@ from pathlib import Path
 import pytest
 
 from helmholtz.experiments.queue import QueuedRun, finished, run_queue, shard, split_finished, spread
+from study_cases import check_resumption, contents
 
 RUNS = [QueuedRun(f"task-{n}", {"n": n, "sizes": [1, n]}) for n in range(5)]
 
 
 def square(run):
     return {"square": run.settings["n"] ** 2}
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted((folder / "results").iterdir())}
 
 
 def test_every_run_is_computed_once_and_found_again(tmp_path):
@@ -36,18 +33,7 @@ def test_every_run_is_computed_once_and_found_again(tmp_path):
 
 
 def test_an_interrupted_queue_leaves_the_bytes_of_one_that_was_not(tmp_path):
-    run_queue(RUNS, square, tmp_path / "whole")
-
-    def interrupted(run):
-        if run.settings["n"] == 3:
-            raise KeyboardInterrupt
-        return square(run)
-
-    with pytest.raises(KeyboardInterrupt):
-        run_queue(RUNS, interrupted, tmp_path / "cut")
-    assert len(contents(tmp_path / "cut")) == 3
-    assert run_queue(RUNS, square, tmp_path / "cut") == 2
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert len(check_resumption(tmp_path, RUNS, square)) == 5
 
 
 def slow_square(run):

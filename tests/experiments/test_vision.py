@@ -7,13 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helmholtz.experiments.queue import FinishedRun, run_queue
+from helmholtz.experiments.queue import FinishedRun
 from helmholtz.experiments.vision import run as vision
 from helmholtz.experiments.vision.data import Images, ImageSplits, digits
 from helmholtz.experiments.vision.models import ViT
 from helmholtz.experiments.vision.report import pilot_summary, summary
 from helmholtz.experiments.vision.run import (
-    VisionRecipe,
     compute_vision,
     confusion,
     measure,
@@ -21,6 +20,8 @@ from helmholtz.experiments.vision.run import (
     recipe_of,
     vision_runs,
 )
+from image_cases import TINY
+from study_cases import check_resumption
 
 
 def bars(n, seed):
@@ -34,17 +35,6 @@ def bars(n, seed):
 
 
 BARS = ImageSplits("bars", tuple("abcdefgh"), bars(120, 0), bars(40, 1), bars(50, 2))
-TINY = VisionRecipe(
-    patch_size=2,
-    n_layers=1,
-    d_model=16,
-    n_heads=2,
-    d_ff=32,
-    steps=4,
-    eval_every=2,
-    warmup_steps=1,
-    batch_size=8,
-)
 
 
 @pytest.fixture(autouse=True)
@@ -55,25 +45,9 @@ def _tiny(monkeypatch):
 compute = functools.partial(compute_vision, data={"bars": BARS})
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted((folder / "results").iterdir())}
-
-
 def test_an_interrupted_queue_leaves_the_bytes_of_one_that_was_not(tmp_path):
-    runs = vision_runs([BARS], ["attention", "fem"], [0, 1])
-    run_queue(runs, compute, tmp_path / "whole")
-
-    def interrupted(run):
-        if run.settings["seed"] == 1:
-            raise KeyboardInterrupt
-        return compute(run)
-
-    with pytest.raises(KeyboardInterrupt):
-        run_queue(runs, interrupted, tmp_path / "cut")
-    torch.manual_seed(99)
-    assert run_queue(runs, compute, tmp_path / "cut") == 2
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
-    assert len({*contents(tmp_path / "cut").values()}) == 4
+    found = check_resumption(tmp_path, vision_runs([BARS], ["attention", "fem"], [0, 1]), compute)
+    assert len({*found.values()}) == 4
 
 
 def test_a_result_holds_its_settings_and_measures():

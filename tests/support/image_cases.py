@@ -5,6 +5,12 @@ import struct
 
 import numpy as np
 
+from helmholtz.experiments.vision.run import VisionRecipe
+
+TINY = VisionRecipe(
+    patch_size=2, n_layers=1, d_model=16, n_heads=2, d_ff=32, steps=4, eval_every=2, warmup_steps=1, batch_size=8
+)  # fmt: skip
+
 
 def idx(array, kind=8):
     """An IDX file's bytes; ``kind`` 8 is that of unsigned bytes."""

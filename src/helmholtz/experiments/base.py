@@ -98,8 +98,6 @@ def _check_values(values: Mapping[str, Any]) -> None:
     """Raises: ValueError for a list that names a thing twice, or a number that its name rules out."""
     for name in values.keys() & {"threads", "steps"}:
         check_integer(name, values[name])
-    for seed in values.get("seeds", ()):
-        check_integer("seeds", seed, minimum=0)
     for lr in values.get("lrs", ()):
         check_positive("lrs", lr)
     for name, value in values.items():
@@ -139,13 +137,13 @@ def add_learning_rates(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates")
 
 
-def spread_text(found: Spread | Mapping[str, Any] | None, digits: int = 4) -> str:
+def spread_text(found: Spread | Mapping[str, Any] | None, digits: int = 4, scale: float = 1) -> str:
     """Mean and deviation over seeds, of a spread or of what a summary holds of one."""
     if found is None:
         return "-"
     spread = found if isinstance(found, Spread) else Spread(**found)
-    deviation = "" if spread.deviation is None else f" ± {spread.deviation:.{digits}f}"
-    return f"{spread.mean:.{digits}f}{deviation}"
+    deviation = "" if spread.deviation is None else f" ± {scale * spread.deviation:.{digits}f}"
+    return f"{scale * spread.mean:.{digits}f}{deviation}"
 
 
 def make_table(title: str, rows: Sequence[Mapping[str, str]], left: int = 1) -> Table:

@@ -40,6 +40,7 @@ class QueuedRun:
 
     def __post_init__(self) -> None:
         check(NAME.fullmatch(self.name) is not None, "name", self.name, "letters, digits and . _ + = -")
+        check_integer("seeds", self.settings.get("seed", 0), minimum=0)
         read_back = json.loads(json.dumps(self.settings, allow_nan=False))
         check(read_back == self.settings, "settings", self.settings, "JSON values (lists, no tuples)")
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from helmholtz._checks import check, check_choice, check_integer
+from helmholtz._checks import check, check_choice, check_choices, check_integer
 from helmholtz.experiments.forecasting.data import Series
 from helmholtz.experiments.forecasting.models import (
     DLinear,
@@ -110,12 +110,9 @@ def forecast_runs(
     check_choice("measured", measured, get_args(Measured))
     names = [s.name for s in series]
     check(len(set(names)) == len(names), "data", names, "series whose names differ")
-    for model in models:
-        check_choice("models", model, RECIPES)
+    check_choices("models", models, RECIPES)
     for horizon in horizons:
         check_integer("horizons", horizon)
-    for seed in seeds:
-        check_integer("seeds", seed, minimum=0)
     return [
         _run(one, model, horizon, seed, measured, lr)
         for one in series

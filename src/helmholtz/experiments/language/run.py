@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from helmholtz._checks import check, check_choice, check_integer
+from helmholtz._checks import check, check_choice, check_choices
 from helmholtz._files import write_json
 from helmholtz._run_folder import LAST
 from helmholtz.data.king_james import king_james
@@ -75,16 +75,11 @@ def language_runs(
 
     Raises: ValueError for unknown names.
     """
-    for name, values, known in (
-        ("corpora", corpora, CORPORA),
-        ("tokenizers", tokenizers, TOKENIZERS),
-        ("models", models, LANGUAGE_MODELS),
-    ):
-        for value in values:
-            check_choice(name, value, known)
+    check_choices("corpora", corpora, CORPORA)
+    check_choices("tokenizers", tokenizers, TOKENIZERS)
+    check_choices("models", models, LANGUAGE_MODELS)
     runs = []
     for seed in seeds:
-        check_integer("seeds", seed, minimum=0)
         grid = [(c, t, "m", m) for c in corpora for t in tokenizers for m in models]
         if "shakespeare" in corpora and "bytes" in tokenizers:
             scaled = [m for m in SCALED_MODELS if m in models]

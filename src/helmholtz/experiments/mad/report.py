@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
+from helmholtz.experiments.base import spread_text
 from helmholtz.experiments.mad.data import TASKS
 from helmholtz.experiments.mad.models import MODELS
 from helmholtz.experiments.mad.run import MadProfile, MadRun
@@ -225,31 +226,30 @@ def _processor(done: FinishedRun) -> str:
     return f"{hardware.get('processor', 'unknown')}, {hardware.get('threads', '?')} thread(s)"
 
 
-def table_lines(rows: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
-    """Head, our rows and the published ones, in per cent: model, parameters, tasks, average."""
-    lines = [["model", "parameters", *(SHORT[task] for task in columns), "mean"]]
+def table_rows(rows: Sequence[Row], tasks: Sequence[str]) -> list[dict[str, str]]:
+    """Our rows and the published ones, in per cent with sample deviations."""
+    cells = []
     for row in rows:
-        cells = [cell_text(row.tasks[task]) for task in columns]
+        found = {SHORT[task]: cell_text(row.tasks[task]) for task in tasks}
         parameters = "-" if row.parameters is None else f"{row.parameters / 1000:.0f} k"
-        lines.append([row.label, parameters, *cells, cell_text(row.average)])
+        cells.append({"model": row.label, "parameters": parameters, **found, "mean": cell_text(row.average)})
     for published in PUBLISHED:
         values = dict(zip(TASKS, published.tasks, strict=True))
-        cells = [f"{values[task]:.1f}" for task in columns]
-        lines.append([f"{published.label} ({published.source})", "", *cells, f"{published.average:.1f}"])
-    return lines
+        label, found = (
+            f"{published.label} ({published.source})",
+            {SHORT[t]: f"{values[t]:.1f}" for t in tasks},
+        )
+        cells.append({"model": label, "parameters": "", **found, "mean": f"{published.average:.1f}"})
+    return cells
 
 
 def cell_text(found: Spread | None) -> str:
-    """Per cent, with the sample deviation if there is more than one seed."""
-    if found is None:
-        return "-"
-    deviation = "" if found.deviation is None else f" \N{PLUS-MINUS SIGN} {100 * found.deviation:.1f}"
-    return f"{100 * found.mean:.1f}{deviation}"
+    return spread_text(found, digits=1, scale=100)
 
 
-def markdown(content: Mapping[str, Any], lines: Sequence[Sequence[str]]) -> str:
+def markdown(content: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> str:
     """The report as a page."""
-    head, *body = ["| " + " | ".join(line) + " |" for line in lines]
+    head, *body = ["| " + " | ".join(line) + " |" for line in (rows[0], *(row.values() for row in rows))]
     total = content["finished"] + len(content["missing"])
     protocol = ", ".join(f"{key} {value}" for key, value in content["protocol"].items())
     rates = "; ".join(f"{task} {_numbers(lrs)}" for task, lrs in content["learning_rates"].items())
@@ -261,7 +261,7 @@ def markdown(content: Mapping[str, Any], lines: Sequence[Sequence[str]]) -> str:
         f"{', '.join(map(str, content['seeds']))}. Accuracy in per cent, mean and sample deviation over seeds.",
         "",
         head,
-        "|---|" + "---:|" * (len(lines[0]) - 1),
+        "|---|" + "---:|" * (len(rows[0]) - 1),
         *body,
         "",
         f"Protocol: {protocol}.",

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from helmholtz._checks import check, check_choice, check_integer
+from helmholtz._checks import check, check_choices
 from helmholtz.experiments.mad.data import TASKS, MadSetting, baseline, draw, ladder
 from helmholtz.experiments.mad.models import MODELS, MadSizes, build_model
 from helmholtz.experiments.mad.training import MadProtocol, StepCallback, train
@@ -103,12 +103,8 @@ class MadProfile:
         Raises: ValueError for a task or model that the profile does not have, or a task whose learning rate is not
             chosen yet.
         """
-        for task in tasks:
-            check_choice("tasks", task, self.settings)
-        for model in models:
-            check_choice("models", model, MODELS)
-        for seed in seeds:
-            check_integer("seeds", seed, minimum=0)
+        check_choices("tasks", tasks, self.settings)
+        check_choices("models", models, MODELS)
         return [
             MadRun(setting, model, lr, weight_decay, seed, self.protocol, self.sizes)
             for seed in seeds

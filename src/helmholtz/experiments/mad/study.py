@@ -18,7 +18,7 @@ from helmholtz.experiments.base import (
     make_table,
 )
 from helmholtz.experiments.mad.plots import plot_accuracy, plot_curves
-from helmholtz.experiments.mad.report import markdown, report_content, rows_of, table_lines
+from helmholtz.experiments.mad.report import markdown, report_content, rows_of, table_rows
 from helmholtz.experiments.mad.run import PROFILES, MadRun, chosen_rates
 from helmholtz.experiments.queue import FinishedRun, QueuedRun
 
@@ -77,12 +77,12 @@ class Mad(Study):
             self._write_rates(done, missing, console)
             return
         rows = rows_of(self.profile, done)
-        lines = table_lines(rows, list(self.profile.settings))
-        console.print(make_table("Accuracy in per cent", _narrow(lines)))
+        cells = table_rows(rows, list(self.profile.settings))
+        console.print(make_table("Accuracy in per cent", [_narrow(row) for row in cells]))
         content = report_content(self.profile_name, self.profile, done, missing)
         console.print(f"{len(done)} runs, {len(missing)} missing, {len(content['diverged'])} diverged")
         write_json(self.folder / "report.json", content)
-        write_atomically(self.folder / "report.md", markdown(content, lines))
+        write_atomically(self.folder / "report.md", markdown(content, cells))
         plot_accuracy(rows, self.folder / "accuracy.png")
         plot_curves(done, self.profile.protocol.accuracy, self.folder / "curves.png")
         files = "report.json, report.md, accuracy.png and curves.png"
@@ -110,10 +110,6 @@ class Mad(Study):
 STUDY = Mad
 
 
-def _narrow(lines: Sequence[Sequence[str]]) -> list[dict[str, str]]:
+def _narrow(row: Mapping[str, str]) -> dict[str, str]:
     """Without the parameters, and with deviations below the means: that fits into 80 columns."""
-    (first, _, *others), *body = lines
-    return [
-        {first: label} | {name: cell.replace(" ± ", "\n± ") for name, cell in zip(others, cells, strict=True)}
-        for label, _, *cells in body
-    ]
+    return {name: cell.replace(" ± ", "\n± ") for name, cell in row.items() if name != "parameters"}

@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from helmholtz._checks import check_integer
 from helmholtz.experiments.queue import QueuedRun
 from helmholtz.experiments.selection.data import SelectionTask, expected_gap, expected_maximum, sample_caches
 from helmholtz.layers.fem import FreeEnergyMixer
@@ -86,7 +85,6 @@ def queue(study: SelectionStudy, seeds: Sequence[int]) -> list[QueuedRun]:
     """All runs, each seed whole before the next."""
     runs = []
     for seed in seeds:
-        check_integer("seeds", seed, minimum=0)
         sizes = {"n_tokens": GAP_TOKENS, "n_channels": GAP_CHANNELS, "betas": list(BETAS), "caps": list(CAPS)}
         runs.append(QueuedRun(f"gaps-{seed}", {"part": "gaps", **sizes, "seed": seed}))
         for task, readers in ((study.maximum, MAXIMUM_READERS), (study.named, NAMED_READERS)):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from helmholtz._checks import check, check_choice, check_integer
+from helmholtz._checks import check, check_choice, check_choices
 from helmholtz.experiments.queue import QueuedRun
 from helmholtz.experiments.vision.data import Images, ImageSplits
 from helmholtz.experiments.vision.models import ViT, ViTConfig
@@ -91,10 +91,7 @@ def vision_runs(
     check_choice("measured", measured, get_args(Measured))
     names = [one.name for one in data]
     check(len(set(names)) == len(names), "data", names, "sets whose names differ")
-    for model in models:
-        check_choice("models", model, LEARNING_RATES)
-    for seed in seeds:
-        check_integer("seeds", seed, minimum=0)
+    check_choices("models", models, LEARNING_RATES)
     return [
         _run(one, model, seed, measured, lr)
         for one in data
