@@ -14,7 +14,7 @@ from helmholtz.layers.base import AbstractMixer
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig
 from helmholtz.layers.init import init_normal
 from helmholtz.layers.placement import device_of
-from helmholtz.layers.priors import AbstractPrior, LinearPrior, MambaPrior, RNNSoftmaxPrior, SoftmaxPrior
+from helmholtz.layers.priors import PRIOR_CLASSES
 from helmholtz.layers.priors.base import split_heads
 from helmholtz.layers.row_draws import RowDropout
 from helmholtz.layers.sequence import SequenceLayout, sequence_layout, zero_pads
@@ -58,7 +58,7 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
         self.config = c = config
         self.d_model, self.causal = c.d_model, c.causal
         assert c.n_kv_heads is not None and c.d_head_v is not None and c.tdc_width is not None
-        self.prior = _build_prior(c)
+        self.prior = PRIOR_CLASSES[c.prior](c)
         width = c.n_heads * c.d_head_v
         self.query_widths = dict(self.prior.query_widths)
         if c.read == "temperature":
@@ -253,45 +253,3 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
         self._check_width("context", context)
         if context.shape[0] != x.shape[0]:
             raise ValueError(f"context: wanted {x.shape[0]} rows as x has, got {context.shape[0]}")
-
-
-def _build_prior(c: FreeEnergyMixerConfig) -> AbstractPrior:
-    if c.prior == "mamba":
-        assert c.d_state is not None and c.d_head_v is not None
-        return MambaPrior(
-            width=c.n_heads * c.d_head_v,
-            n_heads=c.n_heads,
-            d_state=c.d_state,
-            causal=c.causal,
-            normalize=c.normalize,
-            eps=c.eps,
-        )
-    assert (
-        c.d_head is not None
-        and c.rope_theta is not None
-        and c.n_kv_heads is not None
-        and c.d_head_v is not None
-    )
-    if c.prior == "rnn_softmax":
-        return RNNSoftmaxPrior(
-            n_heads=c.n_heads, d_head=c.d_head, rope_theta=c.rope_theta, causal=c.causal, eps=c.eps
-        )
-    if c.prior == "softmax":
-        return SoftmaxPrior(
-            n_heads=c.n_heads,
-            n_kv_heads=c.n_kv_heads,
-            d_head=c.d_head,
-            d_head_v=c.d_head_v,
-            rope_theta=c.rope_theta,
-            causal=c.causal,
-            backend=c.backend,
-        )
-    return LinearPrior(
-        n_heads=c.n_heads,
-        d_head=c.d_head,
-        rope_theta=c.rope_theta,
-        causal=c.causal,
-        backend=c.backend,
-        eps=c.eps,
-        decay=c.decay,
-    )

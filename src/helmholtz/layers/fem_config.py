@@ -42,9 +42,46 @@ def fem_widths(d_model: int, n_heads: int, *, fem_ratio: float = 0.5, qk_ratio: 
     return Widths(d_head, d_head_v)
 
 
+@dataclass(frozen=True, kw_only=True)
+class MixerOptions:
+    """Options of a mixer whatever its width and heads; one that only some priors have acts on their layers.
+
+    Without slots: a command line cannot read the defaults of a nested config that has them.
+    """
+
+    d_head: int | None = None
+    """Key width K per head of softmax, linear and gla; None means D / H (rnn_softmax has V, mamba none)."""
+    d_head_v: int | None = None
+    """Value width V per head; None means D / 2H, rounded up to pairs where rnn_softmax rotates its keys."""
+    read: Read = "temperature"
+    """"mean" of the prior, "free_energy" at beta = 1, or "temperature": learned beta_max with the inner gate."""
+    outer_gate: bool = True
+    """Multiply the read by a positive, per-head normalised gate."""
+    tdc_width: int | None = None
+    """Width of the time-decay conditioning; None means D / 32, even, at least 8 (it is normalised); 0 means none."""
+    tdc_norm_first: bool = True
+    """Normalise the input of the conditioning."""
+    bias: bool = False
+    """Add biases to the projections."""
+    cap: float = 40.0
+    """Largest ``|beta v|`` in nats that enters the exponential; above 44 gradients can leave float32."""
+    eps: float = 1e-6
+    """Added to gates and features that must stay positive."""
+    theta_init: float = 1.8
+    """``beta_max = softplus(theta) + eps`` starts here: 1.8 gives 1.953."""
+    decay: Literal["head", "channel"] | None = None
+    """For gla: one decay per head (None means this) or per key channel."""
+    d_state: int | None = None
+    """For mamba: states per channel; None means 16."""
+    normalize: bool = True
+    """For mamba: divide by the scan on ones. Without it only ``read="mean"`` makes sense."""
+    backend: Literal["auto", "torch", "flash_attn", "fla"] = "auto"
+    """Kernel: "flash_attn" acts on softmax layers, "fla" on linear and gla layers; they run or raise."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FreeEnergyMixerConfig:
-    """Sizes and options of one mixer. ``None`` takes the default named below; the stored config is complete.
+class FreeEnergyMixerConfig(MixerOptions):
+    """Sizes and options of one mixer. Fields left None are filled in; the stored config is complete.
 
     Raises: ValueError naming the field for a size that does not fit or an option that would have no effect.
     """
@@ -55,45 +92,17 @@ class FreeEnergyMixerConfig:
     n_heads: int
     """Heads H of the prior."""
     n_kv_heads: int | None = None
-    """Key/value heads G of the softmax prior (grouped queries); default H."""
-    d_head: int | None = None
-    """Key width K per head; default H K = D (V for rnn_softmax); mamba has none."""
-    d_head_v: int | None = None
-    """Value width V per head; default H V = D / 2 (rounded up to pairs where rnn_softmax rotates its keys)."""
+    """Key/value heads G of the softmax prior (grouped queries); None means H."""
     prior: Prior = "softmax"
     """Which causal average the read starts from."""
-    read: Read = "temperature"
-    """"mean" of the prior, "free_energy" at beta = 1, or "temperature": learned beta_max with the inner gate."""
-    outer_gate: bool = True
-    """Multiply the read by a positive, per-head normalised gate."""
-    tdc_width: int | None = None
-    """Width of the time-decay conditioning; default H V / 16 (even, at least 8: it is normalised), 0 for none."""
     tdc_bidirectional: bool = False
     """Give half of the conditioning to a pass from the end; needs ``causal=False``."""
-    tdc_norm_first: bool = True
-    """Normalise the input of the conditioning."""
     rope_theta: float | None = None
-    """Base of the rotary positions; default 10000, 0 for none. Mamba has no queries to rotate."""
+    """Base of the rotary positions; None means 10000, 0 none. Mamba has no queries to rotate."""
     causal: bool = True
     """Let a token see itself and the past only."""
-    bias: bool = False
-    """Add biases to the projections."""
     dropout: float = 0.0
     """Probability of zeroing an element of the mixer's output in training."""
-    cap: float = 40.0
-    """Largest ``|beta v|`` in nats that enters the exponential; above 44 gradients can leave float32."""
-    eps: float = 1e-6
-    """Added to gates and features that must stay positive."""
-    theta_init: float = 1.8
-    """``beta_max = softplus(theta) + eps`` starts here: 1.8 gives 1.953."""
-    decay: Literal["head", "channel"] | None = None
-    """For gla: one decay per head (default) or per key channel."""
-    d_state: int | None = None
-    """For mamba: states per channel; default 16."""
-    normalize: bool = True
-    """For mamba: divide by the scan on ones. Without it only ``read="mean"`` makes sense."""
-    backend: str = "auto"
-    """Kernel of the prior: "auto", "torch", or "flash_attn" (softmax) / "fla" (linear, gla), which run or raise."""
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, ("fem",))

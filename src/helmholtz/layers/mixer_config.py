@@ -55,13 +55,10 @@ class AttentionConfig:
         check(isinstance(self.causal, bool), "causal", self.causal, "true or false")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MambaMixerConfig:
-    """What a ``MambaMixer`` is made of; it is always causal."""
+@dataclass(frozen=True, kw_only=True)
+class MambaSizes:
+    """Sizes of a ``MambaMixer`` beside its width. Without slots: it is the second base of configs that have them."""
 
-    kind: Literal["mamba"] = "mamba"
-    d_model: int
-    """Width of the input and the output."""
     d_inner: int | None = None
     """Channels of the state-space model; None means 2 d_model."""
     d_state: int = 64
@@ -70,6 +67,15 @@ class MambaMixerConfig:
     """Tokens that the convolution before the recurrence sees."""
     d_head: int = 64
     """Channels that share a decay; a divisor of d_inner."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MambaMixerConfig(MambaSizes):
+    """What a ``MambaMixer`` is made of; it is always causal."""
+
+    kind: Literal["mamba"] = "mamba"
+    d_model: int
+    """Width of the input and the output."""
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, ("mamba",))

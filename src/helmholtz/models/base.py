@@ -152,6 +152,7 @@ class AttentionModelConfig(FlatConfig):
             self._fill("d_ff", self._derived_d_ff())
         check_integer("d_ff", self.d_ff)
         check_positive("rope_theta", self.rope_theta)
+        self.layer_configs()  # raises where a block cannot be made
 
     def layer_configs(self) -> tuple[LayerConfig, ...]:
         return (self._attention_layer(causal=True),) * self.n_layers

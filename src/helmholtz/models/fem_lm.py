@@ -8,11 +8,11 @@ conditioning on top.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, final
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, final
 
 from helmholtz._checks import check_integer
-from helmholtz.layers.fem_config import FreeEnergyMixerConfig, Prior, Read
+from helmholtz.layers.fem_config import FreeEnergyMixerConfig, MixerOptions, Prior
 from helmholtz.layers.sizing import matched_d_ff
 from helmholtz.models.base import AttentionModelConfig, LayerConfig, ModelConfig
 from helmholtz.models.decoder import Decoder
@@ -26,42 +26,6 @@ _USED_BY: dict[str, tuple[str, ...]] = {
     "fla": ("linear", "gla"),
 }
 """Options, and values of ``backend``, that only some priors have."""
-
-
-@dataclass(
-    frozen=True, kw_only=True
-)  # no slots: a command line cannot read their defaults in a nested config
-class MixerOptions:
-    """Options of the mixers, as in ``FreeEnergyMixerConfig``; one that only some priors have acts on their layers."""
-
-    d_head: int | None = None
-    """Key width per head of softmax, linear and gla; None means D / H."""
-    d_head_v: int | None = None
-    """Value width per head; None means D / 2H."""
-    read: Read = "temperature"
-    """"mean", "free_energy" (beta = 1), or "temperature" (learned beta_max and inner gate)."""
-    outer_gate: bool = True
-    """Multiply the read by a positive, per-head normalised gate."""
-    tdc_width: int | None = None
-    """Width of the time-decay conditioning; None means D / 32, at least 8; 0 means none."""
-    tdc_norm_first: bool = True
-    """Normalise the input of the conditioning."""
-    bias: bool = False
-    """Add biases to the projections."""
-    cap: float = 40.0
-    """Largest ``|beta v|`` in nats that enters the exponential."""
-    eps: float = 1e-6
-    """Added to gates and features that must stay positive."""
-    theta_init: float = 1.8
-    """``beta_max = softplus(theta) + eps`` starts here."""
-    decay: Literal["head", "channel"] | None = None
-    """For gla: one decay per head (None means this) or per key channel."""
-    d_state: int | None = None
-    """For mamba: states per channel; None means 16."""
-    normalize: bool = True
-    """For mamba: divide by the scan on ones."""
-    backend: Literal["auto", "torch", "flash_attn", "fla"] = "auto"
-    """Kernel: "flash_attn" acts on softmax layers, "fla" on linear and gla layers; they run or raise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,27 +62,17 @@ class FEMLMConfig(AttentionModelConfig):
 
     def mixer_config(self, prior: Prior) -> FreeEnergyMixerConfig:
         """The config of the layers that read from ``prior``."""
-        o = self.mixer
+        unused = {name for name, priors in _USED_BY.items() if prior not in priors}
+        if self.mixer.backend in unused:
+            unused.add("backend")
+        used = [field.name for field in fields(MixerOptions) if field.name not in unused]
         return FreeEnergyMixerConfig(
             d_model=self.d_model,
             n_heads=self.n_heads,
             n_kv_heads=self.n_kv_heads if prior == "softmax" else self.n_heads,
-            d_head=o.d_head if prior in _USED_BY["d_head"] else None,
-            d_head_v=o.d_head_v,
             prior=prior,
-            read=o.read,
-            outer_gate=o.outer_gate,
-            tdc_width=o.tdc_width,
-            tdc_norm_first=o.tdc_norm_first,
             rope_theta=None if prior == "mamba" else self.rope_theta,
-            bias=o.bias,
-            cap=o.cap,
-            eps=o.eps,
-            theta_init=o.theta_init,
-            decay=o.decay if prior in _USED_BY["decay"] else None,
-            d_state=o.d_state if prior in _USED_BY["d_state"] else None,
-            normalize=o.normalize or prior not in _USED_BY["normalize"],
-            backend=o.backend if prior in _USED_BY.get(o.backend, (prior,)) else "auto",
+            **{name: getattr(self.mixer, name) for name in used},
         )
 
     def _refuse_unused(self) -> None:

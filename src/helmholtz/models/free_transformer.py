@@ -16,7 +16,6 @@ from typing import ClassVar, Literal, final
 import torch
 
 from helmholtz._checks import check, check_choice, check_integer
-from helmholtz.layers.attention import check_heads
 from helmholtz.layers.latent import BitsPostSampler, LatentEncoder, TablePostSampler
 from helmholtz.layers.sizing import count_parameters, matched_size
 from helmholtz.models.base import AttentionModelConfig, ModelConfig, PlanConfig
@@ -38,8 +37,6 @@ class FreeTransformerConfig(AttentionModelConfig):
 
     def __post_init__(self) -> None:
         AttentionModelConfig.__post_init__(self)
-        assert self.n_kv_heads is not None
-        check_heads(self.d_model, self.n_heads, self.n_kv_heads)
         check_integer("n_layers", self.n_layers, minimum=2)
         check_integer("n_latent_bits", self.n_latent_bits)
         check(self.n_latent_bits <= MAX_LATENT_BITS, "n_latent_bits", self.n_latent_bits, "in 1..16")

@@ -1,44 +1,27 @@
 """A decoder of Mamba-2 blocks: no attention, no positions, no feed-forward, and a state of constant size."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, final
 
-from helmholtz._checks import check_divides, check_integer
-from helmholtz.layers.mixer_config import MambaMixerConfig
+from helmholtz.layers.mixer_config import MambaMixerConfig, MambaSizes
 from helmholtz.models.base import FlatConfig, LayerConfig, ModelConfig
 from helmholtz.models.decoder import Decoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MambaConfig(FlatConfig):
+class MambaConfig(MambaSizes, FlatConfig):
     """Sizes of a Mamba decoder."""
-
-    d_inner: int | None = None
-    """Channels of a mixer; None means 2 d_model."""
-    d_state: int = 64
-    """State per channel."""
-    d_conv: int = 4
-    """Tokens that the convolution before the recurrence sees."""
-    d_head: int = 64
-    """Channels that share a decay; a divisor of d_inner."""
 
     def __post_init__(self) -> None:
         FlatConfig.__post_init__(self)
-        self._fill("d_inner", 2 * self.d_model)
-        for name in ("d_inner", "d_state", "d_conv"):
-            check_integer(name, getattr(self, name))
-        assert self.d_inner is not None
-        check_divides("d_head", self.d_head, "d_inner", self.d_inner)
+        self._fill("d_inner", self._mixer().d_inner)
 
     def layer_configs(self) -> tuple[LayerConfig, ...]:
-        mixer = MambaMixerConfig(
-            d_model=self.d_model,
-            d_inner=self.d_inner,
-            d_state=self.d_state,
-            d_conv=self.d_conv,
-            d_head=self.d_head,
-        )
-        return (LayerConfig(mixer=mixer),) * self.n_layers
+        return (LayerConfig(mixer=self._mixer()),) * self.n_layers
+
+    def _mixer(self) -> MambaMixerConfig:
+        sizes = {field.name: getattr(self, field.name) for field in fields(MambaSizes)}
+        return MambaMixerConfig(d_model=self.d_model, **sizes)
 
 
 @final

@@ -7,7 +7,6 @@ from a Llama's weights it computes the same logits.
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from helmholtz.layers.attention import check_heads
 from helmholtz.models.base import AttentionModelConfig, ModelConfig
 from helmholtz.models.decoder import Decoder
 
@@ -15,11 +14,6 @@ from helmholtz.models.decoder import Decoder
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformerConfig(AttentionModelConfig):
     """Sizes of the baseline decoder."""
-
-    def __post_init__(self) -> None:
-        AttentionModelConfig.__post_init__(self)
-        assert self.n_kv_heads is not None
-        check_heads(self.d_model, self.n_heads, self.n_kv_heads)
 
 
 @final

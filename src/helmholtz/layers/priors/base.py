@@ -7,6 +7,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from helmholtz.layers.fem_config import FreeEnergyMixerConfig
 from helmholtz.layers.sequence import SequenceLayout
 
 Features = Mapping[str, Float[Tensor, "B T W"]]
@@ -29,6 +30,10 @@ class AbstractPrior(nn.Module, abc.ABC):
     """Features projected from the side that is read, by name and total width."""
     read_names: frozenset[str] = frozenset()
     """Those of ``key_widths`` that read all the same: a token's own, made of ``x`` where there is a source."""
+
+    def __init__(self, config: FreeEnergyMixerConfig) -> None:
+        super().__init__()
+        self.n_heads, self.causal, self.eps = config.n_heads, config.causal, config.eps
 
     @abc.abstractmethod
     def forward(

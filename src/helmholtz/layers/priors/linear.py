@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from helmholtz.layers.fem_config import FreeEnergyMixerConfig
 from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, split_heads
 from helmholtz.layers.sequence import SequenceLayout, reversed_reset
 from helmholtz.ops._compute import compute_dtype
@@ -18,31 +19,21 @@ DECAY_TEMPERATURE = 16.0
 class LinearPrior(AbstractPrior):
     r"""Weights :math:`\phi(q_t) \cdot (e^{c_t - c_i} \phi(k_i))` over their sum; :math:`\phi = \mathrm{relu}+\epsilon`.
 
-    Args:
-        decay: None (linear attention), "head" (one decay per head: simple GLA) or "channel" (one per key channel: GLA);
-            :math:`c` is the running sum of ``logsigmoid(W x) / 16``.
+    ``decay`` is None (linear attention), "head" (one per head: simple GLA) or "channel" (one per key channel: GLA);
+    :math:`c` is the running sum of ``logsigmoid(W x) / 16``.
 
     Without causality the same recurrence also runs from the end; the token itself counts once.
     """
 
-    def __init__(
-        self,
-        *,
-        n_heads: int,
-        d_head: int,
-        rope_theta: float,
-        causal: bool,
-        backend: str,
-        eps: float,
-        decay: str | None = None,
-    ) -> None:
-        super().__init__()
-        self.n_heads, self.d_head, self.rope_theta = n_heads, d_head, rope_theta
-        self.causal, self.backend, self.eps, self.decay = causal, backend, eps, decay
-        self.query_widths = {"q": n_heads * d_head}
-        self.key_widths = {"k": n_heads * d_head}
-        if decay is not None:
-            self.key_widths["decay"] = n_heads if decay == "head" else n_heads * d_head
+    def __init__(self, config: FreeEnergyMixerConfig) -> None:
+        super().__init__(config)
+        c = config
+        assert c.d_head is not None
+        self.d_head, self.rope_theta, self.backend, self.decay = c.d_head, c.rope_theta, c.backend, c.decay
+        self.query_widths = {"q": c.n_heads * c.d_head}
+        self.key_widths = {"k": c.n_heads * c.d_head}
+        if c.decay is not None:
+            self.key_widths["decay"] = c.n_heads if c.decay == "head" else c.n_heads * c.d_head
 
     def forward(
         self,

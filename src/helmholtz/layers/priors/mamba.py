@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from helmholtz.layers.fem_config import FreeEnergyMixerConfig
 from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt
 from helmholtz.layers.sequence import SequenceLayout, reversed_reset
 from helmholtz.ops._compute import compute_dtype
@@ -17,24 +18,22 @@ class MambaPrior(AbstractPrior):
     :math:`A < 0`, :math:`\Delta, B, C, D > 0`, so every weight is positive, and dividing by the same scan on ones
     (skip term included) makes them a distribution: a logarithm of a scan with signed weights would have no meaning.
 
-    Args:
-        normalize: divide by the scan on ones. Without it there is no distribution, hence no free energy.
+    Without ``normalize`` there is no division by the scan on ones, so no distribution, hence no free energy.
 
     Source: Gu & Dao, "Mamba", 2023; made positive after Lu & Yang 2026. ``Delta = exp(-softplus(W x))`` lies in (0, 1).
     """
 
-    def __init__(
-        self, *, width: int, n_heads: int, d_state: int, causal: bool, normalize: bool, eps: float
-    ) -> None:
-        super().__init__()
-        self.n_heads, self.d_state = n_heads, d_state
-        self.causal, self.normalize, self.eps = causal, normalize, eps
+    def __init__(self, config: FreeEnergyMixerConfig) -> None:
+        super().__init__(config)
+        c = config
+        assert c.d_state is not None and c.d_head_v is not None
+        width = c.n_heads * c.d_head_v
+        self.d_state, self.normalize = c.d_state, c.normalize
         self.query_widths = {}
-        self.key_widths = {"delta": width, "b": d_state, "c": d_state}
-        self.read_names = frozenset(
-            {"c"}
-        )  # its rows lie among the keys', and old checkpoints have them there
-        self.A_raw = nn.Parameter(torch.full((width, d_state), -1.0))
+        self.key_widths = {"delta": width, "b": c.d_state, "c": c.d_state}
+        # its rows lie among the keys', and old checkpoints have them there
+        self.read_names = frozenset({"c"})
+        self.A_raw = nn.Parameter(torch.full((width, c.d_state), -1.0))
         self.D_raw = nn.Parameter(torch.ones(width))
 
     def forward(

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from helmholtz.layers.fem_config import FreeEnergyMixerConfig
 from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, split_heads
 from helmholtz.layers.sequence import SequenceLayout
 from helmholtz.ops._compute import compute_dtype
@@ -21,12 +22,13 @@ class RNNSoftmaxPrior(AbstractPrior):
     Source: Zhai et al., "An Attention Free Transformer", 2021; Lu & Yang 2026.
     """
 
-    def __init__(self, *, n_heads: int, d_head: int, rope_theta: float, causal: bool, eps: float) -> None:
-        super().__init__()
-        self.n_heads, self.d_head, self.rope_theta = n_heads, d_head, rope_theta
-        self.causal, self.eps = causal, eps
-        self.query_widths = {"q": n_heads * d_head}
-        self.key_widths = {"k": n_heads * d_head}
+    def __init__(self, config: FreeEnergyMixerConfig) -> None:
+        super().__init__(config)
+        c = config
+        assert c.d_head is not None
+        self.d_head, self.rope_theta = c.d_head, c.rope_theta
+        self.query_widths = {"q": c.n_heads * c.d_head}
+        self.key_widths = {"k": c.n_heads * c.d_head}
 
     def forward(
         self,

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from helmholtz.layers.fem_config import FreeEnergyMixerConfig
 from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, split_heads
 from helmholtz.layers.sequence import SequenceLayout
 from helmholtz.layers.state import KVCache
@@ -19,22 +20,14 @@ class SoftmaxPrior(AbstractPrior):
     ``G (K + V)`` numbers.
     """
 
-    def __init__(
-        self,
-        *,
-        n_heads: int,
-        n_kv_heads: int,
-        d_head: int,
-        d_head_v: int,
-        rope_theta: float,
-        causal: bool,
-        backend: str,
-    ) -> None:
-        super().__init__()
-        self.n_heads, self.n_kv_heads, self.d_head, self.d_head_v = n_heads, n_kv_heads, d_head, d_head_v
-        self.rope_theta, self.causal, self.backend = rope_theta, causal, backend
-        self.query_widths = {"q": n_heads * d_head}
-        self.key_widths = {"k": n_kv_heads * d_head}
+    def __init__(self, config: FreeEnergyMixerConfig) -> None:
+        super().__init__(config)
+        c = config
+        assert c.n_kv_heads is not None and c.d_head is not None and c.d_head_v is not None
+        self.n_kv_heads, self.d_head, self.d_head_v = c.n_kv_heads, c.d_head, c.d_head_v
+        self.rope_theta, self.backend = c.rope_theta, c.backend
+        self.query_widths = {"q": c.n_heads * c.d_head}
+        self.key_widths = {"k": c.n_kv_heads * c.d_head}
 
     def forward(
         self,
