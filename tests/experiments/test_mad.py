@@ -20,6 +20,7 @@ from helmholtz.experiments.mad.training import MadProtocol, macro_accuracy, meas
 from helmholtz.experiments.queue import FinishedRun, QueuedRun, run_queue, spread
 from helmholtz.layers.sizing import count_parameters
 from mad_cases import RECALL, SIZES, SQUEEZE, profile, protocol
+from study_cases import contents
 
 ROOT = Path(__file__).parents[2]
 
