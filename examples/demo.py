@@ -48,7 +48,7 @@ def train(console: Console, runs: Path, seed: int) -> None:
 
 
 def show(console: Console, runs: Path, results: Path) -> list[Path]:
-    """Comparison, pictures and a sample per model; returns the pictures."""
+    """Comparison, figures and a sample per model; returns the pictures."""
     console.rule("comparison")
     helmholtz("compare", "--runs", *(str(runs / name) for name in NAMES), f"--output={results}")
     pictures = [results / "loss.png"]

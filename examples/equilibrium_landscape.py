@@ -3,7 +3,7 @@
     python examples/equilibrium_landscape.py        # some minutes on 2 cores; interrupted, it goes on where it was
 
 Trains both on bytes, checks what the theory promises (helmholtz validate) and draws the energy of one token (helmholtz
-landscape). With --output=docs/experiments/mamba_hopfield it makes the pictures of docs/equilibrium-tools.md.
+landscape). With --output=docs/experiments/mamba_hopfield it makes the figures of docs/equilibrium-tools.md.
 """
 
 import argparse

@@ -118,7 +118,7 @@ def test_compare_shows_a_bound_as_a_bound_and_never_the_number_that_leaks(worksp
     assert f"<= {planned['validation_bits_per_byte']:.4f}" in out
     assert f"{plain['validation_bits_per_byte']:.4f}" in out
     assert f"{bounds['posterior_cross_entropy_leaking']:.4f}" not in out
-    assert "above one it decides nothing" in out and "windows of 32 tokens without overlap" in out
+    assert "above one it is inconclusive" in out and "windows of 32 tokens without overlap" in out
     assert "free_transformer (0.5 bits)" in out and f"{planned['peak_memory_bytes'] / 2**20:,.0f} MiB" in out
     assert f"encoder {planned['parts']['encoder']:,}, post_sampler {256 * 32:,}" in out
     assert sum(planned["parts"].values()) == planned["parameters"]

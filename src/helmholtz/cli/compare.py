@@ -56,7 +56,7 @@ def footnotes(comparison: Comparison) -> list[str]:
         return lines
     lines.append(
         f"<=: upper bound (mixture-weighted) from {POSTERIOR_SAMPLES} plans of the posterior and {PRIOR_DRAWS} of the "
-        "prior per window. Below every exact number it is a win (*); above one it decides nothing"
+        "prior per window. Below every exact number it is a win (*); above one it is inconclusive"
     )
     for row in comparison.rows:
         parts = ", ".join(f"{name} {size:,}" for name, size in row.parts.items() if size)

@@ -33,7 +33,7 @@ from helmholtz.models.decoder import Decoder, require_equilibrium
 
 DESCRIPTION = (
     "What a model is made of, what its mixers have learned and how they read a text, or what an equilibrium model has "
-    "learned and where the tokens of a text come to rest."
+    "learned and the equilibria of a text's tokens."
 )
 EQUILIBRIUM_NOTES = {
     "kappa": "factor of the state-space term",
@@ -41,7 +41,7 @@ EQUILIBRIUM_NOTES = {
     "contraction_bound": "of the map's Lipschitz constant on any text; below 1 every equilibrium is unique",
     "margin": "nats by which a stored pattern outweighs the others; reliable from 3",
     "slots_used": "patterns written beside the learned ones",
-    "converged": "share of tokens",
+    "converged": "fraction of tokens",
     "retrieval_entropy": "nats; its exponential is the number of patterns a token reads",
     "usage_entropy": "nats; of the weights averaged over tokens",
     "lipschitz_local": "largest at an equilibrium",
@@ -52,7 +52,7 @@ EQUILIBRIUM_NOTES = {
 def parameter_table(model: Decoder) -> Table:
     counts = count_parameters(model)
     total = sum(count.parameters for count in counts)
-    table = Table("module", "parameters", "share", title="Parameters")
+    table = Table("module", "parameters", "fraction", title="Parameters")
     for count in counts:
         table.add_row(count.module, f"{count.parameters:,}", f"{count.parameters / total:.1%}")
     table.add_row("total", f"{total:,}", "")
@@ -105,7 +105,7 @@ def temperature_table(model: Decoder) -> Table:
 
 
 def equilibrium_table(model: Decoder, text: str | None, checkpoint: Path) -> Table:
-    """What all tokens share and, of ``text``, how its tokens come to rest."""
+    """What all tokens share and, of ``text``, the equilibria of its tokens."""
     layer = require_equilibrium(model)
     statistics, title = learned_strengths(layer), "What the equilibrium has learned"
     if text is not None:
@@ -164,9 +164,9 @@ def run(arguments: list[str], console: Console) -> int:
         "--text",
         type=str,
         default=None,
-        help="show how the mixers read this text, or how its tokens come to rest",
+        help="show how the mixers read this text, or the equilibria of its tokens",
     )
-    parser.add_argument("--picture", type=str, default=None, help="file for a picture of the reading")
+    parser.add_argument("--picture", type=str, default=None, help="file for a figure of the reading")
     values = parse(parser, arguments)
     picture = None if values["picture"] is None else output_picture("picture", values["picture"])
     checkpoint, text = find_checkpoint(values["checkpoint"]), values["text"]

@@ -22,7 +22,7 @@ from helmholtz.evals.runs import find_checkpoint
 from helmholtz.models.decoder import require_equilibrium
 
 DESCRIPTION = (
-    "The energy around a token at rest: a slice, the solvers' paths, basins of attraction, the memory."
+    "The energy around a token's equilibrium: a slice, the solvers' paths, basins of attraction, the memory."
 )
 
 
@@ -39,7 +39,7 @@ def make_landscape_parser() -> Parser:
     )
     option("--resolution", type=int, default=61, help="points along a side, odd")
     option("--seed", type=int, default=0, help="of random directions")
-    option("--output", type=str, required=True, help="folder of the pictures and of landscape.json")
+    option("--output", type=str, required=True, help="folder of the figures and of landscape.json")
     option("--threads", type=int, default=1, help="CPU threads")
     return parser
 
@@ -133,7 +133,7 @@ def run(arguments: list[str], console: Console) -> int:
     regime = require_equilibrium(model).config.stability
     title = f"{regime} model, {name}"
     plot_slice(found, folder / "slice.png", title=f"Energy of {name} ({regime} regime)")
-    plot_trajectories(paths, folder / "trajectories.png", title=f"How the solvers come to rest: {title}")
+    plot_trajectories(paths, folder / "trajectories.png", title=f"How the solvers converge: {title}")
     plot_basins(around, folder / "basins.png", title=f"Where starts end: {title}", points=points)
     plot_memory(
         memory, folder / "memory.png", title=f"{len(memory.usage)} patterns and {tokens.shape[1]} tokens"

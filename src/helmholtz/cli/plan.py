@@ -65,7 +65,7 @@ def make_plan_parser() -> Parser:
     option("--n_samples", type=int, default=5, help="samples of a group")
     option("--n_plans", type=int, default=8, help="groups of each kind to measure")
     option("--bit_effects", action="store_true", help="measure what each bit changes")
-    option("--picture", type=str, default=None, help="file for a picture of which samples share what")
+    option("--picture", type=str, default=None, help="file for a figure of which samples share what")
     option("--json", action="store_true", help="print JSON")
     parser.add_class_arguments(SamplingSettings, "sampling", skip={"stop_tokens"})
     return parser

@@ -10,7 +10,7 @@ from helmholtz.cli.arguments import make_parser, output_file, parse
 from helmholtz.experiments.report.page import build_sections, render
 
 DESCRIPTION = (
-    "One HTML page of all results in some folders: tables, pictures, hardware, seeds, commits and commands. It loads "
+    "One HTML page of all results in some folders: tables, figures, hardware, seeds, commits and commands. It loads "
     "nothing, and every number says from which JSON file it is."
 )
 

@@ -17,11 +17,11 @@ from helmholtz.experiments.queue import QueuedRun, fold_finished, run_queue, sha
 STUDIES = {
     "letters": "what a plan holds of letters whose entropy is known: the Free Transformer's own experiment",
     "mad": "the six MAD tasks: attention, the Free Energy Mixer and its parts, Mamba, Mamba-Hopfield",
-    "selection": "which token every channel can read: attention and free energy against the law",
+    "selection": "which token every channel can read: attention and free energy against what is predicted",
     "language": "language models of equal parameters on two texts, and how they scale",
     "forecasting": "time series: encoders of attention and of FEM against a linear and a naive forecast",
     "vision": "a small vision transformer of attention or of FEM on digits and Fashion-MNIST",
-    "recall": "what a Hopfield memory recalls of spoilt patterns, keys and pairs in a context",
+    "recall": "what a Hopfield memory recalls of corrupted patterns, keys and pairs in a context",
     "continual": "learning one map after another with and without a memory",
 }
 """Every study by its folder in ``experiments``."""

@@ -176,7 +176,7 @@ def _parts(model: Decoder) -> dict[str, int]:
 def leaders(rows: Sequence[Row]) -> set[str]:
     """Names of the rows known to be at or below every exact number: the lowest exact one, or all bounds below that.
 
-    A bound above it decides nothing: its row may be the best of all. Which of several bounds is best is not known.
+    A bound above it is inconclusive: its row may be the best of all. Which of several bounds is best is not known.
     """
     exact = {row.name: row.validation_bits_per_byte for row in rows if row.kind == "exact"}
     lowest = min(exact.values(), default=-math.inf)

@@ -1,4 +1,4 @@
-"""What checks and pictures of equilibria have in common: precision, the map's Jacobian, where equilibria can lie."""
+"""What checks and figures of equilibria have in common: precision, the map's Jacobian, where equilibria can lie."""
 
 from typing import TypeVar
 

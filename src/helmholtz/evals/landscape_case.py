@@ -1,6 +1,6 @@
 """One token's energy in float64, and planes through its equilibrium.
 
-Lengths are in the units of ``z``; pictures divide them by the norm of the patterns.
+Lengths are in the units of ``z``; figures divide them by the norm of the patterns.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ EXACT = SolverConfig(
 
 @dataclass(frozen=True, slots=True)
 class TokenCase:
-    """One token's energy, where its iteration starts and where it comes to rest."""
+    """One token's energy, where its iteration starts and where it ends."""
 
     problem: TokenProblem
     """One row, float64."""

@@ -1,4 +1,4 @@
-"""Pictures of a token's energy and of the memory. matplotlib (extra ``plot``) is imported where it is used.
+"""Figures of a token's energy and of the memory. matplotlib (extra ``plot``) is imported where it is used.
 
 Colours are those of Okabe and Ito, which readers with any colour vision tell apart; lengths are in norms ``R`` of the
 patterns.

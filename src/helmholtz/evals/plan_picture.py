@@ -1,4 +1,4 @@
-"""A picture of which samples share what: groups under independent plans above groups under one plan each."""
+"""A figure of which samples share what: groups under independent plans above groups under one plan each."""
 
 import warnings
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Pictures of runs and of what a mixer selects. matplotlib (extra ``plot``) is imported where it is used."""
+"""Figures of runs and of what a mixer selects. matplotlib (extra ``plot``) is imported where it is used."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ SMOOTHING = 25
 
 
 def file_types() -> list[str]:
-    """Suffixes that a picture's file may have. Raises: ImportError naming the extra if there is no matplotlib."""
+    """Suffixes that a figure's file may have. Raises: ImportError naming the extra if there is no matplotlib."""
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:

@@ -84,7 +84,7 @@ class Study(abc.ABC):
 
     @abc.abstractmethod
     def report(self, done: Sequence[FinishedRun], missing: Sequence[QueuedRun], console: Console) -> None:
-        """Print tables, and write files and pictures into ``folder``, of at least one finished run."""
+        """Print tables, and write files and figures into ``folder``, of at least one finished run."""
 
     def write_summary(
         self, rows: Sequence[Mapping[str, Any]], done: Sequence[FinishedRun], missing: Sequence[QueuedRun]

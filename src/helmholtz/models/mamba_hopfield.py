@@ -1,9 +1,9 @@
-"""A Mamba decoder whose tokens come to rest: each at an equilibrium of its context, its past and a Hopfield memory.
+"""A Mamba decoder with a per-token equilibrium (DEQ) layer, of the context, the past and a Hopfield memory.
 
 Mamba-2 blocks read the sequence. From the normed stream ``c`` one more recurrence gives every token the coefficients of
 an energy over ``z``: what the context asks for, how a step of the recurrence would answer to ``z``, and how near ``z``
-is to stored patterns. The token's equilibrium is the point where the map ``f(z) = z - grad E(z)`` comes to rest; logits
-are read from ``c``, the equilibrium and what the memory holds there (``docs/math/equilibrium.md``).
+is to stored patterns. The token's equilibrium is the point where the map ``f(z) = z - grad E(z)`` changes nothing;
+logits are read from ``c``, the equilibrium and what the memory holds there (``docs/math/equilibrium.md``).
 
 The public code of this idea is no guide: there energy and map were unrelated, one state served the whole sequence, and
 no gradient reached the dynamics (``docs/design/005-mamba-hopfield.md``).

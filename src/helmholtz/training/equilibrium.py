@@ -26,7 +26,7 @@ from helmholtz.training.distributed import gather_rows
 from helmholtz.training.objectives import Objective, Report
 
 ENOUGH_CONVERGED = 0.99
-"""Share of converged tokens below which an evaluation warns."""
+"""Fraction of converged tokens below which an evaluation warns."""
 POWER_STEPS = 8
 """Products with the Jacobian per training step."""
 
@@ -94,7 +94,7 @@ class EquilibriumObjective:
 
     ``energy`` (``retrieval_energy``), ``convergence`` (``start_distance``) and ``stability``
     (``contraction_excess``). The bound is the cross-entropy alone. Beside them, ``num_steps`` and ``unconverged`` say
-    how the solver fared: mean steps and share of tokens.
+    how the solver fared: mean steps and fraction of tokens.
 
     While the model trains, the curriculum's solver replaces the model's for the call and unconverged tokens are
     counted, not warned of (a solver with ``on_nonconvergence="raise"`` still raises where no stage replaces it); novel

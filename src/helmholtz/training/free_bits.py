@@ -19,7 +19,7 @@ from helmholtz.ops.losses import cross_entropy
 from helmholtz.training.objectives import Objective, Report
 
 COLLAPSED = 0.05
-"""Share of ``kappa`` below which the plan's mutual information with its token counts as none."""
+"""Fraction of ``kappa`` below which the plan's mutual information with its token counts as none."""
 REMEDIES = "objective.kappa_start_bits, objective.kl_warmup_steps or objective.encoder_lr_factor may help"
 
 

@@ -62,7 +62,7 @@ class ContinualResult:
     """Pairs that were stored, overwritten ones included."""
     memory_bytes: int
     answered: float | None
-    """Share of all pairs that the memory answers at the end; None without one."""
+    """Fraction of all pairs that the memory answers at the end; None without one."""
     key_cosine: float | None
     """Mean cosine of the first map's keys as written with the same keys at the end; None without a memory."""
 

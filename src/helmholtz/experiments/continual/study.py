@@ -47,7 +47,7 @@ class Continual(LearnerStudy):
         "run": "Learn maps over shared inputs and labels, one after another, by a decoder alone, with a memory, with "
         "one whose keys drift, with one that is too small, and on all maps at once; then the report.",
         "list": LIST,
-        "report": "Table and picture of the runs that are finished.",
+        "report": "Table and figure of the runs that are finished.",
     }
 
     def __init__(self, action: str, values: Mapping[str, Any]) -> None:

@@ -60,7 +60,7 @@ class Series:
     step: timedelta
     variates: tuple[str, ...]
     shown: str
-    """The variate that pictures show."""
+    """The variate that figures show."""
     values: Float[Tensor, "T C"]
     """In float64 and in the units of the source."""
     n_filled: int = 0
@@ -84,7 +84,7 @@ class Series:
 def read_series(file: Path) -> Series:
     """The series in a CSV file whose column ``date`` holds ISO dates at equal steps and whose others hold numbers.
 
-    Pictures show the last column, the target of the ETT sets. Nothing is filled.
+    Figures show the last column, the target of the ETT sets. Nothing is filled.
 
     Raises: ValueError naming the file, the line and the column for whatever else it holds, OSError if it cannot be
         read.

@@ -1,4 +1,4 @@
-"""Tables and pictures of the forecasting study."""
+"""Tables and figures of the forecasting study."""
 
 import statistics
 from collections.abc import Mapping, Sequence

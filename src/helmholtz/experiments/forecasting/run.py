@@ -201,7 +201,7 @@ def errors(model: nn.Module, windows: Windows, *, stride: int = 1) -> dict[str, 
 
 
 def shown_windows(n_windows: int) -> Tensor:
-    """Indices of the windows that pictures show."""
+    """Indices of the windows that figures show."""
     return torch.linspace(0, n_windows - 1, SHOWN_WINDOWS + 2).long()[1:-1]
 
 

@@ -37,7 +37,7 @@ class Forecasting(Study):
         "run": "Train and measure forecasters. Finished runs are kept, an interrupted queue goes on where it was.",
         "list": LIST,
         "pilot": "Compare learning rates on validation windows alone; the test windows are not looked at.",
-        "report": "Tables and pictures of the runs that are finished.",
+        "report": "Tables and figures of the runs that are finished.",
     }
 
     def __init__(self, action: str, values: Mapping[str, Any]) -> None:

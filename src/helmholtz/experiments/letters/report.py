@@ -106,7 +106,7 @@ class GroupStatistics:
     """What the samples of a group have in common, averaged over groups."""
 
     valid: float
-    """Share of samples that are sequences of the law."""
+    """Fraction of samples that are sequences of the law."""
     spread: float | None
     """Median absolute deviation of the start of the run among a group's valid samples; None if too few are."""
     noise_repetition: float
@@ -252,7 +252,7 @@ def plot_letters(law: LetterLaw, measured: Measured, own: GroupStatistics, file:
                 lambda r: _ratio(r.shared.spread, spread),
             ),
             (2, "repetition of the noise under one plan (correlation)", lambda r: r.shared.noise_repetition),
-            (2, "share of valid samples under a plan each", lambda r: r.independent.valid),
+            (2, "fraction of valid samples under a plan each", lambda r: r.independent.valid),
         ]
         for index, label, value in curves:
             _curve(axes[index], measured, value, label)

@@ -39,7 +39,7 @@ class Letters(Study):
     actions = {
         "run": "Train models whose free bits per token grow, as in the Free Transformer's paper, and measure their "
         "plans; then the report. Each model's result is kept, and not computed again.",
-        "report": "Table and picture of the finished models.",
+        "report": "Table and figure of the finished models.",
         "list": LIST,
     }
     reported = ("run", "report")

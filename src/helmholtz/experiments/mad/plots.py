@@ -1,4 +1,4 @@
-"""Pictures of the MAD study."""
+"""Figures of the MAD study."""
 
 import statistics
 from collections.abc import Sequence

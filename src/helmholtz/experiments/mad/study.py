@@ -31,7 +31,7 @@ class Mad(Study):
     name = "mad"
     actions = {
         "run": "Train the models of a profile on the MAD tasks. Finished runs are kept, an interrupted queue goes on.",
-        "report": "Table, pictures and report.json of a profile's finished runs, beside the published rows.",
+        "report": "Table, figures and report.json of a profile's finished runs, beside the published rows.",
         "list": LIST,
         "pilot": "Choose the learning rate of each task for the profile quick: attention alone, on a seed of its own.",
     }

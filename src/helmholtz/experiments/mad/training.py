@@ -50,7 +50,7 @@ class MadProtocol:
     """"constant" is what the published code does, "cosine" (to 1e-6, per step) what it was meant to do."""
     accuracy: Accuracy = "batch_macro"
     """What scores a run: class-balanced accuracy per batch, mean over batches (the published code), class-balanced over
-    all answers, or the share of right answers."""
+    all answers, or the fraction of right answers."""
     select: Select = "last"
     """Which evaluation counts: the last, or that with the lowest test perplexity (the published code)."""
     stop_at: float | None = 0.999
@@ -100,7 +100,7 @@ class Scores:
 
 
 def macro_accuracy(wanted: Int[Tensor, "N"], answered: Int[Tensor, "N"], n_classes: int) -> float:
-    """Mean over classes of the share of right answers; a class never wanted counts 0 if it was answered, else not."""
+    """Mean over classes of the fraction of right answers; a class never wanted counts 0 if answered, else not."""
     right = torch.bincount(wanted[wanted == answered], minlength=n_classes)
     asked = torch.bincount(wanted, minlength=n_classes)
     counted = (asked + torch.bincount(answered, minlength=n_classes)) > 0

@@ -1,4 +1,4 @@
-"""How many patterns a Hopfield memory holds: recall from spoilt patterns, beside an oracle and the nearest neighbour.
+"""How many patterns a Hopfield memory holds: recall from corrupted ones, beside an oracle and the nearest neighbour.
 
 The memory is measured as it is: plain recall from a written query, nothing is trained and there is no context, so that
 the gain ``delta`` of the token energy and its ``kappa`` do not enter.
@@ -30,11 +30,11 @@ N_LABELS = 10
 
 @dataclass(frozen=True, slots=True)
 class Corruption:
-    """How a stored pattern is spoilt to make a query."""
+    """How a stored pattern is corrupted to make a query."""
 
     kind: CorruptionKind
     level: float
-    """"noise": norm of the Gaussian noise over the pattern's. "mask", "flip": share of coordinates set to 0, or
+    """"noise": norm of the Gaussian noise over the pattern's. "mask", "flip": fraction of coordinates set to 0, or
     negated."""
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ class RecallResult:
     warned: bool
     """Whether the memory said that a pattern it recalled has a small margin."""
     accuracy: float
-    """Share of trials whose equilibrium is closest to the pattern that was spoilt."""
+    """Fraction of trials whose equilibrium is closest to the pattern that was corrupted."""
     strict: float
     """Share within ``STRICT`` radii of it."""
     oracle: float

@@ -1,4 +1,4 @@
-"""Pictures of the memory experiments."""
+"""Figures of the memory experiments."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -76,7 +76,7 @@ class Recall(LearnerStudy):
         "and the nearest neighbour, values from keys, pairs in a context; then the report. Nothing is trained unless "
         "--train_steps says so.",
         "list": LIST,
-        "report": "Tables and picture of the runs that are finished.",
+        "report": "Tables and figure of the runs that are finished.",
     }
 
     def __init__(self, action: str, values: Mapping[str, Any]) -> None:

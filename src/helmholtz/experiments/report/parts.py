@@ -28,7 +28,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A picture as inline SVG."""
+    """A figure as inline SVG."""
 
     caption: str
     svg: str

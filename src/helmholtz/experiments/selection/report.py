@@ -1,4 +1,4 @@
-"""Pictures of the study of channel-wise selection."""
+"""Figures of the study of channel-wise selection."""
 
 import math
 from collections.abc import Sequence
@@ -83,4 +83,4 @@ def plot_reads(done: Sequence[FinishedRun], file: Path) -> None:
             axes.set_title(label, fontsize=10)
             axes.set_xlabel("token")
         panels[0][0].set_ylabel("channel")
-        figure.colorbar(image, ax=panels[0].tolist(), label="share of the channel's gradient")
+        figure.colorbar(image, ax=panels[0].tolist(), label="fraction of the channel's gradient")

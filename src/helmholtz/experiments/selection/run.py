@@ -262,7 +262,7 @@ def measure_reader(layer: FreeEnergyMixer, task: SelectionTask, *, seed: int) ->
 def channel_influence(
     layer: FreeEnergyMixer, query: Float[Tensor, "n 1 W"], cache: Float[Tensor, "n T W"], task: SelectionTask
 ) -> Float[Tensor, "n T D"]:
-    """How much each token's value moves its channel's answer: the share of the absolute gradients of a channel."""
+    """How much each token's value moves its channel's answer: the fraction of the absolute gradients of a channel."""
     cache = cache.clone().requires_grad_()
     answer = read_channels(layer, query, cache, task)
     columns = []

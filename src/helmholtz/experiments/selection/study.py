@@ -18,7 +18,7 @@ class Selection(Study):
     actions = {
         "run": "Measure the gap between a read and the channel's maximum, train layers that read a lossless cache, "
         "count patterns; then the report. Each run's result is kept, and not computed again.",
-        "report": "Tables and pictures of the finished runs: attention and free energy of equal parameters.",
+        "report": "Tables and figures of the finished runs: attention and free energy of equal parameters.",
         "list": LIST,
     }
     reported = ("run", "report")
@@ -37,7 +37,7 @@ class Selection(Study):
 
     def report(self, done: Sequence[FinishedRun], missing: Sequence[QueuedRun], console: Console) -> None:
         if missing:
-            console.print("tables and pictures are made when all runs are done")
+            console.print("tables and figures are made when all runs are done")
             return
         console.print(gap_table(runs_of(done, part="gaps")))
         console.print(learned_table("Every channel's maximum", by_reader(done, "maximum")))

@@ -1,4 +1,4 @@
-"""Tables and pictures of the vision study."""
+"""Tables and figures of the vision study."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -59,7 +59,7 @@ def plot_learning(done: Sequence[FinishedRun], data: str, file: Path) -> None:
 
 
 def plot_confusion(done: Sequence[FinishedRun], data: str, file: Path) -> None:
-    """Share of each class that is taken for each other one, a panel per mixer, over all seeds."""
+    """Fraction of each class that is taken for each other one, a panel per mixer, over all seeds."""
     groups = grouped(runs_of(done, data=data), "model")
     with picture(file, (5.2 * len(groups), 4.8)) as figure:
         panels = figure.subplots(1, len(groups), squeeze=False)

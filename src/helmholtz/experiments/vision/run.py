@@ -148,7 +148,7 @@ def compute_vision(run: QueuedRun, data: Mapping[str, ImageSplits]) -> dict[str,
 
 
 def measure(model: ViT, images: Images) -> dict[str, float]:
-    """Mean cross-entropy in nats, and the share of images whose class is the most likely one."""
+    """Mean cross-entropy in nats, and the fraction of images whose class is the most likely one."""
     logits = predict(model, images)
     right = (logits.argmax(-1) == images.labels).sum().item()
     return {"loss": F.cross_entropy(logits, images.labels).item(), "accuracy": right / len(images)}

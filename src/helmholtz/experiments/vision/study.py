@@ -36,7 +36,7 @@ class Vision(Study):
         "was.",
         "list": LIST,
         "pilot": "Compare learning rates on validation images alone; the test images are not looked at.",
-        "report": "Table and pictures of the runs that are finished.",
+        "report": "Table and figures of the runs that are finished.",
     }
 
     def __init__(self, action: str, values: Mapping[str, Any]) -> None:

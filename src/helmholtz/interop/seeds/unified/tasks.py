@@ -21,7 +21,7 @@ NOISES = (0.0, 0.25, 0.5, 1.0, 1.5)
 class AssociativeRecallExperiment:
     """What a memory of the model's width and temperature recalls of random patterns (``helmholtz study recall``).
 
-    Nothing is trained: the patterns are written, spoilt by noise and settled again.
+    Nothing is trained: the patterns are written, corrupted by noise and settled again.
 
     Attributes:
         details: every ``RecallResult`` of the last ``evaluate``: the nearest neighbour and an oracle beside it,

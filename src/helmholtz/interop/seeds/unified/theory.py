@@ -41,13 +41,13 @@ class ConvergenceValidator:
 
 
 class EnergyLandscapeAnalyzer:
-    """Pictures of the energy of one token, and the arrays behind them (``helmholtz.evals.landscape``).
+    """Figures of the energy of one token, and the arrays behind them (``helmholtz.evals.landscape``).
 
     Every method takes ``diagnostics["z_equilibrium"]`` and ``diagnostics["context"]`` of one call of the model; without
     them it looks at a text of random ids. It draws a PNG into ``output_dir`` and returns what it drew.
 
     Args:
-        output_dir: folder of the pictures; None draws none.
+        output_dir: folder of the figures; None draws none.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class EnergyLandscapeAnalyzer:
         row: int = 0,
         token: int = -1,
     ) -> Trajectories:
-        """How each mode of the solver comes to rest, by its real iterates: ``trajectories.png``."""
+        """How each mode of the solver converges, by its real iterates: ``trajectories.png``."""
         found = self._analyzer(z_equilibrium, context).trajectories(row=row, token=token)
         if file := self._file("trajectories.png"):
             plot_trajectories(found, file, title="From the start to the equilibrium")
@@ -107,7 +107,7 @@ class EnergyLandscapeAnalyzer:
         analyzer = self._analyzer(z_equilibrium, context)
         found = analyzer.basins(row=row, token=token, basis=basis, radius=radius, resolution=resolution)
         if file := self._file("basins.png"):
-            plot_basins(found, file, title="Where each start comes to rest")
+            plot_basins(found, file, title="Where each start ends")
         return found
 
     def analyze_critical_points(
