@@ -19,6 +19,7 @@ STUDIES = {
     "mad": "the six MAD tasks: attention, the Free Energy Mixer and its parts, Mamba, Mamba-Hopfield",
     "selection": "which token every channel can read: attention and free energy against what is predicted",
     "language": "language models of equal parameters on two texts, and how they scale",
+    "hybrids": "a plan over FEM and over attention, an equilibrium over FEM-GLA and over Mamba",
     "forecasting": "time series: encoders of attention and of FEM against a linear and a naive forecast",
     "vision": "a small vision transformer of attention or of FEM on digits and Fashion-MNIST",
     "recall": "what a Hopfield memory recalls of corrupted patterns, keys and pairs in a context",

@@ -33,7 +33,7 @@ def language(runs: Sequence[Node]) -> parts.Found:
     }
     columns = {
         "parameters": parts.column("result/parameters", ",d", only=0),
-        "validation bits/byte": _quality,
+        "validation bits/byte": quality,
         "CPU seconds of training steps": lambda runs: number(
             [time["cpu_seconds"][-1] for time in _times(runs)], ",.1f"
         ),
@@ -57,7 +57,8 @@ def by_model(nodes: Sequence[Node]) -> dict[str, list[Node]]:
     return {name.replace("_", " "): runs for name, runs in groups.items()}
 
 
-def _quality(runs: Sequence[Node]) -> Cell:
+def quality(runs: Sequence[Node]) -> Cell:
+    """Bits per byte; of a model with a plan an upper bound."""
     is_bound = runs[0].at("result/kind").value == "bound"
     found = [run.at("result/bits_per_byte") for run in runs]
     return number(found, ".3f", prefix="≤ " if is_bound else "")

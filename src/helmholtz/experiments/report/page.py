@@ -5,6 +5,7 @@ from pathlib import Path
 
 from helmholtz._checks import check
 from helmholtz.experiments.report.of_engineering import faults, speed
+from helmholtz.experiments.report.of_hybrids import hybrids
 from helmholtz.experiments.report.of_language import language, scaling
 from helmholtz.experiments.report.of_memory import continual, learning, recall
 from helmholtz.experiments.report.of_selection import selection
@@ -18,6 +19,7 @@ SECTIONS: tuple[Callable[[Sequence[Path]], Section], ...] = (
     mad,
     language,
     scaling,
+    hybrids,
     demo,
     plans,
     letters,

@@ -1,0 +1,167 @@
+"""Rows and the picture of the study of hybrids."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from helmholtz.evals.plots import pyplot, save_figure
+from helmholtz.experiments.hybrids.models import TEXT_MODELS
+from helmholtz.experiments.hybrids.run import LETTER_MIXERS, LETTERS
+from helmholtz.experiments.letters.report import LetterResult, kappa_label, law_statistics
+from helmholtz.experiments.letters.run import PROFILES
+from helmholtz.experiments.queue import FinishedRun, spread
+
+Row = dict[str, Any]
+Numbers = Mapping[str, float | None]
+DIFFERENCES = (
+    ("fem", "attention"),
+    ("fem_plan", "attention_plan"),
+    ("attention_plan", "attention"),
+    ("fem_plan", "fem"),
+    ("gla", "mamba"),
+    ("gla_equilibrium", "mamba_equilibrium"),
+    ("mamba_equilibrium", "mamba"),
+    ("gla_equilibrium", "gla"),
+    ("mamba_equilibrium", "mamba_without"),
+    ("gla_equilibrium", "gla_without"),
+)
+"""Pairs of models of text whose bits per byte are subtracted seed by seed."""
+
+
+def letter_rows(done: Sequence[FinishedRun]) -> list[Row]:
+    """A row per kappa and mixer: bounds, and what samples under one plan share."""
+    found = _letters(done)
+    kappas = dict.fromkeys(run.run.settings["kappa_bits"] for run in found)
+    return [
+        {"part": "letters", "model": mixer, "kappa_bits": kappa, **_means(own, letter_numbers)}
+        for kappa in kappas
+        for mixer in LETTER_MIXERS
+        if (own := [r for r in _of(found, mixer) if r.run.settings["kappa_bits"] == kappa])
+    ]
+
+
+def text_rows(done: Sequence[FinishedRun]) -> list[Row]:
+    """A row per model of Shakespeare."""
+    return [
+        {"part": model.part, "model": name, "kind": own[0].result["kind"], **_means(own, text_numbers)}
+        for name, model in TEXT_MODELS.items()
+        if (own := _of(_text(done), name))
+    ]
+
+
+def difference_rows(done: Sequence[FinishedRun]) -> list[Row]:
+    """Bits per byte of one model less those of another, over the seeds that both have."""
+    rows = []
+    for name, other in DIFFERENCES:
+        bits = [
+            {r.run.settings["seed"]: r.result["bits_per_byte"] for r in _of(_text(done), m)} for m in (name, other)
+        ]
+        seeds = [seed for seed in bits[0] if seed in bits[1]]
+        if seeds:
+            gaps = [bits[0][seed] - bits[1][seed] for seed in seeds]
+            rows.append({"part": "difference", "model": name, "less": other, "seeds": seeds,
+                         "bits_per_byte": asdict(spread(gaps))})  # fmt: skip
+    return rows
+
+
+def letter_numbers(result: Mapping[str, Any]) -> Numbers:
+    """The numbers of the letters study's table."""
+    found = LetterResult.from_dict(result)
+    return {
+        "posterior_cross_entropy": found.bounds.posterior_cross_entropy,
+        "prior_cross_entropy": found.bounds.prior_cross_entropy,
+        "excess": found.bounds.excess,
+        "kl_bits": found.bounds.kl_bits,
+        "valid": found.independent.valid,
+        "start_spread": found.shared.spread,
+        "noise_repetition": found.shared.noise_repetition,
+    }
+
+
+def text_numbers(result: Mapping[str, Any]) -> Numbers:
+    """Bits per byte, and what is known of plan or equilibria."""
+    numbers: dict[str, float | None] = {"bits_per_byte": result["bits_per_byte"]}
+    statistics, sharing = result["statistics"], result["sharing"]
+    if sharing is not None:
+        numbers |= {
+            "elbo": result["bounds"]["elbo"],
+            "kl_bits": result["bounds"]["kl_bits_per_token"],
+            "mutual_information_bits": statistics["mutual_information"] / math.log(2),
+            **{f"same_token_{name}": estimate["mean"] for name, estimate in sharing.items()},
+        }
+    if "mean_steps" in statistics:
+        names = ("mean_steps", "max_steps", "converged", "residual", "contraction_bound")
+        numbers |= {name: statistics[name] for name in names}
+    return numbers
+
+
+def _letters(done: Sequence[FinishedRun]) -> list[FinishedRun]:
+    return [run for run in done if run.run.settings["part"] == "letters"]
+
+
+def _text(done: Sequence[FinishedRun]) -> list[FinishedRun]:
+    return [run for run in done if run.run.settings["part"] != "letters"]
+
+
+def _of(done: Sequence[FinishedRun], model: str) -> list[FinishedRun]:
+    return [run for run in done if run.run.settings["model"] == model]
+
+
+def _means(runs: Sequence[FinishedRun], numbers: Callable[[Mapping[str, Any]], Numbers]) -> Row:
+    """Each number as a spread over seeds; None where no run has it."""
+    found = [numbers(run.result) for run in runs]
+    values = {name: [row[name] for row in found if row[name] is not None] for name in found[0]}
+    seconds = round(sum(run.timing.get("cpu_seconds", 0.0) for run in runs), 1)
+    return {
+        "seeds": [run.run.settings["seed"] for run in runs],
+        "parameters": runs[0].result["parameters"],
+        **{name: asdict(spread(own)) if own else None for name, own in values.items()},
+        "cpu_seconds": seconds,
+    }
+
+
+def plot_hybrids(done: Sequence[FinishedRun], file: Path) -> None:
+    """What samples of letters share under one plan, and the bits per byte of all models of text; dots are seeds."""
+    plt = pyplot()
+    figure, (starts, noise, bits) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
+    own = law_statistics(PROFILES[LETTERS].law, generator=torch.Generator().manual_seed(0))
+    assert own.spread is not None
+    found = _letters(done)
+    _draw_letters(starts, found, "start_spread", "spread of the run's start under one plan", own.spread)
+    _draw_letters(noise, found, "noise_repetition", "repetition of the noise under one plan", 0.0)
+    text = _text(done)
+    names = [name for name in TEXT_MODELS if _of(text, name)]
+    for place, name in enumerate(names):
+        values = [run.result["bits_per_byte"] for run in _of(text, name)]
+        bits.plot(values, [place] * len(values), "o", fillstyle="none", color=f"C{place // 2}")
+        bits.plot([sum(values) / len(values)], [place], "|", markersize=16, color=f"C{place // 2}")
+    bits.set_yticks(range(len(names)), [TEXT_MODELS[name].label for name in names], fontsize=8)
+    bits.set_ylim(len(names) - 0.5, -0.5)
+    bits.set_title("Shakespeare: bits per byte (with a plan: an upper bound)", fontsize=10)
+    bits.grid(alpha=0.3, axis="x")
+    save_figure(figure, file, plt)
+
+
+def _draw_letters(axes: Any, runs: Sequence[FinishedRun], name: str, title: str, law: float) -> None:
+    kappas = list(dict.fromkeys(run.run.settings["kappa_bits"] for run in runs))
+    for number, mixer in enumerate(LETTER_MIXERS):
+        points = [
+            (kappas.index(run.run.settings["kappa_bits"]), letter_numbers(run.result)[name])
+            for run in _of(runs, mixer)
+        ]
+        known = [(x, y) for x, y in points if y is not None]
+        axes.plot(*zip(*known, strict=True), "o", fillstyle="none", color=f"C{number}", label=mixer)
+        means = [[y for x, y in known if x == place] for place in range(len(kappas))]
+        axes.plot(
+            [sum(own) / len(own) if own else math.nan for own in means], color=f"C{number}", linewidth=1
+        )
+    axes.axhline(law, color="grey", linewidth=0.8, linestyle="--", label="the law itself")
+    axes.set_xticks(range(len(kappas)), [kappa_label(kappa) for kappa in kappas])
+    axes.set_xlabel("free bits per token")
+    axes.set_title(f"letters: {title}", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
