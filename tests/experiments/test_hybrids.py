@@ -10,12 +10,13 @@ import torch
 
 from helmholtz.data.prepare import DataConfig, prepare
 from helmholtz.experiments.hybrids import run as hybrids
-from helmholtz.experiments.hybrids.models import FEWER, TEXT_MODELS, letter_model
+from helmholtz.experiments.hybrids.models import CONTROLS, FEWER, TEXT_MODELS, letter_model
 from helmholtz.experiments.hybrids.run import KAPPAS, LETTER_MIXERS, compute_hybrid, hybrid_runs
 from helmholtz.experiments.letters import report as letters
 from helmholtz.experiments.letters.run import PROFILES, train_on_letters
 from helmholtz.experiments.queue import run_queue
 from helmholtz.experiments.report.of_hybrids import hybrids as hybrid_section
+from helmholtz.layers.sizing import count_parameters
 from helmholtz.models.decoder import Decoder
 from helmholtz.models.decoder_config import DecoderConfig
 from study_cases import call_study
@@ -29,7 +30,7 @@ TINY = replace(
 
 def count(config):
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Decoder(config).parameters())
+        return count_parameters(Decoder(config))
 
 
 def test_models_that_are_compared_have_equal_parameters():
@@ -57,14 +58,21 @@ def test_letters_of_attention_are_those_of_the_letters_study(kappa_bits):
         assert torch.equal(tensor, found[name])
 
 
-def test_the_grid_has_seeds_outermost():
+def test_the_grid_has_seeds_outermost_and_controls_last():
     runs = hybrid_runs()
     per_seed = len(KAPPAS) * len(LETTER_MIXERS) + len(TEXT_MODELS)
     assert len(runs) == 3 * per_seed == len({run.name for run in runs}) == 48
-    assert {run.settings["seed"] for run in runs[:per_seed]} == {0}
-    assert [run.name for run in runs[:3]] == [
-        "letters-attention-no_plan-0", "letters-fem-no_plan-0", "letters-attention-1_4-0",
+    assert [run.settings["seed"] for run in runs] == [0] * 10 + [1] * 10 + [2] * 10 + [0] * 6 + [1] * 6 + [
+        2
+    ] * 6
+    assert [run.name for run in runs[:5]] == [
+        "letters-attention-1_4-0", "letters-fem-1_4-0", "letters-attention-1-0", "letters-fem-1-0",
+        "shakespeare-attention_plan-0",
     ]  # fmt: skip
+    controls = [f"letters-{mixer}-no_plan" for mixer in LETTER_MIXERS] + [
+        f"shakespeare-{name}" for name in CONTROLS
+    ]
+    assert {run.name for run in runs[30:36]} == {f"{name}-0" for name in controls}
     assert all(DecoderConfig.from_dict(run.settings["config"]).to_dict() for run in runs)
     (few,) = {run.settings["part"] for run in hybrid_runs(parts=["plan"], seeds=[5])}
     assert few == "plan"

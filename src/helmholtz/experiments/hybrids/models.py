@@ -119,3 +119,5 @@ TEXT_MODELS = {
 """All have the parameters of the demo's models within a percent but the last two, the blocks of the two above them."""
 FEWER = ("mamba_without", "gla_without")
 """Models that have fewer parameters than the rest."""
+CONTROLS = ("attention", "fem", *FEWER)
+"""What the other models are to be seen beside."""

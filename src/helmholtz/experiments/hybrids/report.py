@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from helmholtz.evals.plots import pyplot, save_figure
+from helmholtz.evals.plots import picture
 from helmholtz.experiments.hybrids.models import TEXT_MODELS
 from helmholtz.experiments.hybrids.run import LETTER_MIXERS, LETTERS
 from helmholtz.experiments.letters.report import LetterResult, kappa_label, law_statistics
@@ -58,7 +58,8 @@ def difference_rows(done: Sequence[FinishedRun]) -> list[Row]:
     rows = []
     for name, other in DIFFERENCES:
         bits = [
-            {r.run.settings["seed"]: r.result["bits_per_byte"] for r in _of(_text(done), m)} for m in (name, other)
+            {r.run.settings["seed"]: r.result["bits_per_byte"] for r in _of(_text(done), m)}
+            for m in (name, other)
         ]
         seeds = [seed for seed in bits[0] if seed in bits[1]]
         if seeds:
@@ -126,24 +127,26 @@ def _means(runs: Sequence[FinishedRun], numbers: Callable[[Mapping[str, Any]], N
 
 def plot_hybrids(done: Sequence[FinishedRun], file: Path) -> None:
     """What samples of letters share under one plan, and the bits per byte of all models of text; dots are seeds."""
-    plt = pyplot()
-    figure, (starts, noise, bits) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
     own = law_statistics(PROFILES[LETTERS].law, generator=torch.Generator().manual_seed(0))
     assert own.spread is not None
-    found = _letters(done)
-    _draw_letters(starts, found, "start_spread", "spread of the run's start under one plan", own.spread)
-    _draw_letters(noise, found, "noise_repetition", "repetition of the noise under one plan", 0.0)
-    text = _text(done)
-    names = [name for name in TEXT_MODELS if _of(text, name)]
+    letters, text = _letters(done), _text(done)
+    with picture(file, (14, 4.4), few_colours=True) as figure:
+        starts, noise, bits = figure.subplots(1, 3)
+        _draw_letters(starts, letters, "start_spread", "spread of the run's start under one plan", own.spread)
+        _draw_letters(noise, letters, "noise_repetition", "repetition of the noise under one plan", 0.0)
+        _draw_bits(bits, text)
+
+
+def _draw_bits(axes: Any, runs: Sequence[FinishedRun]) -> None:
+    names = [name for name in TEXT_MODELS if _of(runs, name)]
     for place, name in enumerate(names):
-        values = [run.result["bits_per_byte"] for run in _of(text, name)]
-        bits.plot(values, [place] * len(values), "o", fillstyle="none", color=f"C{place // 2}")
-        bits.plot([sum(values) / len(values)], [place], "|", markersize=16, color=f"C{place // 2}")
-    bits.set_yticks(range(len(names)), [TEXT_MODELS[name].label for name in names], fontsize=8)
-    bits.set_ylim(len(names) - 0.5, -0.5)
-    bits.set_title("Shakespeare: bits per byte (with a plan: an upper bound)", fontsize=10)
-    bits.grid(alpha=0.3, axis="x")
-    save_figure(figure, file, plt)
+        values = [run.result["bits_per_byte"] for run in _of(runs, name)]
+        axes.plot(values, [place] * len(values), "o", fillstyle="none", color=f"C{place // 2}")
+        axes.plot([sum(values) / len(values)], [place], "|", markersize=16, color=f"C{place // 2}")
+    axes.set_yticks(range(len(names)), [TEXT_MODELS[name].label for name in names], fontsize=8)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_title("Shakespeare: bits per byte (with a plan: an upper bound)", fontsize=10)
+    axes.grid(alpha=0.3, axis="x")
 
 
 def _draw_letters(axes: Any, runs: Sequence[FinishedRun], name: str, title: str, law: float) -> None:
