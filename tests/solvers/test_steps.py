@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helmholtz.solvers import SolverConfig, solve
-from helmholtz.solvers.anderson import Mixing
+from helmholtz.solvers.anderson import Anderson
 from helmholtz.solvers.loop import Point, Rows, decreases, evaluate
 from helmholtz.solvers.newton_cg import Newton, conjugate_gradients
 from solver_cases import Quadratic, quadratic, random_patterns
@@ -16,7 +16,7 @@ def point_at(problem, z):
 
 
 def mixing_of(problem, iterates, window):
-    mixing = Mixing(window)
+    mixing = Anderson(window)
     for z in iterates:
         mixing.remember(point_at(problem, z))
     return mixing

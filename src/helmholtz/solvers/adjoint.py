@@ -1,7 +1,6 @@
 """Gradients through an equilibrium."""
 
 import abc
-import warnings
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -15,10 +14,9 @@ from helmholtz.solvers.base import (
     ON_NONCONVERGENCE,
     AbstractProblem,
     BackwardInfo,
-    ConvergenceError,
-    ConvergenceWarning,
     OnNonconvergence,
     Solution,
+    warn_or_raise,
 )
 from helmholtz.solvers.loop import Rows
 from helmholtz.solvers.newton_cg import LinearSolution, conjugate_gradients
@@ -109,9 +107,7 @@ def _report(solved: LinearSolution, adjoint: Implicit) -> None:
         f"{why}: worst relative residual {solved.residual[failed].max().item():.3g}, wanted {adjoint.rtol:g} within "
         f"{adjoint.max_steps} steps. Raise the adjoint's max_steps or rtol, or set its on_nonconvergence"
     )
-    if adjoint.on_nonconvergence == "raise":
-        raise ConvergenceError(message)
-    warnings.warn(message, ConvergenceWarning, stacklevel=2)
+    warn_or_raise(message, adjoint.on_nonconvergence, stacklevel=3)
 
 
 @final

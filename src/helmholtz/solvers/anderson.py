@@ -1,10 +1,13 @@
 """Anderson mixing, each row on its own."""
 
+from typing import final
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from helmholtz.solvers.loop import AbstractRule, Point, Rows
+from helmholtz.solvers.picard import descent_step
 
 RIDGE = 1e-6
 """Added to the newest iterate's diagonal entry of the residuals' cosines."""
@@ -17,24 +20,38 @@ GROWTH = 4.0
 """A row whose squared residual grew by more starts anew."""
 
 
-class Mixing:
-    r"""The last iterates of each row, and their mixture with the smallest residual.
+@final
+class Anderson(AbstractRule):
+    r"""Moves to the mixture of the last iterates of each row that has the smallest residual.
 
     :math:`z = \sum_i \alpha_i f(z_i)` with :math:`\sum_i \alpha_i = 1` and :math:`|\sum_i \alpha_i r_i|^2 + \sum_i
     \rho_i \alpha_i^2 |r_i|^2` minimal: :math:`(C + \mathrm{diag}\, \rho)\, (|r| \odot \alpha) \propto 1 / |r|` for the
     matrix ``C`` of the residuals' cosines. The ridge is relative to each residual, so that large old ones do not blur
     small new ones. Solved in float64.
 
+    Args:
+        damping: None mixes at every step, unguarded: fast where the map contracts, no promise elsewhere. Otherwise
+            even steps mix, and a mixture that does not lower the energy is refused; odd ones descend by so much.
+
     Source: Walker & Ni, "Anderson Acceleration for Fixed-Point Iterations", 2011.
     """
 
-    def __init__(self, window: int) -> None:
-        self.window = window
+    def __init__(self, window: int, damping: float | None = None) -> None:
+        self.window, self.damping = window, damping
         self._count = 0
         self._maps: Tensor | None = None  # n window D
         self._residuals: Tensor  # n window D
         self._gram: Tensor  # n window window
         self._valid: Tensor  # n window
+
+    def propose(self, rows: Rows, point: Point, step: int) -> Float[Tensor, "n D"]:
+        self.remember(point)
+        if self.damping is None or self.is_guarded(step):
+            return self.mix()
+        return descent_step(point, self.damping)
+
+    def is_guarded(self, step: int) -> bool:
+        return self.damping is not None and step % 2 == 0
 
     def remember(self, point: Point) -> None:
         """Take an iterate in, in place of the oldest."""
@@ -81,20 +98,3 @@ class Mixing:
         if self._maps is not None:
             self._maps, self._residuals = self._maps[rows], self._residuals[rows]
             self._gram, self._valid = self._gram[rows], self._valid[rows]
-
-
-class Anderson(AbstractRule):
-    """Mixes at every step, unguarded: fast where the map contracts, no promise elsewhere."""
-
-    def __init__(self, window: int) -> None:
-        self._mixing = Mixing(window)
-
-    def propose(self, rows: Rows, point: Point, step: int) -> Float[Tensor, "n D"]:
-        self._mixing.remember(point)
-        return self._mixing.mix()
-
-    def is_guarded(self, step: int) -> bool:
-        return False
-
-    def take(self, rows: Int[Tensor, "m"]) -> None:
-        self._mixing.take(rows)

@@ -1,9 +1,10 @@
 """What a solver is given, how it is set up and what it gives back."""
 
 import abc
+import warnings
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -13,8 +14,8 @@ from helmholtz._checks import check, check_choice, check_integer, check_positive
 Mode = Literal["alternating", "simultaneous", "cascade", "picard", "anderson"]
 OnNonconvergence = Literal["warn", "raise", "ignore"]
 
-MODES: tuple[Mode, ...] = ("alternating", "simultaneous", "cascade", "picard", "anderson")
-ON_NONCONVERGENCE: tuple[OnNonconvergence, ...] = ("warn", "raise", "ignore")
+MODES: tuple[Mode, ...] = get_args(Mode)
+ON_NONCONVERGENCE: tuple[OnNonconvergence, ...] = get_args(OnNonconvergence)
 
 Problem = TypeVar("Problem", bound="AbstractProblem")
 
@@ -25,6 +26,13 @@ class ConvergenceWarning(UserWarning):
 
 class ConvergenceError(RuntimeError):
     """A result would be less exact than was asked for."""
+
+
+def warn_or_raise(message: str, on_nonconvergence: OnNonconvergence, *, stacklevel: int) -> None:
+    """A ConvergenceError for "raise", otherwise a ConvergenceWarning."""
+    if on_nonconvergence == "raise":
+        raise ConvergenceError(message)
+    warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel)
 
 
 class NonFiniteInputError(ValueError):

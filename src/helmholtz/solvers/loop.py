@@ -25,7 +25,9 @@ class Rows:
     """Some rows of a problem; counts what is computed for them."""
 
     def __init__(self, problem: AbstractProblem, index: Int[Tensor, "n"], counts: Counts) -> None:
-        self._problem, self._counts, self._index = problem, counts, index
+        self._problem, self._index = problem, index
+        self.counts = counts
+        """Of all rows of the problem."""
         self._own = problem.take(index)
 
     @classmethod
@@ -34,25 +36,20 @@ class Rows:
         index = torch.arange(len(like), device=like.device)
         return cls(problem, index, Counts(torch.zeros_like(index), torch.zeros_like(index)))
 
-    @property
-    def counts(self) -> Counts:
-        """Of all rows of the problem."""
-        return self._counts
-
     def take(self, rows: Int[Tensor, "m"]) -> "Rows":
         """Some of these rows, counted together with them."""
-        return Rows(self._problem, self._index[rows], self._counts)
+        return Rows(self._problem, self._index[rows], self.counts)
 
     def map(self, z: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
-        self._counts.evaluations[self._index] += 1
+        self.counts.evaluations[self._index] += 1
         return self._own.map(z)
 
     def map_and_energy(self, z: Float[Tensor, "n D"]) -> tuple[Float[Tensor, "n D"], Float[Tensor, "n"]]:
-        self._counts.evaluations[self._index] += 1
+        self.counts.evaluations[self._index] += 1
         return self._own.map_and_energy(z)
 
     def jvp(self, z: Float[Tensor, "n D"], v: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
-        self._counts.products[self._index] += 1
+        self.counts.products[self._index] += 1
         return self._own.jvp(z, v)
 
 
@@ -160,14 +157,11 @@ class Trace:
     """What the rows did, step by step."""
 
     def __init__(self, *, record: bool) -> None:
+        self.record = record
         self.energy_history: list[float] = []
         self.residual_history: list[float] = []
         self.iterates: list[Tensor] | None = [] if record else None
         self.energies: list[Tensor] | None = [] if record else None
-
-    @property
-    def record(self) -> bool:
-        return self.iterates is not None
 
     def add(self, now: Point, *, energies: bool) -> None:
         """All rows after a step."""

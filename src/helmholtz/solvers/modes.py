@@ -1,22 +1,12 @@
 """``solve``: the five ways to an equilibrium."""
 
-import warnings
-from typing import final
-
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from helmholtz._checks import check
-from helmholtz.solvers.anderson import Anderson, Mixing
-from helmholtz.solvers.base import (
-    AbstractProblem,
-    ConvergenceError,
-    ConvergenceWarning,
-    Solution,
-    SolverConfig,
-    Status,
-)
+from helmholtz.solvers.anderson import Anderson
+from helmholtz.solvers.base import AbstractProblem, Solution, SolverConfig, Status, warn_or_raise
 from helmholtz.solvers.loop import (
     AbstractRule,
     Outcome,
@@ -29,34 +19,12 @@ from helmholtz.solvers.loop import (
     row_norm,
 )
 from helmholtz.solvers.newton_cg import Newton
-from helmholtz.solvers.picard import Picard, descent_step
+from helmholtz.solvers.picard import Picard
 
 SLOW_STEPS = 10
 """Rows that took more are looked at for a saddle."""
 
 POWER_STEPS = 3
-
-
-@final
-class Alternating(AbstractRule):
-    """Even steps mix the last iterates, odd steps descend; a mixture that does not lower the energy is refused."""
-
-    def __init__(self, window: int, damping: float) -> None:
-        self._mixing = Mixing(window)
-        self._damping = damping
-
-    def propose(self, rows: Rows, point: Point, step: int) -> Float[Tensor, "n D"]:
-        self._mixing.remember(point)
-        return self._mixing.mix() if self.is_guarded(step) else descent_step(point, self._damping)
-
-    def is_guarded(self, step: int) -> bool:
-        return step % 2 == 0
-
-    def restart(self, refused: Bool[Tensor, "n"]) -> None:
-        self._mixing.restart(refused)
-
-    def take(self, rows: Int[Tensor, "m"]) -> None:
-        self._mixing.take(rows)
 
 
 def solve(
@@ -116,7 +84,7 @@ def _run(rows: Rows, z0: Float[Tensor, "N D"], config: SolverConfig, trace: Trac
 
 def _rule(config: SolverConfig) -> AbstractRule:
     if config.mode == "alternating":
-        return Alternating(config.anderson_window, config.damping)
+        return Anderson(config.anderson_window, config.damping)
     if config.mode == "simultaneous":
         return Newton(config.newton_cg_steps)
     return Anderson(config.anderson_window) if config.mode == "anderson" else Picard(config.damping)
@@ -161,8 +129,8 @@ def _saddles(rows: Rows, outcome: Outcome) -> Bool[Tensor, "N"]:
 
 def _report(solution: Solution, config: SolverConfig) -> None:
     """Warn or raise about rows that have not converged."""
-    lost = int((solution.status == int(Status.NONFINITE)).sum())
-    open_rows = int((solution.status == int(Status.MAX_STEPS)).sum())
+    unsolved = solution.status == int(Status.MAX_STEPS)
+    lost, open_rows = int((solution.status == int(Status.NONFINITE)).sum()), int(unsolved.sum())
     if not lost and (not open_rows or config.on_nonconvergence == "ignore"):
         return
     total, parts = len(solution.status), []
@@ -172,17 +140,14 @@ def _report(solution: Solution, config: SolverConfig) -> None:
             "look at the parameters and the start"
         )
     if open_rows:
-        worst = solution.residual[solution.status == int(Status.MAX_STEPS)].max().item()
-        change = solution.energy_change[solution.status == int(Status.MAX_STEPS)].max().item()
+        worst = solution.residual[unsolved].max().item()
+        change = solution.energy_change[unsolved].max().item()
         parts.append(
             f"{open_rows} of {total} rows have not converged after {config.max_steps} steps of mode "
             f"{config.mode!r}: worst relative residual {worst:.3g} (rtol={config.rtol:g}), worst change of energy "
             f"{change:.3g} (energy_rtol={config.energy_rtol:g}). {_advice(config, solution.value.dtype)}"
         )
-    message = "; ".join(parts)
-    if config.on_nonconvergence == "raise":
-        raise ConvergenceError(message)
-    warnings.warn(message, ConvergenceWarning, stacklevel=3)
+    warn_or_raise("; ".join(parts), config.on_nonconvergence, stacklevel=4)
 
 
 def _advice(config: SolverConfig, dtype: torch.dtype) -> str:
