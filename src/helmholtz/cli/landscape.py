@@ -1,6 +1,7 @@
 """``helmholtz landscape``."""
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from helmholtz._run_folder import TOKENIZER
 from helmholtz.cli.arguments import Parser, make_parser, output_folder, parse
 from helmholtz.cli.validate import load_equilibrium_model
 from helmholtz.data.tokenizer import load_tokenizer
-from helmholtz.evals.landscape import EnergyLandscapeAnalyzer, EnergySlice, MemoryOrganisation, points_to_dict
+from helmholtz.evals.landscape import EnergyLandscapeAnalyzer, EnergySlice, MemoryOrganisation
 from helmholtz.evals.landscape_case import SAME, Basis
-from helmholtz.evals.landscape_flow import Basins, Trajectories
+from helmholtz.evals.landscape_flow import Basins, CriticalPoint, Trajectories
 from helmholtz.evals.landscape_plots import plot_basins, plot_memory, plot_slice, plot_trajectories
 from helmholtz.evals.plots import visible
 from helmholtz.evals.runs import find_checkpoint
@@ -50,13 +51,11 @@ def read_tokens(values: dict[str, Any], checkpoint: Path) -> tuple[torch.Tensor,
     if (text is None) == (ids is None):
         raise ValueError("text and ids: wanted one of them")
     check(text != "" and ids != [], "text or ids", text if ids is None else ids, "not empty")
-    if ids is not None:
-        check(-len(ids) <= place < len(ids), "token", place, f"in [{-len(ids)}, {len(ids)}), the ids")
-        return torch.tensor([ids]), f"token {place % len(ids)}, id {ids[place]}"
-    tokenizer = load_tokenizer(checkpoint / TOKENIZER)
-    ids = tokenizer.encode(text)
-    check(-len(ids) <= place < len(ids), "token", place, f"in [{-len(ids)}, {len(ids)}), the text's tokens")
-    return torch.tensor([ids]), f"token {place % len(ids)}, {visible(tokenizer.decode([ids[place]]))!r}"
+    tokenizer = load_tokenizer(checkpoint / TOKENIZER) if ids is None else None
+    ids, of = (ids, "the ids") if tokenizer is None else (tokenizer.encode(text), "the text's tokens")
+    check(-len(ids) <= place < len(ids), "token", place, f"in [{-len(ids)}, {len(ids)}), {of}")
+    name = f"id {ids[place]}" if tokenizer is None else repr(visible(tokenizer.decode([ids[place]])))
+    return torch.tensor([ids]), f"token {place % len(ids)}, {name}"
 
 
 def slice_to_dict(found: EnergySlice) -> dict[str, Any]:
@@ -105,6 +104,13 @@ def basins_to_dict(found: Basins, by_solver: Basins) -> dict[str, Any]:
     }
 
 
+def point_to_dict(point: CriticalPoint) -> dict[str, Any]:
+    """All but the place, which is as long as the model is wide."""
+    values = {"kind": point.kind} | asdict(point)
+    del values["z"]
+    return values
+
+
 def memory_to_dict(found: MemoryOrganisation) -> dict[str, Any]:
     return {
         "n_patterns": len(found.usage),
@@ -145,7 +151,7 @@ def run(arguments: list[str], console: Console) -> int:
         "slice": slice_to_dict(found),
         "trajectories": trajectories_to_dict(paths),
         "basins": basins_to_dict(around, analyzer.basins(**plane, mode=model.solver.mode)),
-        "critical_points": points_to_dict(points),
+        "critical_points": [point_to_dict(point) for point in points],
         "memory": memory_to_dict(memory),
     }
     write_json(folder / "landscape.json", content)

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -85,18 +86,16 @@ def inequalities(runs: Sequence[Run]) -> list[str]:
         found.append(f"parameters differ by more than {BUDGET_TOLERANCE:.0%}: {listed}")
     first = runs[0]
     for run in runs[1:]:
-        if run.summary["tokens"] != first.summary["tokens"]:
-            found.append(
-                f"{run.name} has seen {run.summary['tokens']:,} tokens, {first.name} {first.summary['tokens']:,}"
-            )
+        seen, wanted = run.summary["tokens"], first.summary["tokens"]
+        if seen != wanted:
+            found.append(f"{run.name} has seen {seen:,} tokens, {first.name} {wanted:,}")
         if run.description["data"] != first.description["data"]:
             found.append(f"{run.name} and {first.name} were trained on different data")
         old, new = first.description["train"], run.description["train"]
         for key in sorted(old.keys() | new.keys()):
-            if key != "seed" and old.get(key) != new.get(key):
-                found.append(
-                    f"train.{key} is {new.get(key)} in {run.name} and {old.get(key)} in {first.name}"
-                )
+            mine, theirs = new.get(key), old.get(key)
+            if key != "seed" and mine != theirs:
+                found.append(f"train.{key} is {mine} in {run.name} and {theirs} in {first.name}")
     return found
 
 
@@ -166,11 +165,10 @@ def _quality(
 
 
 def _parts(model: Decoder) -> dict[str, int]:
-    parts: dict[str, int] = {}
+    parts = Counter[str]()
     for count in count_parameters(model):
-        name = count.module.split(".")[0]
-        parts[name] = parts.get(name, 0) + count.parameters
-    return parts
+        parts[count.module.split(".")[0]] += count.parameters
+    return dict(parts)
 
 
 def leaders(rows: Sequence[Row]) -> set[str]:
@@ -208,18 +206,12 @@ def _groups(runs: Sequence[Run], rows: Sequence[Row]) -> tuple[Group, ...]:
     members: dict[str, list[Row]] = {}
     for run, row in zip(runs, rows, strict=True):
         members.setdefault(same_model(run), []).append(row)
-    return tuple(_group(group) for group in members.values())
-
-
-def _group(rows: Sequence[Row]) -> Group:
-    values = [row.validation_bits_per_byte for row in rows]
-    return Group(
-        model=rows[0].model,
-        seeds=tuple(row.seed for row in rows),
-        kind=rows[0].kind,
-        mean_bits_per_byte=statistics.mean(values),
-        deviation=statistics.stdev(values) if len(values) > 1 else None,
-    )
+    groups = []
+    for group in members.values():
+        values, seeds = [row.validation_bits_per_byte for row in group], tuple(row.seed for row in group)
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        groups.append(Group(group[0].model, seeds, group[0].kind, statistics.mean(values), deviation))
+    return tuple(groups)
 
 
 def write_results(comparison: Comparison, folders: Sequence[str | Path], file: Path) -> None:

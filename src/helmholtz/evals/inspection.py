@@ -1,5 +1,7 @@
 """What a model is made of, and how its Free Energy Mixers read a text."""
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +10,6 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from helmholtz.evals.equilibria import read
-from helmholtz.layers.equilibrium import EquilibriumLayer
 from helmholtz.layers.fem import FreeEnergyMixer
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig
 from helmholtz.layers.fem_reading import Reading, inspect_read
@@ -16,6 +17,9 @@ from helmholtz.layers.mixer_config import AttentionConfig
 from helmholtz.layers.sizing import attention_block_parameters
 from helmholtz.models.base import default_d_ff, evaluation_mode
 from helmholtz.models.decoder import Decoder
+
+OPENED = re.compile(r"|blocks|blocks\.\d+|encoder|encoder\.block|equilibrium|equilibrium\.dynamics")
+"""Modules of a model whose parts are counted one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +51,9 @@ class ReadSummary:
 def count_parameters(model: Decoder) -> list[ParameterCount]:
     """Embedding, each block's mixer, feed-forward and norms, encoder and table of a plan, dynamics and patterns of an
     equilibrium, final norm, output matrix."""
-    parts: list[tuple[str, nn.Module | nn.Parameter]] = [("embed", model.embed)]
-    for index, block in enumerate(model.blocks):
-        parts += _children(f"blocks.{index}", block)
-    if model.encoder is not None and model.post_sampler is not None:
-        parts.append(("encoder.query", model.encoder.query))
-        for name, child in model.encoder.named_children():
-            parts += _children("encoder.block", child) if name == "block" else [(f"encoder.{name}", child)]
-        parts.append(("post_sampler", model.post_sampler))
-    if model.context_norm is not None and model.equilibrium is not None:
-        parts.append(("context_norm", model.context_norm))
-        parts += _equilibrium_parts(model.equilibrium)
-    parts += [("norm", model.norm), ("unembed", model.unembed)]
     seen: set[int] = set()
     counts = []
-    for name, part in parts:
-        found = [part] if isinstance(part, nn.Parameter) else part.parameters()
+    for name, found in _parts(model, ""):
         own = {id(parameter): parameter.numel() for parameter in found if id(parameter) not in seen}
         seen |= own.keys()
         counts.append(ParameterCount(name, sum(own.values())))
@@ -70,19 +61,18 @@ def count_parameters(model: Decoder) -> list[ParameterCount]:
     return counts
 
 
-def _equilibrium_parts(layer: EquilibriumLayer) -> list[tuple[str, nn.Module | nn.Parameter]]:
-    own = list(layer.dynamics.named_parameters(recurse=False))
-    return [
-        *_children("equilibrium.dynamics", layer.dynamics),
-        *((f"equilibrium.dynamics.{name}", parameter) for name, parameter in own),
-        ("equilibrium.memory", layer.memory),
-        ("equilibrium.o_proj", layer.o_proj),
-    ]
-
-
-def _children(name: str, module: nn.Module) -> list[tuple[str, nn.Module | nn.Parameter]]:
-    children = module.named_children()
-    return [(f"{name}.{key}", child) for key, child in children if any(True for _ in child.parameters())]
+def _parts(module: nn.Module, name: str) -> Iterator[tuple[str, list[nn.Parameter]]]:
+    """The parts of what ``OPENED`` names, in the order in which they were made, and others as they are."""
+    if not OPENED.fullmatch(name):
+        parameters = list(module.parameters())
+        if parameters:
+            yield name, parameters
+        return
+    start = f"{name}." if name else ""
+    for key, parameter in module.named_parameters(recurse=False):
+        yield f"{start}{key}", [parameter]
+    for key, child in module.named_children():
+        yield from _parts(child, f"{start}{key}")
 
 
 def baseline_block_parameters(model: Decoder) -> int:

@@ -4,7 +4,6 @@
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +11,15 @@ from torch import Tensor
 
 from helmholtz._checks import check, check_integer, check_positive
 from helmholtz.evals.equilibria import active_patterns, equilibrium_of
-from helmholtz.evals.landscape_case import Basis, Plane, TokenCase, choose_plane, token_case
+from helmholtz.evals.landscape_case import (
+    Basis,
+    Plane,
+    TokenCase,
+    choose_plane,
+    flat,
+    main_directions,
+    token_case,
+)
 from helmholtz.evals.landscape_flow import (
     Basins,
     CriticalPoint,
@@ -95,9 +102,7 @@ class EnergyLandscapeAnalyzer:
 
     def __init__(self, equilibrium: Equilibrium, solver: SolverConfig, *, seed: int = 0) -> None:
         check_integer("seed", seed, minimum=0)
-        self.equilibrium = equilibrium
-        self.solver = solver
-        self.seed = seed
+        self.equilibrium, self.solver, self.seed = equilibrium, solver, seed
 
     @classmethod
     def of(cls, model: Decoder, tokens: Int[Tensor, "B T"], *, seed: int = 0) -> "EnergyLandscapeAnalyzer":
@@ -124,9 +129,7 @@ class EnergyLandscapeAnalyzer:
             radius: half the side; None takes in the start and the patterns that lie in the plane.
             resolution: points along a side; odd, so that the equilibrium is one of them.
         """
-        case = self.case(row=row, token=token)
-        plane = choose_plane(case, basis, seed=self.seed)
-        ticks = _ticks(case, plane, radius, resolution)
+        case, plane, ticks = self._grid(row, token, basis, radius, resolution)
         step, energy = case.evaluate(plane.grid(ticks))
         size = (resolution, resolution)
         return EnergySlice(
@@ -153,9 +156,22 @@ class EnergyLandscapeAnalyzer:
         mode: Mode = "picard",
     ) -> Basins:
         """Where the starts of a grid end, solved in one batch; arguments as of ``slice`` and ``basins``."""
+        return basins(*self._grid(row, token, basis, radius, resolution), mode=mode)
+
+    def _grid(
+        self, row: int, token: int, basis: Basis, radius: float | None, resolution: int
+    ) -> tuple[TokenCase, Plane, Float[Tensor, "n"]]:
         case = self.case(row=row, token=token)
         plane = choose_plane(case, basis, seed=self.seed)
-        return basins(case, plane, _ticks(case, plane, radius, resolution), mode=mode)
+        check_integer("resolution", resolution, minimum=3)
+        check(
+            resolution % 2 == 1, "resolution", resolution, "odd: the equilibrium is the point in the middle"
+        )
+        if radius is None:
+            shown = torch.cat([case.start.unsqueeze(0), case.patterns[list(plane.anchors)]])
+            radius = MARGIN * max(plane.coordinates(shown).abs().max().item(), 0.5 * case.radius)
+        check_positive("radius", radius)
+        return case, plane, torch.linspace(-radius, radius, resolution, dtype=torch.float64)
 
     def critical_points(self, found: Basins) -> tuple[CriticalPoint, ...]:
         """The attractors of a plane and the saddles between them."""
@@ -173,13 +189,11 @@ class EnergyLandscapeAnalyzer:
         most_used = usage.argsort(descending=True)[:SHOWN_PATTERNS]
         units = torch.nn.functional.normalize(patterns[most_used], dim=-1)
         mean = patterns.mean(0)
-        sizes, directions = torch.linalg.svd(patterns - mean, full_matrices=False)[1:]
-        variance = sizes.square()
-        axes = directions[:2]
+        axes, explained = main_directions(patterns - mean)
         return MemoryOrganisation(
-            coordinates=_flat(patterns - mean, axes),
-            equilibria=_flat(z - mean, axes),
-            explained=(variance[:2].sum() / variance.sum()).item() if variance.any() else 1.0,
+            coordinates=flat(patterns - mean, axes),
+            equilibria=flat(z - mean, axes),
+            explained=explained,
             most_used=most_used,
             cosine=units @ units.T,
             usage=usage,
@@ -187,35 +201,3 @@ class EnergyLandscapeAnalyzer:
             token_entropy=torch.special.entr(weights).sum(-1).mean().item(),
             margin=pattern_margins(patterns, parameters.beta).amin().item(),
         )
-
-
-def _flat(offsets: Float[Tensor, "n D"], axes: Float[Tensor, "k D"]) -> Float[Tensor, "n 2"]:
-    """Two coordinates, the second 0 where there is but one direction."""
-    flat = offsets @ axes.T
-    return torch.nn.functional.pad(flat, (0, 2 - flat.shape[1]))
-
-
-def _ticks(case: TokenCase, plane: Plane, radius: float | None, resolution: int) -> Float[Tensor, "n"]:
-    check_integer("resolution", resolution, minimum=3)
-    check(resolution % 2 == 1, "resolution", resolution, "odd: the equilibrium is the point in the middle")
-    if radius is None:
-        shown = torch.cat([case.start.unsqueeze(0), case.patterns[list(plane.anchors)]])
-        radius = MARGIN * max(plane.coordinates(shown).abs().max().item(), 0.5 * case.radius)
-    check_positive("radius", radius)
-    return torch.linspace(-radius, radius, resolution, dtype=torch.float64)
-
-
-def points_to_dict(points: tuple[CriticalPoint, ...]) -> list[dict[str, Any]]:
-    """Critical points for JSON, without their coordinates."""
-    return [
-        {
-            "kind": point.kind,
-            "energy": point.energy,
-            "gradient_norm": point.gradient_norm,
-            "smallest_curvature": point.smallest_curvature,
-            "num_descending": point.num_descending,
-            "pattern": point.pattern,
-            "pattern_weight": point.pattern_weight,
-        }
-        for point in points
-    ]

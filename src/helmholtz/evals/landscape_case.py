@@ -5,20 +5,27 @@ Lengths are in the units of ``z``; figures divide them by the norm of the patter
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from helmholtz._checks import check, check_choice
-from helmholtz.evals.equilibria import active_patterns, in_double, jacobian, random_directions, repeated
+from helmholtz.evals.equilibria import (
+    active_patterns,
+    in_double,
+    jacobian,
+    pattern_norm,
+    random_directions,
+    repeated,
+)
 from helmholtz.layers.equilibrium import Equilibrium, TokenProblem
 from helmholtz.ops.token_energy import contraction_certificate
 from helmholtz.solvers import SolverConfig, solve
 
 Basis = Literal["memory", "path", "hessian", "random"]
-BASES: tuple[Basis, ...] = ("memory", "path", "hessian", "random")
+BASES: tuple[Basis, ...] = get_args(Basis)
 SAME = 0.1
 """Distance, in norms of the patterns, below which two points count as one place."""
 INDEPENDENT = 0.1
@@ -117,10 +124,20 @@ def token_case(equilibrium: Equilibrium, solver: SolverConfig, *, row: int = 0, 
         equilibrium.rows(x)[[number]].detach().double() for x in (equilibrium.z_init, equilibrium.z)
     )
     z = solve(problem, near, EXACT).value
-    patterns = active_patterns(problem.parameters)
-    radius = patterns.norm(dim=-1).amax().item() if len(patterns) else 1.0
-    energy = problem.energy(z).item()
-    return TokenCase(problem, start[0], z[0], energy, patterns, radius, solver)
+    patterns, radius = active_patterns(problem.parameters), pattern_norm(problem.parameters)
+    return TokenCase(problem, start[0], z[0], problem.energy(z).item(), patterns, radius, solver)
+
+
+def main_directions(offsets: Float[Tensor, "n D"]) -> tuple[Float[Tensor, "k D"], float]:
+    """The two along which the offsets are longest, one if there is but one, and the part of their squares in these."""
+    sizes, directions = torch.linalg.svd(offsets, full_matrices=False)[1:]
+    squares = sizes.square()
+    return directions[:2], (squares[:2].sum() / squares.sum()).item() if squares.any() else 1.0
+
+
+def flat(offsets: Float[Tensor, "*n D"], axes: Float[Tensor, "k D"]) -> Float[Tensor, "*n 2"]:
+    """Coordinates along two axes, the second 0 where there is but one."""
+    return torch.nn.functional.pad(offsets @ axes.T, (0, 2 - len(axes)))
 
 
 def choose_plane(case: TokenCase, basis: Basis = "memory", *, seed: int = 0) -> Plane:

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from helmholtz.evals.equilibria import jacobian, repeated
-from helmholtz.evals.landscape_case import SAME, Plane, TokenCase
+from helmholtz.evals.landscape_case import SAME, Plane, TokenCase, main_directions
 from helmholtz.layers.equilibrium import TokenProblem
 from helmholtz.ops.hopfield import hopfield_weights
 from helmholtz.solvers import solve
@@ -116,15 +116,14 @@ def trajectories(case: TokenCase) -> Trajectories:
     """Solve one token from its start in every mode, and keep the iterates."""
     paths = tuple(_path(case, mode) for mode in MODES)
     offsets = torch.cat([path.iterates for path in paths]) - case.z
-    sizes, directions = torch.linalg.svd(offsets, full_matrices=False)[1:]
-    squares = sizes.square()
+    axes, explained = main_directions(offsets)
     return Trajectories(
         case=case,
         paths=paths,
         certificate=case.certificate,
         contraction=torch.linalg.eigvalsh(jacobian(case.problem, 0, case.z))[-1].item(),
-        axes=directions[:2],
-        explained=(squares[:2].sum() / squares.sum()).item() if squares.any() else 1.0,
+        axes=axes,
+        explained=explained,
     )
 
 

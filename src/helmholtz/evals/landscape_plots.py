@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from helmholtz.evals.landscape import EnergySlice, MemoryOrganisation
-from helmholtz.evals.landscape_case import SAME, TokenCase
+from helmholtz.evals.landscape_case import SAME, TokenCase, flat
 from helmholtz.evals.landscape_flow import Basins, CriticalPoint, Trajectories
 from helmholtz.evals.landscape_flow import Path as SolverPath
 from helmholtz.evals.plots import picture
@@ -183,8 +183,7 @@ def _at_least(axes: Any) -> None:
 
 def _main(found: Trajectories, z: Tensor) -> Tensor:
     """Coordinates along the paths' main directions, the second 0 where there is but one."""
-    places = (z - found.case.z) @ found.axes.T / found.case.radius
-    return torch.nn.functional.pad(places, (0, 2 - places.shape[-1]))
+    return flat(z - found.case.z, found.axes) / found.case.radius
 
 
 def plot_basins(found: Basins, file: Path, *, title: str, points: Sequence[CriticalPoint] = ()) -> None:

@@ -1,9 +1,9 @@
 """What a model with a latent plan pays for a text: bounds on its own likelihood, and what the plan is used for."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,8 +56,7 @@ class LatentBounds:
     """Of the code over these windows."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Measured:
+class _Measured(NamedTuple):
     """A batch of windows: totals of each in nats, in float64, and its tokens' codes."""
 
     posterior: Float[Tensor, "B"]
@@ -72,13 +71,14 @@ class _Measured:
 
 def evaluate_bounds(
     model: Decoder,
-    data: TokenDataset,
+    data: TokenDataset | Int[Tensor, " n"],
     *,
     seq_len: int,
     batch_size: int = 16,
     n_samples: int = 64,
     n_windows: int | None = None,
     seed: int = 0,
+    count_bytes: Callable[[Tensor], int] | None = None,
 ) -> LatentBounds:
     r"""Bounds on :math:`-\log p(x)` per token, where :math:`p(x) = \sum_z p(z)\, p(x | z)` for each window ``x``.
 
@@ -94,9 +94,11 @@ def evaluate_bounds(
     The last window may be shorter; it is read without pads.
 
     Args:
+        data: a split, or any stream of tokens, whose first is context and is not predicted.
         n_samples: posterior plans per window, ``K``.
         n_windows: only so many, evenly spaced; None reads the whole split.
         seed: of the plans. Each window has generators of its own: ``batch_size`` changes nothing but rounding.
+        count_bytes: of the text that tokens of a stream stand for, for bits per byte; of a split it is the split's.
 
     Accuracy: weights, sums and logarithms in float64; each bound is estimated, its noise is that of the plans drawn.
     Cost: lower half and encoder once, upper half ``n_samples + 4`` times per window, in batches of ``batch_size`` rows.
@@ -104,38 +106,16 @@ def evaluate_bounds(
     Source: Burda, Grosse & Salakhutdinov, "Importance Weighted Autoencoders", 2016, eq. 8; Veach & Guibas,
         "Optimally Combining Sampling Techniques for Monte Carlo Rendering", 1995 (balance heuristic).
     """
-    stream = text_stream(data)
-    sizes = {"seq_len": seq_len, "batch_size": batch_size, "n_samples": n_samples}
-    count = data.count_bytes
-    return stream_bounds(model, stream, **sizes, n_windows=n_windows, seed=seed, count_bytes=count)
-
-
-def stream_bounds(
-    model: Decoder,
-    stream: Int[Tensor, " n"],
-    *,
-    seq_len: int,
-    batch_size: int = 16,
-    n_samples: int = 64,
-    n_windows: int | None = None,
-    seed: int = 0,
-    count_bytes: Callable[[Tensor], int] | None = None,
-) -> LatentBounds:
-    """``evaluate_bounds`` of any tokens; the first is context and is not predicted. Raises: as it.
-
-    Args:
-        count_bytes: of the text that tokens stand for (``TokenDataset.count_bytes``), for bits per byte.
-    """
+    if isinstance(data, TokenDataset):
+        data, count_bytes = text_stream(data), data.count_bytes
     check_window(model, seq_len)
     for name, value in (("batch_size", batch_size), ("n_samples", n_samples)):
         check_integer(name, value)
     check_integer("seed", seed, minimum=0)
-    indices = _chosen(-(-(len(stream) - 1) // seq_len), n_windows)
+    indices = _chosen(-(-(len(data) - 1) // seq_len), n_windows)
+    batches = _batches(data, indices, seq_len, batch_size)
     with evaluation_mode(model):
-        parts = [
-            _measure(model, rows, here, n_samples, seed)
-            for here, rows in _batches(stream, indices, seq_len, batch_size)
-        ]
+        parts = [_measure(model, rows, here, n_samples, seed) for here, rows in batches]
     return _summed(parts, n_samples, count_bytes)
 
 
@@ -231,17 +211,22 @@ def _loss(
 def _summed(
     parts: list[_Measured], n_samples: int, count_bytes: Callable[[Tensor], int] | None
 ) -> LatentBounds:
-    logits, code = torch.cat([part.logits for part in parts]), torch.cat([part.code for part in parts])
-    n_tokens, effective = len(code), torch.cat([part.effective for part in parts])
-    posterior = sum(part.posterior.sum().item() for part in parts) / n_tokens
-    kl = kl_per_token(logits).mean().item()
+    logits, code, effective = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("logits", "code", "effective")
+    )
+    n_tokens, kl = len(code), kl_per_token(logits).mean().item()
+
+    def per_token(totals: Iterable[Tensor]) -> float:
+        return sum(total.sum().item() for total in totals) / n_tokens
+
+    posterior = per_token(part.posterior for part in parts)
     return LatentBounds(
         posterior_cross_entropy=posterior,
-        prior_cross_entropy=sum(part.prior.sum().item() for part in parts) / n_tokens,
+        prior_cross_entropy=per_token(part.prior for part in parts),
         kl=kl,
         elbo=posterior + kl,
-        importance_weighted=sum(part.weighted.sum().item() for part in parts) / n_tokens,
-        mixture_weighted=sum(part.mixture.sum().item() for part in parts) / n_tokens,
+        importance_weighted=per_token(part.weighted for part in parts),
+        mixture_weighted=per_token(part.mixture for part in parts),
         effective_samples=effective.mean().item(),
         n_samples=n_samples,
         n_windows=len(effective),

@@ -20,6 +20,9 @@ from helmholtz.models.base import evaluation_mode
 from helmholtz.models.decoder import Decoder, require_plan
 from helmholtz.ops.binary_latent import MAX_LATENT_BITS, kl_per_token
 
+LISTS = {"codes": int, "tokens": int, "texts": str}
+"""What a plan has one of per token."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanFile:
@@ -89,16 +92,14 @@ def _parse(content: Any) -> PlanFile:
     for name in names:
         if name not in content:
             raise ValueError(f"a plan needs the key {name!r}")
-    lists = {"codes": int, "tokens": int, "texts": str}
-    for name, kind in lists.items():
+    for name, kind in LISTS.items():
         value = content[name]
         fits = isinstance(value, list) and all(type(item) is kind for item in value)
         check(fits, name, value, f"a list of {'integers' if kind is int else 'strings'}")
-    for name in ("n_latent_bits", "seed"):
-        check_integer(name, content[name], minimum=0)
+    check_integer("n_latent_bits", content["n_latent_bits"], minimum=0)
     fits = content["fingerprint"] is None or isinstance(content["fingerprint"], str)
     check(fits, "fingerprint", content["fingerprint"], "a string or null")
-    return PlanFile(**content | {name: tuple(content[name]) for name in lists})
+    return PlanFile(**content | {name: tuple(content[name]) for name in LISTS})
 
 
 def model_fingerprint(model: Decoder) -> str:

@@ -18,10 +18,10 @@ SMOOTHING = 25
 def file_types() -> list[str]:
     """Suffixes that a figure's file may have. Raises: ImportError naming the extra if there is no matplotlib."""
     try:
-        from matplotlib.backend_bases import FigureCanvasBase
+        from matplotlib import backend_bases
     except ImportError as error:
         raise ImportError("pictures need matplotlib: install helmholtz-nn[plot]") from error
-    return sorted(FigureCanvasBase.get_supported_filetypes())
+    return sorted(backend_bases.FigureCanvasBase.get_supported_filetypes())
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import yaml
 from decoder_cases import SIZES, liven
 from helmholtz.data.tokenizer import ByteTokenizer
 from helmholtz.evals.language import stream_nats
-from helmholtz.evals.latent import stream_bounds
+from helmholtz.evals.latent import evaluate_bounds
 from helmholtz.interop.hf import export, register
 from helmholtz.models.checkpoint import load_checkpoint, save_checkpoint
 from helmholtz.models.free_transformer import FreeTransformer, FreeTransformerConfig
@@ -115,7 +115,7 @@ def test_both_model_types_give_our_bits_per_byte(run_folder, exported, tasks, mo
 def test_of_a_plan_the_scores_are_bounds_and_say_so(free_checkpoint, tasks, monkeypatch):
     model = load_checkpoint(free_checkpoint)
     ours = bits_per_byte(
-        stream_bounds(model, stream, seq_len=WINDOW, n_samples=6).elbo * (len(stream) - 1)
+        evaluate_bounds(model, stream, seq_len=WINDOW, n_samples=6).elbo * (len(stream) - 1)
         for stream in streams()
     )
     arguments = {"pretrained": str(free_checkpoint), "n_samples": 6, "bound": "elbo"}
@@ -285,7 +285,7 @@ def test_continuations_under_plans_rank_as_the_bounds(free_checkpoint):
 
     def nats(text):
         stream = torch.tensor([256, *text.encode()])
-        bound = stream_bounds(model, stream, seq_len=WINDOW, n_samples=4, seed=2)
+        bound = evaluate_bounds(model, stream, seq_len=WINDOW, n_samples=4, seed=2)
         return bound.mixture_weighted * bound.n_tokens
 
     (score, _), (longer, _) = lm.loglikelihood([Request("", "ab"), Request("", "abc")], disable_tqdm=True)

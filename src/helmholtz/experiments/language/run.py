@@ -24,7 +24,7 @@ from helmholtz.data.prepare import DataConfig, PreparedData, prepare
 from helmholtz.data.texts import prepare_texts
 from helmholtz.data.tokens import TokenDataset, bits_per_byte
 from helmholtz.evals.language import stream_nats, text_stream
-from helmholtz.evals.latent import bounds_per_byte, stream_bounds
+from helmholtz.evals.latent import bounds_per_byte, evaluate_bounds
 from helmholtz.experiments.language.models import LANGUAGE_MODELS, SIZES, model_config
 from helmholtz.experiments.queue import SEEDS, FinishedRun, QueuedRun, runs_of, values_of
 from helmholtz.experiments.records import TIMINGS
@@ -202,7 +202,7 @@ def quality(model: Decoder, data: TokenDataset, n_tokens: int, seq_len: int, pla
         nats = stream_nats(model, stream, seq_len=seq_len, overlap=0)
         bits = bits_per_byte(nats, data.count_bytes(stream[1:]))
         return {"kind": "exact", "bits_per_byte": bits, "bounds": None}
-    found = stream_bounds(model, stream, seq_len=seq_len, n_samples=plans, count_bytes=data.count_bytes)
+    found = evaluate_bounds(model, stream, seq_len=seq_len, n_samples=plans, count_bytes=data.count_bytes)
     bounds = bounds_per_byte(found)
     bounds["kl_bits_per_token"] = found.kl / math.log(2)
     return {"kind": "bound", "bits_per_byte": bounds["mixture_weighted"], "bounds": bounds}

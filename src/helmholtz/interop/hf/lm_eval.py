@@ -23,7 +23,7 @@ from helmholtz._checks import check, check_choice, check_integer
 from helmholtz._run_folder import TOKENIZER
 from helmholtz.data.tokenizer import load_tokenizer
 from helmholtz.evals.language import check_window, stream_nats
-from helmholtz.evals.latent import PRIOR_DRAWS, stream_bounds
+from helmholtz.evals.latent import PRIOR_DRAWS, evaluate_bounds
 from helmholtz.evals.runs import find_checkpoint
 from helmholtz.interop.hf.config import MODEL_TYPE
 from helmholtz.interop.hf.export import from_hf
@@ -52,7 +52,7 @@ class HelmholtzLM(TemplateLM):
     """A run (its best weights), a checkpoint or an exported folder.
 
     ``loglikelihood_rolling`` is minus ``stream_nats`` of the end token and the text, with windows of ``max_length``; of
-    a FreeTransformer minus a bound of ``stream_bounds``: at most the model's own log-likelihood, so that perplexities
+    a FreeTransformer minus a bound of ``evaluate_bounds``: at most the model's own log-likelihood, so that perplexities
     and bits per byte are upper bounds. ``loglikelihood`` of a continuation is exact; of a FreeTransformer it is the
     difference of two such bounds, of context with continuation and of the context alone: an estimate that is no
     bound unless the context is one token, but that ranks continuations of one context as the bounds do. What a result
@@ -146,7 +146,7 @@ class HelmholtzLM(TemplateLM):
         if self.model.plan is None:
             sizes = {"seq_len": self.max_length, "overlap": self.overlap, "batch_size": self.batch_size}
             return stream_nats(self.model, stream, **sizes)
-        bounds = stream_bounds(
+        bounds = evaluate_bounds(
             self.model,
             stream,
             seq_len=self.max_length,
