@@ -19,7 +19,7 @@ from helmholtz.evals.plan_file import (
     model_fingerprint,
     read_plan,
 )
-from helmholtz.evals.plan_picture import NamedGroup, companions, plot_plans
+from helmholtz.evals.plan_figure import NamedGroup, companions, plot_plans
 from helmholtz.evals.plans import (
     agreement,
     bit_effects,

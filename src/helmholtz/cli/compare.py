@@ -19,13 +19,8 @@ def comparison_table(comparison: Comparison) -> Table:
     table = Table(title=title, box=None, padding=(0, 1, 0, 0))
     for column in ("run", "model"):
         table.add_column(column, no_wrap=True)
-    for column in (
-        "\nparams",
-        "validation\nbits/byte",
-        "train\ntokens/s",
-        "decode\ntokens/s",
-        "peak\nmemory",
-    ):
+    numbers = ("\nparams", "validation\nbits/byte", "train\ntokens/s", "decode\ntokens/s", "peak\nmemory")
+    for column in numbers:
         table.add_column(column, justify="right", no_wrap=True)
     best = leaders(comparison.rows)
     for row in comparison.rows:
@@ -66,13 +61,12 @@ def footnotes(comparison: Comparison) -> list[str]:
 
 def run(arguments: list[str], console: Console) -> int:
     parser = make_parser("compare", DESCRIPTION)
-    parser.add_argument("--runs", type=str, nargs="+", required=True, help="folders of finished runs")
-    parser.add_argument("--output", type=str, default="results/comparison", help="folder of the result")
-    parser.add_argument(
-        "--allow_unequal", action="store_true", help="compare runs of unequal budgets, and say so"
-    )
-    parser.add_argument("--data", type=str, help="where the runs' data are now (default: where they were)")
-    parser.add_argument("--batch_size", type=int, help="windows per forward pass (default: as in training)")
+    option = parser.add_argument
+    option("--runs", type=str, nargs="+", required=True, help="folders of finished runs")
+    option("--output", type=str, default="results/comparison", help="folder of the result")
+    option("--allow_unequal", action="store_true", help="compare runs of unequal budgets, and say so")
+    option("--data", type=str, help="where the runs' data are now (default: where they were)")
+    option("--batch_size", type=int, help="windows per forward pass (default: as in training)")
     values = parse(parser, arguments)
     output = output_folder("output", values["output"], figures=True)
     comparison = compare(

@@ -9,12 +9,13 @@ from rich.console import Console
 from helmholtz._hardware import PeakMemory
 from helmholtz._run_folder import TOKENIZER
 from helmholtz.cli.arguments import make_parser, parse
-from helmholtz.cli.checkpoints import check_same_tokenizer
+from helmholtz.cli.checkpoints import add_checkpoint, check_same_tokenizer
 from helmholtz.data.tokens import TokenDataset
 from helmholtz.evals.language import decode_tokens_per_second, evaluate_language
 from helmholtz.evals.latent import evaluate_bounds, report
 from helmholtz.evals.runs import find_checkpoint, training_data
 from helmholtz.layers.placement import device_of
+from helmholtz.layers.sizing import count_parameters
 from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.models.decoder import Decoder
 
@@ -41,11 +42,8 @@ def _quality(model: Decoder, data: TokenDataset, values: dict[str, Any]) -> dict
     batch_size = values["batch_size"]
     if model.plan is not None:
         if values["overlap"]:
-            raise ValueError(
-                "overlap: the windows of a model with a plan have none, each has a plan of its own"
-            )
-        bounds = evaluate_bounds(model, data, seq_len=seq_len, batch_size=batch_size, **plan_options)
-        return report(bounds)
+            raise ValueError("overlap: windows of a model with a plan have none, each has a plan of its own")
+        return report(evaluate_bounds(model, data, seq_len=seq_len, batch_size=batch_size, **plan_options))
     for name in plan_options:
         raise ValueError(f"{name}: this model has no plan, its number is exact")
     overlap = values["overlap"]
@@ -70,39 +68,19 @@ def _lines(result: dict[str, Any]) -> list[str]:
 
 def run(arguments: list[str], console: Console) -> int:
     parser = make_parser("evaluate", DESCRIPTION)
-    parser.add_argument(
-        "--checkpoint", type=str, required=True, help="a run (its best weights) or a checkpoint"
-    )
-    parser.add_argument(
-        "--data",
-        type=str,
-        default=None,
-        help="folder of prepared text; default: what the run was trained on",
-    )
-    parser.add_argument("--split", type=str, default="validation", help="train or validation")
-    parser.add_argument(
-        "--seq_len", type=int | None, default=None, help="window; default: the model's longest"
-    )
-    parser.add_argument(
-        "--overlap",
-        type=int | None,
-        default=None,
-        help="context tokens of a window; default: half, none for a free_transformer",
-    )
-    parser.add_argument("--batch_size", type=int, default=16, help="windows per pass")
-    parser.add_argument(
-        "--n_samples",
-        type=int | None,
-        default=None,
-        help="free_transformer only: plans per window in the importance-weighted bound; default: 64",
-    )
-    parser.add_argument(
-        "--n_windows",
-        type=int | None,
-        default=None,
-        help="free_transformer only: so many windows, evenly spaced; default: all",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    option = parser.add_argument
+    add_checkpoint(parser)
+    option("--data", type=str, help="folder of prepared text; default: what the run was trained on")
+    option("--split", type=str, default="validation", help="train or validation")
+    option("--seq_len", type=int | None, help="window; default: the model's longest")
+    overlap = "context tokens of a window; default: half, none for a model with a plan"
+    option("--overlap", type=int | None, help=overlap)
+    option("--batch_size", type=int, default=16, help="windows per pass")
+    plans = "with a plan only: plans per window in the importance-weighted bound; default: 64"
+    option("--n_samples", type=int | None, help=plans)
+    windows = "with a plan only: so many windows, evenly spaced; default: all"
+    option("--n_windows", type=int | None, help=windows)
+    option("--json", action="store_true", help="print JSON")
     values = parse(parser, arguments)
     checkpoint = find_checkpoint(values["checkpoint"])
     folder = values["data"] or training_data(values["checkpoint"])
@@ -112,13 +90,9 @@ def run(arguments: list[str], console: Console) -> int:
     with PeakMemory(device_of(model)) as memory:
         quality = _quality(model, data, values)
     result = quality | {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": count_parameters(model),
         "decode_tokens_per_second": decode_tokens_per_second(model, n_tokens=n_tokens),
         "peak_memory_bytes": memory.read(),
     }
-    if values["json"]:
-        console.print(json.dumps(result), markup=False)
-    else:
-        for line in _lines(result):
-            console.print(line, markup=False)
+    console.print(json.dumps(result) if values["json"] else "\n".join(_lines(result)), markup=False)
     return 0

@@ -4,11 +4,9 @@ import sys
 
 from rich.console import Console
 
-from helmholtz._run_folder import TOKENIZER
 from helmholtz.cli.arguments import make_parser, parse
-from helmholtz.data.tokenizer import AbstractTokenizer, load_tokenizer
-from helmholtz.evals.runs import find_checkpoint
-from helmholtz.models.checkpoint import load_checkpoint
+from helmholtz.cli.checkpoints import add_checkpoint, open_checkpoint
+from helmholtz.data.tokenizer import AbstractTokenizer
 from helmholtz.models.generation import SamplingSettings, generate
 
 DESCRIPTION = "Continue a prompt; the text appears as it is sampled."
@@ -49,19 +47,14 @@ def standard_input() -> str:
 
 def run(arguments: list[str], console: Console) -> int:
     parser = make_parser("generate", DESCRIPTION)
-    parser.add_argument(
-        "--checkpoint", type=str, required=True, help="a run (its best weights) or a checkpoint"
-    )
+    add_checkpoint(parser)
     parser.add_argument("--prompt", type=str, default=None, help="text to continue; default: standard input")
     parser.add_class_arguments(SamplingSettings, "sampling", skip={"stop_tokens"})
     values = parse(parser, arguments)
-    checkpoint = find_checkpoint(values["checkpoint"])
-    model, tokenizer = load_checkpoint(checkpoint), load_tokenizer(checkpoint / TOKENIZER)
+    checkpoint = open_checkpoint(values["checkpoint"])
     prompt = standard_input() if values["prompt"] is None else values["prompt"]
-    # a document begins after the end of another: so does a prompt
-    tokens = [tokenizer.eos_id, *tokenizer.encode(prompt)]
-    settings = SamplingSettings(**values["sampling"], stop_tokens=(tokenizer.eos_id,))
-    stream = TextStream(tokenizer, console, prompt)
-    generate(model, [tokens], settings, callback=stream)
+    settings = SamplingSettings(**values["sampling"], stop_tokens=(checkpoint.tokenizer.eos_id,))
+    stream = TextStream(checkpoint.tokenizer, console, prompt)
+    generate(checkpoint.model, [checkpoint.document(prompt)], settings, callback=stream)
     stream.end()
     return 0

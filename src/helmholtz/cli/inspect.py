@@ -1,6 +1,7 @@
 """``helmholtz inspect``."""
 
 import json
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,8 @@ from rich.table import Table
 
 from helmholtz._files import read_complete
 from helmholtz._json import parse_json
-from helmholtz._run_folder import TOKENIZER
 from helmholtz.cli.arguments import make_parser, output_picture, parse
-from helmholtz.data.tokenizer import load_tokenizer
+from helmholtz.cli.checkpoints import Checkpoint, add_checkpoint, open_checkpoint
 from helmholtz.evals.equilibria import equilibrium_of
 from helmholtz.evals.inspection import (
     baseline_block_parameters,
@@ -23,12 +23,10 @@ from helmholtz.evals.inspection import (
     summarise,
 )
 from helmholtz.evals.plots import plot_selection
-from helmholtz.evals.runs import find_checkpoint
 from helmholtz.layers.equilibrium_reading import equilibrium_statistics, learned_strengths
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig
 from helmholtz.layers.mixer_config import AttentionConfig
 from helmholtz.layers.unconverged import one_convergence_warning
-from helmholtz.models.checkpoint import load_checkpoint
 from helmholtz.models.decoder import Decoder, require_equilibrium
 
 DESCRIPTION = (
@@ -87,16 +85,14 @@ def budget_lines(model: Decoder) -> list[str]:
     lines = []
     for index in range(len(model.blocks)):
         used = sizes[f"blocks.{index}.mixer"] + sizes.get(f"blocks.{index}.mlp", 0)
-        lines.append(
-            f"block {index}: {used:,} parameters, {used / budget - 1:+.2%} of the baseline block's {budget:,}"
-        )
+        share = f"{used / budget - 1:+.2%} of the baseline block's {budget:,}"
+        lines.append(f"block {index}: {used:,} parameters, {share}")
     return lines
 
 
 def temperature_table(model: Decoder) -> Table:
-    table = Table(
-        "layer", "prior", "beta min", "beta mean", "beta max", title="Learned temperatures (1/value)"
-    )
+    columns = ("layer", "prior", "beta min", "beta mean", "beta max")
+    table = Table(*columns, title="Learned temperatures (1/value)")
     for name, mixer in mixers(model).items():
         beta = mixer.beta_max
         numbers = [f"{value.item():.3f}" for value in (beta.min(), beta.mean(), beta.max())]
@@ -104,12 +100,12 @@ def temperature_table(model: Decoder) -> Table:
     return table
 
 
-def equilibrium_table(model: Decoder, text: str | None, checkpoint: Path) -> Table:
-    """What all tokens share and, of ``text``, the equilibria of its tokens."""
-    layer = require_equilibrium(model)
+def equilibrium_table(checkpoint: Checkpoint, text: str | None) -> Table:
+    """What all tokens share and, of ``text``, where its tokens' equilibria are."""
+    layer = require_equilibrium(model := checkpoint.model)
     statistics, title = learned_strengths(layer), "What the equilibrium has learned"
     if text is not None:
-        tokens = _read(text, checkpoint)
+        tokens = checkpoint.encode(text)
         with one_convergence_warning(model):
             found = equilibrium_of(model, torch.tensor([tokens]))
         statistics |= equilibrium_statistics(layer, [found])
@@ -124,32 +120,18 @@ def _description(checkpoint: Path) -> Any:
     return parse_json((checkpoint / "config.json").read_text())
 
 
-def _read(text: str, checkpoint: Path) -> list[int]:
-    tokens = load_tokenizer(checkpoint / TOKENIZER).encode(text)
-    if len(tokens) < 2:
-        raise ValueError(f"text: wanted at least 2 tokens to read, got {len(tokens)}")
-    return tokens
-
-
-def reading_table(model: Decoder, text: str, checkpoint: Path, picture: Path | None) -> Table:
+def reading_table(checkpoint: Checkpoint, text: str, picture: Path | None) -> Table:
     """How each layer reads ``text``; the most selective head is drawn into ``picture``."""
-    tokens, tokenizer = _read(text, checkpoint), load_tokenizer(checkpoint / TOKENIZER)
-    readings = read_text(model, torch.tensor([tokens]))
+    tokens = checkpoint.encode(text)
+    readings = read_text(checkpoint.model, torch.tensor([tokens]))
     columns = ("layer", "prior reads", "posterior reads", "beta max", "hidden beta", "KL gap", "lambda")
     table = Table(*columns, title="Reading: tokens read (effective), temperatures, KL in nats, inner gate")
-    for row in summarise(model, readings):
-        numbers = (
-            row.num_tokens_prior,
-            row.num_tokens_posterior,
-            row.beta_max,
-            row.beta_star,
-            row.kl,
-            row.inner_gate,
-        )
-        table.add_row(f"{row.layer} ({row.prior})", *(f"{number:.2f}" for number in numbers))
+    for summary in summarise(checkpoint.model, readings):
+        layer, prior, *numbers = astuple(summary)
+        table.add_row(f"{layer} ({prior})", *(f"{number:.2f}" for number in numbers))
     if picture is not None:
         layer, head = most_selective(readings)
-        words = [tokenizer.decode([token]) for token in tokens]
+        words = [checkpoint.tokenizer.decode([token]) for token in tokens]
         title = f"{layer}, head {head}: what the last of {len(words)} tokens reads"
         plot_selection(readings[layer], words, picture, title=title, head=head)
     return table
@@ -157,31 +139,25 @@ def reading_table(model: Decoder, text: str, checkpoint: Path, picture: Path | N
 
 def run(arguments: list[str], console: Console) -> int:
     parser = make_parser("inspect", DESCRIPTION)
-    parser.add_argument(
-        "--checkpoint", type=str, required=True, help="a run (its best weights) or a checkpoint"
-    )
-    parser.add_argument(
-        "--text",
-        type=str,
-        default=None,
-        help="show how the mixers read this text, or the equilibria of its tokens",
-    )
-    parser.add_argument("--picture", type=str, default=None, help="file for a figure of the reading")
+    add_checkpoint(parser)
+    reading = "show how the mixers read this text, or the equilibria of its tokens"
+    parser.add_argument("--text", type=str, help=reading)
+    parser.add_argument("--picture", type=str, help="file for a figure of the reading")
     values = parse(parser, arguments)
     picture = None if values["picture"] is None else output_picture("picture", values["picture"])
-    checkpoint, text = find_checkpoint(values["checkpoint"]), values["text"]
+    checkpoint, text = open_checkpoint(values["checkpoint"]), values["text"]
     if picture and text is None:
         raise ValueError("picture: there is nothing to draw without a text")
-    model = load_checkpoint(checkpoint)
+    model = checkpoint.model
     if picture and model.equilibrium is not None and not mixers(model):
         raise ValueError("picture: helmholtz landscape draws the equilibria of a model")
-    console.print(json.dumps(read_complete(checkpoint, _description), indent=2), markup=False)
+    console.print(json.dumps(read_complete(checkpoint.folder, _description), indent=2), markup=False)
     console.print(stack_table(model))
     console.print(parameter_table(model))
     for line in budget_lines(model):
         console.print(line)
     if model.equilibrium is not None:
-        console.print(equilibrium_table(model, text, checkpoint))
+        console.print(equilibrium_table(checkpoint, text))
     if mixers(model):
         console.print(temperature_table(model))
     elif text is not None and model.equilibrium is None:
@@ -189,7 +165,7 @@ def run(arguments: list[str], console: Console) -> int:
             "text: this model has no Free Energy Mixer and no equilibrium whose reading could be shown"
         )
     if text is not None and mixers(model):
-        console.print(reading_table(model, text, checkpoint, picture))
+        console.print(reading_table(checkpoint, text, picture))
         if picture:
             console.print(f"wrote {picture}", markup=False)
     return 0

@@ -10,16 +10,13 @@ from rich.console import Console
 
 from helmholtz._checks import check, check_integer
 from helmholtz._files import write_json
-from helmholtz._run_folder import TOKENIZER
 from helmholtz.cli.arguments import Parser, make_parser, output_folder, parse
-from helmholtz.cli.validate import load_equilibrium_model
-from helmholtz.data.tokenizer import load_tokenizer
+from helmholtz.cli.checkpoints import Checkpoint, add_checkpoint, open_checkpoint
 from helmholtz.evals.landscape import EnergyLandscapeAnalyzer, EnergySlice, MemoryOrganisation
 from helmholtz.evals.landscape_case import SAME, Basis
 from helmholtz.evals.landscape_flow import Basins, CriticalPoint, Trajectories
 from helmholtz.evals.landscape_plots import plot_basins, plot_memory, plot_slice, plot_trajectories
 from helmholtz.evals.plots import visible
-from helmholtz.evals.runs import find_checkpoint
 from helmholtz.models.decoder import require_equilibrium
 
 DESCRIPTION = (
@@ -30,7 +27,7 @@ DESCRIPTION = (
 def make_landscape_parser() -> Parser:
     parser = make_parser("landscape", DESCRIPTION)
     option = parser.add_argument
-    option("--checkpoint", type=str, required=True, help="a run (its best weights) or a checkpoint")
+    add_checkpoint(parser)
     option("--text", type=str, default=None, help="the text whose tokens have the energies")
     option("--ids", type=list[int] | None, default=None, help="or its ids, such as [5,17,3]")
     option("--token", type=int, default=-1, help="whose energy to draw; negative ones count from the end")
@@ -45,13 +42,13 @@ def make_landscape_parser() -> Parser:
     return parser
 
 
-def read_tokens(values: dict[str, Any], checkpoint: Path) -> tuple[torch.Tensor, str]:
+def read_tokens(values: dict[str, Any], checkpoint: Checkpoint) -> tuple[torch.Tensor, str]:
     """Ids of the text, and how to name the token in titles."""
     text, ids, place = values["text"], values["ids"], values["token"]
     if (text is None) == (ids is None):
         raise ValueError("text and ids: wanted one of them")
     check(text != "" and ids != [], "text or ids", text if ids is None else ids, "not empty")
-    tokenizer = load_tokenizer(checkpoint / TOKENIZER) if ids is None else None
+    tokenizer = checkpoint.tokenizer if ids is None else None
     ids, of = (ids, "the ids") if tokenizer is None else (tokenizer.encode(text), "the text's tokens")
     check(-len(ids) <= place < len(ids), "token", place, f"in [{-len(ids)}, {len(ids)}), {of}")
     name = f"id {ids[place]}" if tokenizer is None else repr(visible(tokenizer.decode([ids[place]])))
@@ -128,8 +125,8 @@ def run(arguments: list[str], console: Console) -> int:
     check_integer("threads", values["threads"])
     torch.set_num_threads(values["threads"])
     folder = output_folder("output", values["output"], figures=True)
-    checkpoint = find_checkpoint(values["checkpoint"])
-    model = load_equilibrium_model(checkpoint)
+    checkpoint = open_checkpoint(values["checkpoint"], "equilibrium")
+    model = checkpoint.model
     tokens, name = read_tokens(values, checkpoint)
     analyzer = EnergyLandscapeAnalyzer.of(model, tokens, seed=values["seed"])
     plane = {key: values[key] for key in ("token", "basis", "radius", "resolution")}
@@ -141,9 +138,8 @@ def run(arguments: list[str], console: Console) -> int:
     plot_slice(found, folder / "slice.png", title=f"Energy of {name} ({regime} regime)")
     plot_trajectories(paths, folder / "trajectories.png", title=f"How the solvers converge: {title}")
     plot_basins(around, folder / "basins.png", title=f"Where starts end: {title}", points=points)
-    plot_memory(
-        memory, folder / "memory.png", title=f"{len(memory.usage)} patterns and {tokens.shape[1]} tokens"
-    )
+    used = f"{len(memory.usage)} patterns and {tokens.shape[1]} tokens"
+    plot_memory(memory, folder / "memory.png", title=used)
     content = {
         "model": model.config.to_dict(),
         "tokens": tokens[0].tolist(),
@@ -155,6 +151,6 @@ def run(arguments: list[str], console: Console) -> int:
         "memory": memory_to_dict(memory),
     }
     write_json(folder / "landscape.json", content)
-    pictures = "slice.png, trajectories.png, basins.png, memory.png and landscape.json"
-    console.print(f"wrote {pictures} in {folder}", markup=False)
+    names = "slice.png, trajectories.png, basins.png, memory.png and landscape.json"
+    console.print(f"wrote {names} in {folder}", markup=False)
     return 0

@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from helmholtz._checks import check, check_integer
-from helmholtz._run_folder import TOKENIZER
 from helmholtz.cli.arguments import Parser, make_parser, output_file, output_picture, parse
-from helmholtz.data.tokenizer import AbstractTokenizer, load_tokenizer
+from helmholtz.cli.checkpoints import Checkpoint, add_checkpoint, open_checkpoint
+from helmholtz.data.tokenizer import AbstractTokenizer
 from helmholtz.evals.plan_file import (
     Edit,
     PlanFile,
@@ -26,10 +26,8 @@ from helmholtz.evals.plan_file import (
     model_fingerprint,
     read_plan,
 )
-from helmholtz.evals.plan_picture import NamedGroup, plot_plans
+from helmholtz.evals.plan_figure import NamedGroup, plot_plans
 from helmholtz.evals.plans import bit_effects, changed, compare_plans, sample_under
-from helmholtz.evals.runs import find_checkpoint
-from helmholtz.models.checkpoint import architecture_of, load_checkpoint
 from helmholtz.models.decoder import Decoder, require_plan
 from helmholtz.models.planning import PlanSettings
 from helmholtz.models.sampling import SamplingSettings
@@ -44,7 +42,7 @@ END = "<end>"
 def make_plan_parser() -> Parser:
     parser = make_parser("plan", DESCRIPTION)
     option = parser.add_argument
-    option("--checkpoint", type=str, required=True, help="a run (its best weights) or a checkpoint")
+    add_checkpoint(parser)
     option("--encode", type=str, default=None, help="show the encoder's plan of this text")
     option("--save", type=str, default=None, help="file for the plan that --encode reads, edits included")
     option("--prompt", type=str, default=None, help="sample continuations of this text")
@@ -79,12 +77,9 @@ def run(arguments: list[str], console: Console) -> int:
         output_file("save", values["save"])
     if values["picture"] is not None:
         output_picture("picture", values["picture"])
-    checkpoint = find_checkpoint(values["checkpoint"])
-    model, tokenizer = load_checkpoint(checkpoint), load_tokenizer(checkpoint / TOKENIZER)
-    if model.plan is None:
-        raise ValueError(f"checkpoint: the {architecture_of(model)} in {checkpoint} has no plan")
+    checkpoint = open_checkpoint(values["checkpoint"], "plan")
     action = _encode if values["prompt"] is None else _sample
-    result = action(model, tokenizer, values, Console(quiet=True) if values["json"] else console)
+    result = action(checkpoint, values, Console(quiet=True) if values["json"] else console)
     if values["json"]:
         console.print(json.dumps(result), markup=False)
     return 0
@@ -105,12 +100,10 @@ def _check_combination(values: dict[str, Any], parser: Parser) -> None:
         check_integer("plan_seed", values["plan_seed"], minimum=0)
 
 
-def _encode(
-    model: Decoder, tokenizer: AbstractTokenizer, values: dict[str, Any], console: Console
-) -> dict[str, Any]:
+def _encode(checkpoint: Checkpoint, values: dict[str, Any], console: Console) -> dict[str, Any]:
     """Read the plan of a text, change it as asked, show it and save it."""
     check(bool(values["encode"]), "encode", values["encode"], "a text that is not empty")
-    tokens, seed = _document(tokenizer, values["encode"]), values["plan_seed"] or 0
+    model, tokens, seed = checkpoint.model, checkpoint.document(values["encode"]), values["plan_seed"] or 0
     n_bits = require_plan(model).n_bits
     read = read_plan(model, tokens, seed=seed)
     held = [Edit(place, bit, value) for bit, value in _held(values, model) for place in range(len(tokens))]
@@ -119,7 +112,7 @@ def _encode(
         n_latent_bits=n_bits,
         codes=codes,
         tokens=tuple(tokens),
-        texts=tuple(_spell(tokenizer, token) for token in tokens),
+        texts=tuple(_spell(checkpoint.tokenizer, token) for token in tokens),
         seed=seed,
         fingerprint=model_fingerprint(model),
     )
@@ -148,11 +141,10 @@ def _plan_table(plan: PlanFile, read: ReadPlan) -> Table:
     return table
 
 
-def _sample(
-    model: Decoder, tokenizer: AbstractTokenizer, values: dict[str, Any], console: Console
-) -> dict[str, Any]:
+def _sample(checkpoint: Checkpoint, values: dict[str, Any], console: Console) -> dict[str, Any]:
     """Sample in groups, show the first group of each kind and one to set beside them, and measure all groups."""
-    edits, prompt = _edits(values), _document(tokenizer, values["prompt"])
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    edits, prompt = _edits(values), checkpoint.document(values["prompt"])
     settings = SamplingSettings(**values["sampling"], stop_tokens=(tokenizer.eos_id,))
     plan = _plan_settings(model, values, len(prompt) + settings.max_new_tokens, console)
     n_samples, n_plans = values["n_samples"], values["n_plans"]
@@ -248,11 +240,6 @@ def _percent(value: dict[str, Any]) -> str:
 
 def _one_line(text: str) -> str:
     return text.replace("\n", "\\n")
-
-
-def _document(tokenizer: AbstractTokenizer, text: str) -> list[int]:
-    """A document begins after the end of another: so do a prompt and a text whose plan is read."""
-    return [tokenizer.eos_id, *tokenizer.encode(text)]
 
 
 def _spell(tokenizer: AbstractTokenizer, token: int) -> str:

@@ -9,15 +9,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from helmholtz._checks import check, check_integer
+from helmholtz._checks import check_integer
 from helmholtz._files import write_atomically
 from helmholtz._hardware import describe_hardware, git_commit
-from helmholtz._run_folder import TOKENIZER
 from helmholtz.cli.arguments import Parser, make_parser, output_file, parse
-from helmholtz.data.tokenizer import load_tokenizer
+from helmholtz.cli.checkpoints import add_checkpoint, open_checkpoint
 from helmholtz.evals.convergence import ConvergenceReport, ConvergenceValidator
-from helmholtz.evals.runs import find_checkpoint
-from helmholtz.models.checkpoint import architecture_of, load_checkpoint
 from helmholtz.models.decoder import Decoder, require_equilibrium
 from helmholtz.models.mamba_hopfield import MambaHopfield, MambaHopfieldConfig
 
@@ -32,7 +29,7 @@ FRESH = {"vocab_size": 256, "d_model": 64, "d_state": 64, "d_head": 32, "n_layer
 def make_validate_parser() -> Parser:
     parser = make_parser("validate", DESCRIPTION)
     option = parser.add_argument
-    option("--checkpoint", type=str, default=None, help="a run (its best weights) or a checkpoint")
+    add_checkpoint(parser, required=False)
     option("--fresh", action="store_true", help="a new model instead, of the sizes under model")
     option("--text", type=str, default=None, help="text to test on; default: random tokens")
     option("--batch", type=int, default=2, help="sequences of random tokens")
@@ -50,8 +47,7 @@ def options(arguments: list[str]) -> dict[str, Any]:
     """Values of the command line. Raises: ValueError naming what is wrong or has no meaning."""
     parser = make_validate_parser()
     values = parse(parser, arguments)
-    both = values["checkpoint"] is not None and values["fresh"]
-    if both or (values["checkpoint"] is None and not values["fresh"]):
+    if (values["checkpoint"] is None) != values["fresh"]:
         raise ValueError("checkpoint and fresh: wanted one of them")
     defaults = parser.get_defaults().as_dict()
     changed = [name for name, value in values["model"].items() if value != defaults["model"][name]]
@@ -75,21 +71,8 @@ def load(values: dict[str, Any]) -> tuple[Decoder, torch.Tensor | None]:
     if values["fresh"]:
         torch.manual_seed(values["seed"])
         return MambaHopfield(MambaHopfieldConfig.from_dict(values["model"])), None
-    checkpoint = find_checkpoint(values["checkpoint"])
-    model = load_equilibrium_model(checkpoint)
-    if values["text"] is None:
-        return model, None
-    ids = load_tokenizer(checkpoint / TOKENIZER).encode(values["text"])
-    check(len(ids) > 1, "text", values["text"], "at least 2 tokens")
-    return model, torch.tensor([ids])
-
-
-def load_equilibrium_model(checkpoint: Path) -> Decoder:
-    """Raises: ValueError for a model without equilibria."""
-    model = load_checkpoint(checkpoint)
-    if model.equilibrium is None:
-        raise ValueError(f"checkpoint: the {architecture_of(model)} in {checkpoint} has no equilibrium")
-    return model
+    found, text = open_checkpoint(values["checkpoint"], "equilibrium"), values["text"]
+    return found.model, None if text is None else torch.tensor([found.encode(text)])
 
 
 def report_table(report: ConvergenceReport) -> Table:

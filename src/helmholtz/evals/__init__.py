@@ -1,1 +1,1 @@
-"""Evaluation: language modelling quality, speed and memory, comparisons and pictures."""
+"""Evaluation: language modelling quality, speed and memory, comparisons and figures."""

@@ -142,7 +142,7 @@ class EnergyLandscapeAnalyzer:
         )
 
     def trajectories(self, *, row: int = 0, token: int = -1) -> Trajectories:
-        """How every mode of the solver, and plain steps, come from the token's start to rest."""
+        """How every mode of the solver, and plain steps, go from the token's start to its equilibrium."""
         return trajectories(self.case(row=row, token=token))
 
     def basins(

@@ -53,7 +53,7 @@ class Path:
 
 @dataclass(frozen=True, slots=True)
 class Trajectories:
-    """Paths of all modes from one token's start to rest."""
+    """Paths of all modes from one token's start to its equilibrium."""
 
     case: TokenCase
     paths: tuple[Path, ...]

@@ -16,7 +16,7 @@ from helmholtz.evals.landscape import EnergySlice, MemoryOrganisation
 from helmholtz.evals.landscape_case import SAME, TokenCase, flat
 from helmholtz.evals.landscape_flow import Basins, CriticalPoint, Trajectories
 from helmholtz.evals.landscape_flow import Path as SolverPath
-from helmholtz.evals.plots import picture
+from helmholtz.evals.plots import saved_figure
 
 COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00", "#999999")
 """Of basins: the last stands for all further ones."""
@@ -46,7 +46,7 @@ def plot_slice(found: EnergySlice, file: Path, *, title: str) -> None:
     steps = torch.linspace(lowest, heat.max().item(), 24).tolist()
     off = math.hypot(*found.lowest) > 1e-9 * found.case.radius
     place = "not the lowest point of this plane" if off else "the lowest point of this plane"
-    with picture(file, SIZE, few_colours=True) as figure:
+    with saved_figure(file, SIZE, few_colours=True) as figure:
         left, right = figure.subplots(1, 2)
         filled = left.contourf(ticks, ticks, energy, levels=levels, cmap="cividis", extend="both")
         left.contour(ticks, ticks, energy, levels=levels, colors="white", linewidths=0.4, alpha=0.5)
@@ -123,7 +123,7 @@ def _draw_plane(axes: Any, found: EnergySlice | Basins) -> None:
 
 def plot_trajectories(found: Trajectories, file: Path, *, title: str) -> None:
     """Energy and residual at each step of every mode, and their paths in the plane of their main directions."""
-    with picture(file, WIDE, few_colours=True) as figure:
+    with saved_figure(file, WIDE, few_colours=True) as figure:
         first, second, third = panels = figure.subplots(1, 3)
         for path in found.paths:
             colour, marker, line = MODE_STYLES[path.mode]
@@ -191,7 +191,7 @@ def plot_basins(found: Basins, file: Path, *, title: str, points: Sequence[Criti
     ticks, n = _ticks(found), len(found.attractors)
     shown = torch.where(found.converged, found.label.clamp(max=LAST), torch.tensor(-1)) + 1
     fewest = torch.quantile(found.num_steps.double().flatten(), 0.005).item()  # not those at rest
-    with picture(file, TALL, few_colours=True) as figure:
+    with saved_figure(file, TALL, few_colours=True) as figure:
         from matplotlib.colors import ListedColormap
         from matplotlib.ticker import MaxNLocator
 
@@ -251,7 +251,7 @@ def _place(case: TokenCase, point: CriticalPoint) -> str:
 def plot_memory(found: MemoryOrganisation, file: Path, *, title: str) -> None:
     """Where patterns and equilibria lie, how alike patterns are, and how much each is used."""
     usage = found.usage * len(found.usage)
-    with picture(file, WIDE, few_colours=True) as figure:
+    with saved_figure(file, WIDE, few_colours=True) as figure:
         first, second, third = figure.subplots(1, 3)
         colours = usage.clamp(min=1e-3).log10().tolist()
         places = found.coordinates.T.tolist()

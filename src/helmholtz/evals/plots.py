@@ -20,7 +20,7 @@ def file_types() -> list[str]:
     try:
         from matplotlib import backend_bases
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: install helmholtz-nn[plot]") from error
+        raise ImportError("figures need matplotlib: install helmholtz-nn[plot]") from error
     return sorted(backend_bases.FigureCanvasBase.get_supported_filetypes())
 
 
@@ -35,7 +35,7 @@ def own_style() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def picture(file: Path, size: tuple[float, float], *, few_colours: bool = False) -> Iterator[Any]:
+def saved_figure(file: Path, size: tuple[float, float], *, few_colours: bool = False) -> Iterator[Any]:
     """A figure in ``own_style``, written to ``file`` at the end of the block, its folder included.
 
     Args:
@@ -68,7 +68,7 @@ def plot_loss_curves(folders: Sequence[str | Path], file: Path) -> None:
     runs = [read_run(folder) for folder in folders]
     curves = [run.series("eval", "validation_bits_per_byte") for run in runs]
     keys = [same_model(run) for run in runs]
-    with picture(file, (7, 4.5)) as figure:
+    with saved_figure(file, (7, 4.5)) as figure:
         axes = figure.subplots()
         for run, (tokens, losses), key in zip(runs, curves, keys, strict=True):
             best = [min(curve[1]) for curve, other in zip(curves, keys, strict=True) if other == key]
@@ -112,7 +112,7 @@ def plot_selection(
     rows = [prior.mean(-1), *(posterior[:, channel] for channel in channels)]
     counts = reading.num_tokens_read[0, head, -1]
     labels = [f"channel {c}: KL {gap[c]:.2f} nats, reads {counts[c].item():.1f} tokens" for c in channels]
-    with picture(file, (max(6.0, 0.32 * len(words) + 3.5), 0.42 * len(rows) + 2.2)) as figure:
+    with saved_figure(file, (max(6.0, 0.32 * len(words) + 3.5), 0.42 * len(rows) + 2.2)) as figure:
         axes = figure.subplots()
         image = axes.imshow([row.tolist() for row in rows], aspect="auto", cmap="viridis", vmin=0)
         spelled = [visible(word) for word in words]

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from helmholtz.evals.plots import picture
+from helmholtz.evals.plots import saved_figure
 from helmholtz.experiments.forecasting.data import Series
 from helmholtz.experiments.forecasting.run import LOOK_BACK, RECIPES, SHOWN_STEPS, shown_windows
 from helmholtz.experiments.forecasting.windows import forecast_data
@@ -71,7 +71,7 @@ def pilot_summary(done: Sequence[FinishedRun]) -> list[dict[str, Any]]:
 def plot_horizons(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Test error against horizon, a panel per data and a line per model; bars from the lowest to the highest seed."""
     names = list(dict.fromkeys(row["data"] for row in rows))
-    with picture(file, (4.4 * len(names) + 1.5, 3.9)) as figure:
+    with saved_figure(file, (4.4 * len(names) + 1.5, 3.9)) as figure:
         panels = figure.subplots(1, len(names), squeeze=False)
         for axes, data in zip(panels[0], names, strict=True):
             for row in (row for row in rows if row["data"] == data):
@@ -103,7 +103,7 @@ def plot_forecasts(done: Sequence[FinishedRun], one: Series, file: Path, *, hori
     mean, scale = data.mean[place].item(), data.scale[place].item()
     past = (inputs[..., place].double() * scale + mean).tolist()
     truth = (targets[:, :SHOWN_STEPS, place].double() * scale + mean).tolist()
-    with picture(file, (9, 2.3 * len(chosen) + 0.6)) as figure:
+    with saved_figure(file, (9, 2.3 * len(chosen) + 0.6)) as figure:
         panels = figure.subplots(len(chosen), 1, sharex=True, squeeze=False)
         for number, axes in enumerate(panels[:, 0]):
             axes.plot(range(-LOOK_BACK, 0), past[number], color="C7", linewidth=1)

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from helmholtz._checks import check_integer
-from helmholtz.evals.plots import picture
+from helmholtz.evals.plots import saved_figure
 from helmholtz.experiments.letters.data import (
     MARK,
     N_LETTERS,
@@ -239,7 +239,7 @@ def plot_letters(law: LetterLaw, measured: Measured, own: GroupStatistics, file:
     """
     assert own.spread is not None
     spread, targets = own.spread, law.n_targets
-    with picture(file, (13.5, 5)) as figure:
+    with saved_figure(file, (13.5, 5)) as figure:
         axes = figure.subplots(1, 3)
         curves: list[tuple[int, str, Callable[[LetterResult], float | None]]] = [
             (0, "under the posterior's plan (leaks)", lambda r: r.bounds.posterior_cross_entropy),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from helmholtz.evals.plots import picture
+from helmholtz.evals.plots import saved_figure
 from helmholtz.experiments.mad.data import BASELINE, TASKS
 from helmholtz.experiments.mad.models import MODELS
 from helmholtz.experiments.mad.report import PUBLISHED, SHORT, Row
@@ -14,7 +14,7 @@ from helmholtz.experiments.queue import FinishedRun, runs_of, values_of
 
 def plot_accuracy(rows: Sequence[Row], file: Path) -> None:
     """Accuracy per task, a bar per model with its range over seeds; a dash is what was published for that model."""
-    with picture(file, (11, 4.4)) as figure:
+    with saved_figure(file, (11, 4.4)) as figure:
         axes = figure.subplots()
         width = 0.85 / max(1, len(rows))
         published = {row.model: dict(zip(TASKS, row.tasks, strict=True)) for row in PUBLISHED if row.model}
@@ -47,7 +47,7 @@ def plot_curves(finished: Sequence[FinishedRun], accuracy: str, file: Path) -> N
 
     A run that stopped at its accuracy keeps it. Marks are rings of different sizes, so that equal points are all seen.
     """
-    with picture(file, (12, 6.4)) as figure:
+    with saved_figure(file, (12, 6.4)) as figure:
         from matplotlib.lines import Line2D
 
         panels = figure.subplots(2, 3, sharex=True, sharey=True)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from helmholtz.evals.plots import picture
+from helmholtz.evals.plots import saved_figure
 from helmholtz.experiments.recall.patterns import RecallResult
 
 
@@ -15,7 +15,7 @@ def plot_recall(results: Sequence[RecallResult], file: Path) -> None:
     noisy = [result for result in results if result.corruption.kind == "noise"]
     widths = sorted({result.d_model for result in noisy})
     sizes = sorted({result.n_patterns for result in noisy})
-    with picture(file, (4.2 * len(widths), 3.9)) as figure:
+    with saved_figure(file, (4.2 * len(widths), 3.9)) as figure:
         panels = figure.subplots(1, len(widths), sharey=True, squeeze=False)
         for axes, width in zip(panels[0], widths, strict=True):
             for n_patterns in sizes:
@@ -42,7 +42,7 @@ def plot_recall(results: Sequence[RecallResult], file: Path) -> None:
 
 def plot_continual(matrices: Mapping[str, Sequence[Sequence[float]]], file: Path, *, chance: float) -> None:
     """Accuracy of every task after every task, a panel per run."""
-    with picture(file, (2.3 * len(matrices) + 1, 2.9)) as figure:
+    with saved_figure(file, (2.3 * len(matrices) + 1, 2.9)) as figure:
         panels = figure.subplots(1, len(matrices), squeeze=False)
         image = None
         for axes, (name, matrix) in zip(panels[0], matrices.items(), strict=True):

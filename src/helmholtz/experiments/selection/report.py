@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from helmholtz.evals.plots import picture
+from helmholtz.evals.plots import saved_figure
 from helmholtz.experiments.queue import FinishedRun, grouped, runs_of, spread
 from helmholtz.experiments.selection.data import expected_gap, expected_maximum
 
@@ -22,7 +22,7 @@ def by_reader(done: Sequence[FinishedRun], target: str) -> dict[str, list[Finish
 
 def plot_gaps(done: Sequence[FinishedRun], file: Path) -> None:
     """Left: gap to the maximum over beta, the law as lines and what was measured as marks. Right: trained layers."""
-    with picture(file, (11, 4.3)) as figure:
+    with saved_figure(file, (11, 4.3)) as figure:
         left, right = figure.subplots(1, 2)
         _draw_law(left, runs_of(done, part="gaps"))
         _draw_learned(right, by_reader(done, "maximum"))
@@ -73,7 +73,7 @@ def plot_reads(done: Sequence[FinishedRun], file: Path) -> None:
     """Which token each channel of a trained layer reads, and the token it was asked for (circles), seed 0."""
     readers = by_reader(done, "maximum")
     shown = [(label, readers[label][0].result["example"]) for label in SHOWN if label in readers]
-    with picture(file, (4.2 * len(shown), 3.4)) as figure:
+    with saved_figure(file, (4.2 * len(shown), 3.4)) as figure:
         panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)
         for axes, (label, example) in zip(panels[0], shown, strict=True):
             image = axes.imshow(example["influence"], aspect="auto", cmap="viridis", vmin=0, vmax=1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from helmholtz.evals.plots import picture
+from helmholtz.evals.plots import saved_figure
 from helmholtz.experiments.queue import FinishedRun, grouped, runs_of, spread
 
 
@@ -42,7 +42,7 @@ def pilot_summary(done: Sequence[FinishedRun]) -> list[dict[str, Any]]:
 
 def plot_learning(done: Sequence[FinishedRun], data: str, file: Path) -> None:
     """Validation loss (line) and training loss (faint) against steps, a colour per mixer and a line per seed."""
-    with picture(file, (6, 4)) as figure:
+    with saved_figure(file, (6, 4)) as figure:
         axes = figure.subplots()
         for number, ((model,), runs) in enumerate(grouped(runs_of(done, data=data), "model").items()):
             for run in runs:
@@ -61,7 +61,7 @@ def plot_learning(done: Sequence[FinishedRun], data: str, file: Path) -> None:
 def plot_confusion(done: Sequence[FinishedRun], data: str, file: Path) -> None:
     """Fraction of each class that is taken for each other one, a panel per mixer, over all seeds."""
     groups = grouped(runs_of(done, data=data), "model")
-    with picture(file, (5.2 * len(groups), 4.8)) as figure:
+    with saved_figure(file, (5.2 * len(groups), 4.8)) as figure:
         panels = figure.subplots(1, len(groups), squeeze=False)
         for axes, ((model,), runs) in zip(panels[0], groups.items(), strict=True):
             counts = np.sum([run.result["confusion"] for run in runs], axis=0)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from helmholtz.evals.plans import Group, PlanComparison, agreement, padded
-from helmholtz.evals.plots import picture, visible
+from helmholtz.evals.plots import saved_figure, visible
 
 CELL, ROW = 0.17, 0.24
 """Inches of a token and of a sample."""
@@ -54,7 +54,7 @@ def plot_plans(
     longest = max(1, max(len(sample.tokens) for group in groups for sample in group.samples))
     heights = [ROW * len(group.samples) for group in groups] + [1.3]
     size = min(WIDEST, max(7.0, CELL * longest + 1.2)), sum(heights) + 0.45 * len(heights) + 0.8
-    with warnings.catch_warnings(), picture(file, size) as figure:
+    with warnings.catch_warnings(), saved_figure(file, size) as figure:
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as a box, as it should be
         *panels, last = figure.subplots(len(heights), height_ratios=heights, sharex=True)
         for axes, group in zip(panels, groups, strict=True):
