@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from equilibrium_cases import make_model
+from helmholtz.cli.checkpoints import open_checkpoint
 from helmholtz.cli.landscape import read_tokens
 from helmholtz.cli.main import main
 from helmholtz.data.tokenizer import ByteTokenizer
@@ -86,8 +87,9 @@ def test_one_tokens_landscape_is_drawn_and_written(capsys, checkpoint, tmp_path)
 
 
 def test_tokens_may_be_given_by_their_ids(checkpoint):
-    by_ids = read_tokens({"text": None, "ids": [98, 101], "token": -2}, checkpoint)
-    by_text = read_tokens({"text": "be", "ids": None, "token": -2}, checkpoint)
+    opened = open_checkpoint(str(checkpoint))
+    by_ids = read_tokens({"text": None, "ids": [98, 101], "token": -2}, opened)
+    by_text = read_tokens({"text": "be", "ids": None, "token": -2}, opened)
     assert torch.equal(by_ids[0], by_text[0])
     assert (by_ids[1], by_text[1]) == ("token 0, id 98", "token 0, 'b'")
 

@@ -11,6 +11,7 @@ import torch
 
 from decoder_cases import N_BITS, make_free
 from helmholtz._files import write_atomically
+from helmholtz.evals.plan_figure import NamedGroup, companions, plot_plans
 from helmholtz.evals.plan_file import (
     Edit,
     PlanFile,
@@ -19,7 +20,6 @@ from helmholtz.evals.plan_file import (
     model_fingerprint,
     read_plan,
 )
-from helmholtz.evals.plan_figure import NamedGroup, companions, plot_plans
 from helmholtz.evals.plans import (
     agreement,
     bit_effects,

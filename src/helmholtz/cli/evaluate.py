@@ -42,7 +42,9 @@ def _quality(model: Decoder, data: TokenDataset, values: dict[str, Any]) -> dict
     batch_size = values["batch_size"]
     if model.plan is not None:
         if values["overlap"]:
-            raise ValueError("overlap: windows of a model with a plan have none, each has a plan of its own")
+            raise ValueError(
+                "overlap: the windows of a model with a plan have none, each has a plan of its own"
+            )
         return report(evaluate_bounds(model, data, seq_len=seq_len, batch_size=batch_size, **plan_options))
     for name in plan_options:
         raise ValueError(f"{name}: this model has no plan, its number is exact")

@@ -17,6 +17,7 @@ from helmholtz._checks import check, check_integer
 from helmholtz.cli.arguments import Parser, make_parser, output_file, output_picture, parse
 from helmholtz.cli.checkpoints import Checkpoint, add_checkpoint, open_checkpoint
 from helmholtz.data.tokenizer import AbstractTokenizer
+from helmholtz.evals.plan_figure import NamedGroup, plot_plans
 from helmholtz.evals.plan_file import (
     Edit,
     PlanFile,
@@ -26,7 +27,6 @@ from helmholtz.evals.plan_file import (
     model_fingerprint,
     read_plan,
 )
-from helmholtz.evals.plan_figure import NamedGroup, plot_plans
 from helmholtz.evals.plans import bit_effects, changed, compare_plans, sample_under
 from helmholtz.models.decoder import Decoder, require_plan
 from helmholtz.models.planning import PlanSettings

@@ -60,11 +60,11 @@ class LyapunovTest(AbstractTest):
 def check_lyapunov(case: ValidationCase) -> LyapunovTest:
     """From a disturbance of each equilibrium and, in a contraction, from anywhere in the ball."""
     generator = case.generator(7)
-    rest = solve(in_double(case.problem), case.z.double(), silent(EXACT))
-    rows = rest.converged.nonzero().flatten()
+    found = solve(in_double(case.problem), case.z.double(), silent(EXACT))
+    rows = found.converged.nonzero().flatten()
     if not len(rows):
         return LyapunovTest(0.0, 0.0, 0.0, 0.0, 0.0, math.nan, 0)
-    problem, z = in_double(case.problem).take(rows), rest.value[rows]
+    problem, z = in_double(case.problem).take(rows), found.value[rows]
     starts = [z + case.push * random_directions(z, generator=generator)]
     if case.contractive:
         starts.append(points_in_ball(problem, generator=generator))
@@ -103,5 +103,7 @@ def _judge(
         room = 2 * max(1 - case.certificate, 0.0)
         bounded = room * above <= residual + room * digits
     held = [x.all(0) for x in (positive, falls, excess <= SLACK, bounded)]
-    rates = [x.double().mean().item() for x in (torch.stack(held).all(0), *held)]
-    return LyapunovTest(*rates, worst_ratio=excess.max().item(), tested_starts=above.shape[1])
+    every, positively, down, fast, below = (
+        x.double().mean().item() for x in (torch.stack(held).all(0), *held)
+    )
+    return LyapunovTest(every, positively, down, fast, below, excess.max().item(), above.shape[1])

@@ -107,7 +107,8 @@ def evaluate_bounds(
         "Optimally Combining Sampling Techniques for Monte Carlo Rendering", 1995 (balance heuristic).
     """
     if isinstance(data, TokenDataset):
-        data, count_bytes = text_stream(data), data.count_bytes
+        count_bytes = data.count_bytes
+        data = text_stream(data)
     check_window(model, seq_len)
     for name, value in (("batch_size", batch_size), ("n_samples", n_samples)):
         check_integer(name, value)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -292,10 +292,8 @@ def _scatter(
 
 
 def _adjoint(config: EquilibriumConfig) -> AbstractAdjoint:
-    steps: Any = config.adjoint_steps
-    if config.adjoint == "phantom":
-        return Phantom(n_steps=steps)
-    if config.adjoint == "unrolled":
-        return Unrolled(n_steps=steps)
-    assert config.adjoint_on_nonconvergence is not None
-    return Implicit(max_steps=steps, on_nonconvergence=config.adjoint_on_nonconvergence)
+    assert config.adjoint_steps is not None and config.adjoint_on_nonconvergence is not None
+    if config.adjoint != "implicit":
+        adjoint = Phantom if config.adjoint == "phantom" else Unrolled
+        return adjoint(n_steps=config.adjoint_steps)
+    return Implicit(max_steps=config.adjoint_steps, on_nonconvergence=config.adjoint_on_nonconvergence)

@@ -4,35 +4,20 @@ import functools
 import math
 import warnings
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, final, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from helmholtz._checks import check, check_choice, check_integer, check_positive
-from helmholtz._once import is_traced
+from helmholtz.layers.recall import RECALL, AssociativeProblem, with_gradient
 from helmholtz.layers.slots import Slots, check_rows
-from helmholtz.ops._compute import compute_dtype, full_precision
-from helmholtz.ops.hopfield import (
-    hopfield_retrieve,
-    hopfield_weights,
-    pattern_margins,
-    pattern_scores,
-    potential_of_scores,
-    weights_of_scores,
-)
-from helmholtz.solvers import (
-    AbstractAdjoint,
-    AbstractProblem,
-    Implicit,
-    Solution,
-    SolverConfig,
-    Unrolled,
-    solve,
-)
+from helmholtz.ops._compute import compute_dtype
+from helmholtz.ops.hopfield import pattern_margins, pattern_scores
+from helmholtz.solvers import Solution, SolverConfig, solve
 
 MemoryPolicy = Literal["fifo", "reservoir", "merge"]
 
@@ -40,9 +25,6 @@ SAFE_MARGIN = 3.0
 """Nats by which a pattern should outweigh the others at its own place (``ops.pattern_margins``)."""
 SMALL_QUERY = 0.25
 """Norm of a query over the patterns' below which ``retrieve`` warns."""
-
-RECALL = SolverConfig(mode="picard", max_steps=100, rtol=1e-4, energy_rtol=1e-4, on_nonconvergence="ignore")
-"""The update as it is, which alone decides in which pattern's basin a query lies."""
 
 
 class MarginWarning(UserWarning):
@@ -70,37 +52,6 @@ class WriteResult:
     def changed(self) -> int:
         """Rows that changed the memory."""
         return self.stored + self.merged
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class AssociativeProblem(AbstractProblem):
-    r"""Plain recall: :math:`E(z) = \tfrac12 |z|^2 - \phi(z)` and its map, one retrieval step. Rows share it all."""
-
-    patterns: Float[Tensor, "K D"]
-    beta: float
-    log_prior: Float[Tensor, "K"] | None = None
-
-    def map(self, z: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
-        return hopfield_retrieve(z, self.patterns, self.beta, self.log_prior)
-
-    def map_and_energy(self, z: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N"]]:
-        scores = pattern_scores(z, self.patterns, self.beta, self.log_prior)
-        weights = weights_of_scores(scores, self.log_prior)
-        with full_precision(z.device):
-            f = (weights @ self.patterns.to(weights.dtype)).to(z.dtype)
-        potential = potential_of_scores(scores, self.beta, self.log_prior)
-        return f, z.to(scores.dtype).square().sum(-1) / 2 - potential
-
-    def jvp(self, z: Float[Tensor, "N D"], v: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
-        weights = hopfield_weights(z, self.patterns, self.beta, self.log_prior)
-        with full_precision(z.device):
-            projected = v @ self.patterns.to(v.dtype).T
-            centred = projected - (weights * projected).sum(-1, keepdim=True)
-            return self.beta * (weights * centred) @ self.patterns.to(v.dtype)
-
-    def take(self, rows: Int[Tensor, "n"]) -> "AssociativeProblem":
-        return self
 
 
 class StoredPatterns(NamedTuple):
@@ -283,7 +234,7 @@ class HopfieldMemory(nn.Module):
         solution = solve(problem, query.to(problem.patterns.dtype), solver)
         self._warn_of_the_scale(query.detach())
         self._warn_of_a_small_margin(problem, solution.value.detach())
-        return _with_gradient(problem, solution, solver)
+        return with_gradient(problem, solution, solver)
 
     @torch.no_grad()
     def margin(self) -> float:
@@ -323,15 +274,3 @@ class HopfieldMemory(nn.Module):
                 MarginWarning,
                 stacklevel=3,
             )
-
-
-def _with_gradient(problem: AssociativeProblem, solution: Solution, solver: SolverConfig) -> Solution:
-    """The same value and energy, with a graph if one is wanted."""
-    tracked = problem.patterns.requires_grad or solution.start.requires_grad or is_traced()
-    if not (tracked and torch.is_grad_enabled()):
-        return solution
-    plain = solver.mode == "picard" and solver.damping == 1
-    adjoint: AbstractAdjoint = Unrolled() if plain else Implicit(on_nonconvergence="ignore")
-    z = adjoint.attach(problem, solution)
-    value = solution.value + (z - z.detach())
-    return replace(solution, value=value, energy=problem.map_and_energy(value)[1])

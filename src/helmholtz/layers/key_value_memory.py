@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from helmholtz._checks import check, check_integer, check_positive
-from helmholtz.layers.hopfield import RECALL, AssociativeProblem
+from helmholtz.layers.recall import RECALL, AssociativeProblem
 from helmholtz.layers.slots import SlotPolicy, Slots, check_rows
 from helmholtz.solvers import Solution, SolverConfig, solve
 
@@ -104,12 +104,8 @@ class KeyValueMemory(nn.Module):
     ) -> None:
         super().__init__()
         d_value = d_key if d_value is None else d_value
-        for name, value in (
-            ("d_key", d_key),
-            ("d_value", d_value),
-            ("n_values", n_values),
-            ("n_slots", n_slots),
-        ):
+        sizes = {"d_key": d_key, "d_value": d_value, "n_values": n_values, "n_slots": n_slots}
+        for name, value in sizes.items():
             check_integer(name, value)
         check_positive("beta", beta)
         check(0 < threshold <= 1, "threshold", threshold, "in (0, 1]")

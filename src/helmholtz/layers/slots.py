@@ -11,6 +11,10 @@ from helmholtz._checks import check, check_choice, check_integer
 
 SlotPolicy = Literal["fifo", "reservoir"]
 
+Place = Callable[[Float[Tensor, "D"], Float[Tensor, "S"]], int | None]
+"""Puts a row, given its products with the slots (minus infinity with empty ones); returns the slot that it changed, or
+None."""
+
 BLOCK = 64
 """Rows that are compared with all slots at once."""
 
@@ -67,30 +71,19 @@ class Slots(nn.Module):
         self.cursor.fill_((slot + 1) % n_slots)
         return slot
 
-    def write(
-        self,
-        rows: Float[Tensor, "N D"],
-        known: float,
-        place: Callable[[Float[Tensor, "D"], Float[Tensor, "S"]], int | None],
-    ) -> int:
+    def write(self, rows: Float[Tensor, "N D"], known: float, place: Place) -> int:
         """Place rows in their order, those left out that are known when their turn comes.
 
         Args:
             known: product with a stored row from which a row is known; infinity leaves none out.
-            place: puts a row, given its products with the slots (minus infinity with empty ones); returns the slot
-                that it changed, or None.
+            place: puts a row into a slot.
 
         Returns: rows that changed a slot.
         Cost: a Python step per placed row, and one per ``BLOCK`` rows for those left out.
         """
         return sum(self._write_block(block, known, place) for block in rows.split(BLOCK))
 
-    def _write_block(
-        self,
-        rows: Float[Tensor, "n D"],
-        known: float,
-        place: Callable[[Float[Tensor, "D"], Float[Tensor, "S"]], int | None],
-    ) -> int:
+    def _write_block(self, rows: Float[Tensor, "n D"], known: float, place: Place) -> int:
         products = (rows @ self.rows.T).masked_fill(~self.occupied, -torch.inf)
         num_changed = turn = 0
         while turn < len(rows):

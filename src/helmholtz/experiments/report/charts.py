@@ -142,10 +142,10 @@ def _logarithmic(axes: Any, name: str) -> None:
 
 def _svg(draw: Any, size: tuple[float, float]) -> str:
     with own_style():
-        import matplotlib
+        from matplotlib import style
         from matplotlib.figure import Figure
 
-        matplotlib.rcParams.update(STYLE)
+        style.use(STYLE)
         figure = Figure(figsize=size, layout="constrained", facecolor="none")
         axes = figure.subplots()
         axes.set_facecolor("none")
