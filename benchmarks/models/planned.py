@@ -25,8 +25,7 @@ from _timing import gate, interleave, parse_options, print_table, write_results
 from helmholtz.layers.latent import Plan
 from helmholtz.models import FreeTransformer, Transformer
 from helmholtz.models.free_transformer import FreeTransformerConfig
-from helmholtz.models.generation import SamplingSettings, generate
-from helmholtz.models.planning import generate_planned
+from helmholtz.models.generation import SamplingSettings, generate, generate_planned
 from helmholtz.models.transformer import TransformerConfig
 from helmholtz.training.config import TrainConfig
 from helmholtz.training.free_bits import FreeBitsConfig, FreeBitsObjective

@@ -14,10 +14,10 @@ from helmholtz.models.checkpoint import load_checkpoint, save_checkpoint
 from helmholtz.models.decoder_config import DecoderConfig
 from helmholtz.models.fem_lm import FEMLMConfig
 from helmholtz.models.free_transformer import FreeTransformerConfig
-from helmholtz.models.generation import SamplingSettings, generate
+from helmholtz.models.generation import SamplingSettings, generate, generate_planned
 from helmholtz.models.mamba import MambaConfig
 from helmholtz.models.mamba_hopfield import MambaHopfieldConfig
-from helmholtz.models.planning import PlanSettings, generate_planned
+from helmholtz.models.planning import PlanSettings
 from helmholtz.models.transformer import TransformerConfig
 from helmholtz.solvers import SolverConfig
 

@@ -16,8 +16,7 @@ from fem_cases import LargestTensor
 from helmholtz import ops
 from helmholtz.layers.latent import Plan, TablePostSampler, sample_plan
 from helmholtz.models.free_transformer import FreeTransformer, FreeTransformerConfig
-from helmholtz.models.generation import SamplingSettings, generate
-from helmholtz.models.planning import generate_planned
+from helmholtz.models.generation import SamplingSettings, generate, generate_planned
 from helmholtz.models.transformer import Transformer, TransformerConfig
 from helmholtz.ops import binary_latent
 from helmholtz.training.config import TrainConfig

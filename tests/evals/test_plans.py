@@ -29,7 +29,8 @@ from helmholtz.evals.plans import (
     sample_under,
     sharing,
 )
-from helmholtz.models.planning import PlannedRow, PlanSettings, generate_planned
+from helmholtz.models.generation import PlannedRow, generate_planned
+from helmholtz.models.planning import PlanSettings
 from helmholtz.models.sampling import SamplingSettings
 from helmholtz.ops.binary_latent import code_to_bits
 from plan_cases import deaf_to_its_plan, ruled_by_its_plan

@@ -135,7 +135,7 @@ def test_plans_are_shared_within_groups_only(monkeypatch):
         seen.append(torch.tensor(plan.codes).view(2, 4, LAW.n_tokens))
         return generate_planned(model, prompts, settings, plan)
 
-    from helmholtz.models.planning import generate_planned
+    from helmholtz.models.generation import generate_planned
 
     monkeypatch.setattr("helmholtz.experiments.letters.report.generate_planned", spy)
     for shared in (True, False):

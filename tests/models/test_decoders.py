@@ -115,6 +115,23 @@ def test_a_step_leaves_its_state_unchanged(model: Decoder) -> None:
     assert torch.equal(state.position, kept.position)
 
 
+@pytest.mark.parametrize("length", [None, 10])
+@torch.no_grad()
+def test_branches_of_one_state_do_not_meet(model: Decoder, length: int | None) -> None:
+    """A beam search's use: states are continued in any order, each as if it were the only one."""
+    model = copy.deepcopy(model).double()
+    texts = [torch.cat([tokens_of(2, 4), tokens_of(2, 4, seed=seed)], dim=1) for seed in (1, 2, 3)]
+    root = model.step(texts[0][:, :4], model.init_state(2, length=length)).state
+    states, logits = [root] * 3, [[], [], []]
+    for t in range(4, 8):
+        for branch in (2, 0, 1):
+            output = model.step(texts[branch][:, t : t + 1], states[branch])
+            states[branch] = output.state
+            logits[branch].append(output.logits)
+    for text, found in zip(texts, logits, strict=True):
+        assert_close(torch.cat(found, dim=1), model(text).logits[:, 4:])
+
+
 def test_rows_of_a_state_can_be_reordered(model: Decoder) -> None:
     state, tokens = model.step(tokens_of(3, 5), model.init_state(3)).state, tokens_of(3, 2, seed=1)
     rows = torch.tensor([2, 0])

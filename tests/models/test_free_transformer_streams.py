@@ -139,11 +139,26 @@ def test_every_part_of_a_state_is_reordered_with_its_rows(model: FreeTransformer
     assert torch.equal(picked.position, state.position[rows])
     for name in ("code", "hidden", "mask"):
         assert torch.equal(getattr(picked.plan, name), getattr(state.plan, name)[rows]), name
-    assert {f.name for f in fields(state.plan)} == {"code", "hidden", "mask"}
+    assert {f.name for f in fields(state.plan)} == {"code", "hidden", "mask", "room"}
     new, code = tokens_of(3, 5, seed=2), codes_of(3, 5, seed=2)
     half, half_picked = model.lower(new, state), model.lower(new[rows], picked)
     close(model.posterior(half_picked), model.posterior(half)[rows])
     close(model.upper(half_picked, Plan(code[rows])).logits, model.upper(half, Plan(code)).logits[rows])
+
+
+@torch.no_grad()
+def test_vectors_for_the_encoder_are_kept_only_if_it_reads_again(model: FreeTransformer) -> None:
+    """The first prompt needs none; a later one is refused by name, and nothing else differs."""
+    tokens, code = tokens_of(2, 9), codes_of(2, 9)
+    kept, light = (model.init_state(2, encode_again=again) for again in (True, False))
+    halves = [model.lower(tokens[:, :6], state, attention_mask=LEFT) for state in (kept, light)]
+    assert torch.equal(*map(model.posterior, halves))
+    kept, light = (model.upper(half, Plan(code[:, :6])).state for half in halves)
+    assert kept.plan.hidden.shape == (2, 6, 32) and light.plan.hidden is light.plan.mask is None
+    rest = [model.step(tokens[:, 6:], state, z=Plan(code[:, 6:])) for state in (kept, light)]
+    assert torch.equal(rest[0].logits, rest[1].logits) and torch.equal(rest[1].state.plan.code, code)
+    with pytest.raises(ValueError, match=r"init_state\(\.\.\., encode_again=True\)"):
+        model.posterior(model.lower(tokens[:, 6:], light))
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Sampling: exact against the full pass, row by row, and the laws of its filters."""
 
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from hypothesis import given, strategies
 from torch import Tensor
 
 from helmholtz.layers.latent import Plan
+from helmholtz.layers.state import KVCache, Room
 from helmholtz.models.decoder import Decoder
-from helmholtz.models.generation import generate
-from helmholtz.models.planning import generate_planned
+from helmholtz.models.generation import generate, generate_planned
+from helmholtz.models.outputs import LMState
 from helmholtz.models.sampling import SamplingSettings, draw, sampling_probabilities
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5]]
@@ -54,6 +56,33 @@ def test_prompts_longer_than_a_chunk_are_read_in_parts(
     expected = generate(model, PROMPTS, SETTINGS)
     monkeypatch.setattr("helmholtz.models.generation.PREFILL_CHUNK", 2)
     assert generate(model, PROMPTS, SETTINGS) == expected
+
+
+def memory(node: Any) -> set[int]:
+    """Where the tensors lie that grow with a stream."""
+    if isinstance(node, tuple):
+        return set().union(*map(memory, node))
+    if not is_dataclass(node):
+        return set()
+    parts = [getattr(node, f.name) for f in fields(node)]
+    if any(isinstance(part, Room) for part in parts):
+        grown = [part for part in parts if isinstance(part, Tensor) and part.ndim > 1]
+        return {part.data_ptr() for part in grown}
+    return set().union(*map(memory, parts))
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["padded", "one row"])
+def test_what_grows_is_allocated_once_and_the_encoder_needs_none_of_it(
+    model: Decoder, prompts: list[list[int]]
+) -> None:
+    states: list[LMState] = []
+    model.register_forward_hook(lambda module, args, output: states.append(output.state))
+    generate(model, prompts, SETTINGS)
+    assert len({frozenset(memory(state)) for state in states}) == 1
+    caches = sum(isinstance(getattr(block, "prior", block), KVCache) for block in states[0].blocks)
+    per_cache = 2 if len(prompts) == 1 else 3  # keys, values and with pads a mask
+    assert len(memory(states[-1])) == caches * per_cache + (model.plan is not None)
+    assert model.plan is None or states[-1].plan.hidden is None
 
 
 def test_sampling_is_reproducible_and_leaves_no_trace(transformer: Decoder) -> None:

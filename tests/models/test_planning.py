@@ -11,8 +11,8 @@ from decoder_cases import N_BITS, make_free
 from helmholtz import ops
 from helmholtz.layers.latent import Plan
 from helmholtz.models.free_transformer import FreeTransformer
-from helmholtz.models.generation import generate
-from helmholtz.models.planning import PlannedRow, PlanSettings, generate_planned
+from helmholtz.models.generation import PlannedRow, generate, generate_planned
+from helmholtz.models.planning import PlanSettings
 from helmholtz.models.sampling import SamplingSettings
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5]]

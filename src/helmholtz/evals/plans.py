@@ -14,7 +14,8 @@ from helmholtz._checks import check, check_integer
 from helmholtz.evals.plan_file import set_bit
 from helmholtz.models.base import evaluation_mode
 from helmholtz.models.decoder import Decoder, require_plan
-from helmholtz.models.planning import PlannedRow, PlannedStream, PlanSettings, generate_planned
+from helmholtz.models.generation import PlannedRow, Stream, generate_planned
+from helmholtz.models.planning import PlanSettings
 from helmholtz.models.sampling import SamplingSettings, check_prompts
 
 Codes = tuple[int, ...]
@@ -79,10 +80,13 @@ def draw_plans(
     given = plan.codes or ((),)
     check(len(given) == 1, "codes", f"{len(given)} rows", "one row: that of all plans")
     plan = replace(plan, codes=given * n_plans)
-    stream = PlannedStream(model, [len(prompt)] * n_plans, settings, plan)
+    require_plan(model)
+    stream = Stream(model, [len(prompt)] * n_plans, settings, plan)
+    assert stream.codes is not None
+    codes = stream.codes.codes
     with evaluation_mode(model), torch.inference_mode():
-        stream.prefill(torch.tensor([list(prompt)] * n_plans, device=stream.codes.device), None)
-    return tuple(tuple(row) for row in stream.codes.tolist())
+        stream.prefill(torch.tensor([list(prompt)] * n_plans, device=codes.device), None)
+    return tuple(tuple(row) for row in codes.tolist())
 
 
 def sample_under(

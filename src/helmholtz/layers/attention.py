@@ -74,7 +74,7 @@ class Attention(AbstractMixer[KVCache]):
         q, k, v = rotate_split(joint, cos, sin, self.n_heads, self.n_kv_heads)
         mask = layout.mask
         if state is not None:
-            state = state.append(k, v, mask)
+            state = state.append(k, v, mask, capacity=layout.capacity)
             k, v, mask = state.k, state.v, state.mask
         read = softmax_attention(q, k, v, causal=self.causal, key_mask=mask, cu_seqlens=layout.cu_seqlens)
         return self.o_proj(read.transpose(1, 2).flatten(2)), state

@@ -76,20 +76,6 @@ def check_plan(z: Plan, shape: tuple[int, ...], n_latent_bits: int) -> None:
         check(tuple(z.logits.shape) == wanted, "z.logits", tuple(z.logits.shape), f"of shape {wanted}")
 
 
-def joined_mask(
-    before: Float[Tensor, "B S D"],
-    before_mask: Bool[Tensor, "B S"] | None,
-    x: Float[Tensor, "B T D"],
-    mask: Bool[Tensor, "B T"] | None,
-) -> Bool[Tensor, "B U"] | None:
-    """The real tokens among ``before`` and then ``x``; None while all are."""
-    if before_mask is None and mask is None:
-        return None
-    parts = [(before, before_mask), (x, mask)]
-    masks = [x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask for x, mask in parts]
-    return torch.cat(masks, dim=1)
-
-
 @final
 class LatentEncoder(nn.Module):
     r"""Bit logits of every token from the whole text, :math:`L = W\,\mathrm{norm}(\mathrm{block}(\zeta, x))`.

@@ -1,14 +1,107 @@
 """What a layer remembers between calls: frozen dataclasses of tensors whose first dimension is the batch."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, TypeVar, final
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from helmholtz._once import is_traced
+
 StateT = TypeVar("StateT")
+Parts = tuple[Tensor, ...]
+
+KEPT = {"kept": True}
+"""Metadata of a state's fields that say nothing about rows; ``map_state`` leaves them as they are."""
+
+
+@final
+class Room:
+    """Memory behind the tensors of a state for the tokens to come, allocated once and not for every token.
+
+    Only one state may write there, the first that is made of this one: another is a copy. So tensors that were handed
+    out never change, and a state may be continued twice. With gradients on nothing is written in place, as autograd
+    may have kept what would change.
+    """
+
+    def __init__(self, held: Parts = (), buffers: Parts = ()) -> None:
+        # a list, as its pop gives an element to one thread alone
+        self._free = [(held, buffers)] if buffers else []
+
+    def append(self, held: Parts, new: Parts, *, capacity: int | None = None) -> tuple[Parts, "Room"]:
+        """``held`` and behind each of its tensors that of ``new``, along time; and the room behind the results.
+
+        Args:
+            held: ``B ... S D``, or ``B S``; of no tokens, the first ones decide dtype and device.
+            capacity: tokens to allocate memory for; None or too few: twice those that there are.
+
+        Cost: O(T), and a copy of ``held`` where this is not its first continuation or the memory is full.
+        """
+        before = _length(held[0])
+        after = before + _length(new[0])
+        is_known = capacity is not None and capacity >= after
+        in_graph = torch.is_grad_enabled() or is_traced()
+        if not before and (in_graph or not is_known):
+            return new, Room()
+        pairs = list(zip(held, new, strict=True))
+        if in_graph:
+            return tuple(torch.cat([h, x], dim=_time(x)) for h, x in pairs), Room()
+        buffers = self._take(held)
+        if buffers is None or not all(_fits(b, x, after) for b, x in zip(buffers, new, strict=True)):
+            size = max(capacity or 0, after) if is_known else 2 * after
+            buffers = tuple(_allocated(h, x, size) for h, x in pairs)
+        for buffer, x in zip(buffers, new, strict=True):
+            buffer.narrow(_time(x), before, after - before).copy_(x)
+        parts = tuple(buffer.narrow(_time(buffer), 0, after) for buffer in buffers)
+        return parts, Room(parts, buffers)
+
+    def _take(self, held: Parts) -> Parts | None:
+        try:
+            owners, buffers = self._free.pop()
+        except IndexError:
+            return None
+        if len(owners) == len(held) and all(a is b for a, b in zip(owners, held, strict=True)):
+            return buffers
+        self._free.append((owners, buffers))  # of other tensors: those of the state were replaced
+        return None
+
+
+def _time(x: Tensor) -> int:
+    return 1 if x.ndim == 2 else x.ndim - 2
+
+
+def _length(x: Tensor) -> int:
+    return x.shape[_time(x)]
+
+
+def _fits(buffer: Tensor, x: Tensor, after: int) -> bool:
+    wide = buffer.dtype == x.dtype or buffer.dtype == torch.promote_types(buffer.dtype, x.dtype)
+    writable = torch.is_inference_mode_enabled() or not buffer.is_inference()
+    return wide and writable and buffer.device == x.device and _length(buffer) >= after
+
+
+def _allocated(held: Tensor, x: Tensor, size: int) -> Tensor:
+    """Memory for ``size`` tokens that begins with ``held``."""
+    dim, before = _time(x), _length(held)
+    shape = (*x.shape[:dim], size, *x.shape[dim + 1 :])
+    buffer = x.new_empty(shape, dtype=torch.promote_types(held.dtype, x.dtype) if before else x.dtype)
+    if before:
+        buffer.narrow(dim, 0, before).copy_(held)
+    return buffer
+
+
+def both_masks(mask: Tensor | None, held: Tensor, new: Tensor | None, x: Tensor) -> tuple[Parts, Parts]:
+    """Real tokens of ``held`` and of ``x``, whose masks are None while all are; nothing if both are None."""
+    given = new if mask is None else mask
+    if given is None:
+        return (), ()
+    first, second = (
+        given.new_ones(len(tokens), _length(tokens)) if real is None else real
+        for real, tokens in ((mask, held), (new, x))
+    )
+    return (first,), (second,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +114,7 @@ class KVCache:
     """Real tokens; None while all are."""
     position: Int[Tensor, "B"]
     """Real tokens each row has seen: the position of its next one."""
+    room: Room = field(default_factory=Room, compare=False, repr=False)
 
     @staticmethod
     def empty(position: Int[Tensor, "B"], groups: int, d_head: int, d_head_v: int) -> "KVCache":
@@ -38,30 +132,21 @@ class KVCache:
         k: Float[Tensor, "B G T K"],
         v: Float[Tensor, "B G T V"],
         mask: Bool[Tensor, "B T"] | None = None,
+        *,
+        capacity: int | None = None,
     ) -> "KVCache":
-        """The cache after these tokens; this one is unchanged. Cost: copies what it holds, O(S + T)."""
+        """The cache after these tokens; this one is unchanged. Cost and ``capacity`` as of ``Room.append``."""
         position = self.position.to(k.device) + (k.shape[2] if mask is None else mask.sum(-1))
-        if self.k.shape[2] == 0:
-            return KVCache(k, v, mask, position)
-        joined = None
-        if self.mask is not None or mask is not None:
-            joined = torch.cat([_all_real(self.k, self.mask), _all_real(k, mask)], dim=1)
-        return KVCache(
-            k=torch.cat([self.k, k], dim=2),
-            v=torch.cat([self.v, v], dim=2),
-            mask=joined,
-            position=position,
-        )
-
-
-def _all_real(k: Tensor, mask: Tensor | None) -> Tensor:
-    return torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask
+        before, after = both_masks(self.mask, self.k, mask, k)
+        held, new = (self.k, self.v, *before), (k, v, *after)
+        (k, v, *masks), room = self.room.append(held, new, capacity=capacity)
+        return KVCache(k, v, masks[0] if masks else None, position, room)
 
 
 def map_state(fn: Callable[[Tensor], Tensor], state: StateT) -> StateT:
     """Apply ``fn`` to every tensor of a state: ``map_state(lambda x: x[rows], state)`` reorders rows.
 
-    Walks dataclasses, tuples, lists and None; anything else is a TypeError.
+    Walks dataclasses, tuples, lists and None; anything else is a TypeError. Memory for later tokens stays behind.
     """
     return _map(fn, state)
 
@@ -71,8 +156,11 @@ def _map(fn: Callable[[Tensor], Tensor], node: Any) -> Any:
         return fn(node)
     if node is None:
         return None
+    if isinstance(node, Room):
+        return Room()
     if isinstance(node, tuple | list):
         return type(node)(_map(fn, item) for item in node)
     if is_dataclass(node) and not isinstance(node, type):
-        return replace(node, **{f.name: _map(fn, getattr(node, f.name)) for f in fields(node)})
+        mapped = [f.name for f in fields(node) if "kept" not in f.metadata]
+        return replace(node, **{name: _map(fn, getattr(node, name)) for name in mapped})
     raise TypeError(f"state: wanted tensors in dataclasses or tuples, found a {type(node).__name__}")

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from helmholtz.layers.equilibrium import Equilibrium, EquilibriumLayer
 from helmholtz.layers.hopfield import HopfieldMemory, WriteResult
-from helmholtz.layers.latent import Plan, check_plan, joined_mask, sample_code, sample_plan
+from helmholtz.layers.latent import Plan, check_plan, sample_code, sample_plan
 from helmholtz.layers.placement import device_of
 from helmholtz.layers.sequence import SequenceLayout, sequence_layout
+from helmholtz.layers.state import both_masks
 from helmholtz.models.base import ModelConfig, PlanConfig
 from helmholtz.models.decoder_config import DecoderConfig
-from helmholtz.models.outputs import LMOutput, LMState, LowerOutput, PlanState
+from helmholtz.models.outputs import LMOutput, LMState, LowerOutput
 from helmholtz.models.stack import AbstractStack
 from helmholtz.solvers import SolverConfig
 
@@ -122,15 +123,23 @@ class Decoder(AbstractStack):
         """Bit logits of these tokens' codes, read from them and all tokens of the stream before; 0 at pads.
 
         Not causal: a token's logits depend on the tokens after it. Codes that earlier tokens have stay as they are.
+
+        Raises: ValueError after tokens whose vectors the stream has not kept (``encode_again`` of ``init_state``).
         """
         require_plan(self)
         assert self.encoder is not None
         before = None if half.before is None else half.before.plan
-        if before is None or not before.hidden.shape[1]:
+        if before is None or not before.code.shape[1]:
             return self.encoder(half.x, half.layout)
+        if before.hidden is None:
+            raise ValueError(
+                "state: the encoder reads earlier tokens too, whose vectors this stream does not keep; start it with "
+                "init_state(..., encode_again=True)"
+            )
         context = torch.cat([before.hidden.to(half.x), half.x], dim=1)
-        mask = joined_mask(before.hidden, before.mask, half.x, half.layout.mask)
-        return self.encoder(context, sequence_layout(context, mask))[:, before.hidden.shape[1] :]
+        masks = both_masks(before.mask, before.hidden, half.layout.mask, half.x)
+        layout = sequence_layout(context, torch.cat([*masks[0], *masks[1]], dim=1) if masks[0] else None)
+        return self.encoder(context, layout)[:, before.hidden.shape[1] :]
 
     def upper(self, half: LowerOutput, z: Plan, *, z_init: Shaped[Tensor, "..."] | None = None) -> LMOutput:
         """Logits of the next tokens under a plan, and the state after them if they continue a stream.
@@ -139,11 +148,6 @@ class Decoder(AbstractStack):
         """
         check_plan(z, tuple(half.x.shape[:2]), require_plan(self).n_bits)
         return self._read_out(*self._upper_blocks(half, z, z_init))
-
-    def upper_blocks(self, half: LowerOutput, z: Plan) -> tuple[Float[Tensor, "B T D"], LMState | None]:
-        """``upper`` without the last norm and the output matrix; the plan is not checked."""
-        x, state, _ = self._upper_blocks(half, z, None)
-        return x, state
 
     def _upper_blocks(
         self, half: LowerOutput, z: Plan, z_init: Tensor | None
@@ -155,11 +159,7 @@ class Decoder(AbstractStack):
         plan = None
         if before is not None:
             assert before.plan is not None
-            plan = PlanState(
-                code=torch.cat([before.plan.code.to(z.code.device), z.code], dim=1),
-                hidden=torch.cat([before.plan.hidden.to(half.x), half.x], dim=1),
-                mask=joined_mask(before.plan.hidden, before.plan.mask, half.x, half.layout.mask),
-            )
+            plan = before.plan.append(z.code, half.x, half.layout)
         return self._settle(x, half.layout, before, (*half.lower_states, *states), plan, z_init)
 
     def encode(

@@ -1,20 +1,16 @@
-"""Sampling under a plan: who plans the prompt, which codes are given, which bits are held."""
+"""The codes of a text that is sampled: who plans the prompt, which codes are given, which bits are held."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from helmholtz._checks import check, check_choice, check_integer
 from helmholtz.layers.latent import Plan
-from helmholtz.layers.placement import device_of
-from helmholtz.layers.unconverged import one_convergence_warning
-from helmholtz.models.decoder import Decoder, require_plan
-from helmholtz.models.outputs import LMState
-from helmholtz.models.sampling import AbstractStream, SamplingSettings, TokenCallback, continue_rows
+from helmholtz.models.sampling import SamplingSettings
 from helmholtz.ops.binary_latent import bits_to_code, sample_bits
 
 NOT_GIVEN = -1
@@ -45,60 +41,34 @@ class PlanSettings:
             check_integer("seed", self.seed, minimum=0)
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedRow:
-    """One continuation and the plan it was written under."""
+class RowCodes:
+    """The codes of a batch of rows that end together, all drawn in advance; the prompts' may be the encoder's.
 
-    tokens: list[int]
-    """The new tokens."""
-    codes: list[int]
-    """Codes of the prompt's tokens and of the new ones."""
-
-
-def generate_planned(
-    model: Decoder,
-    prompts: Sequence[Sequence[int]],
-    settings: SamplingSettings,
-    plan: PlanSettings | None = None,
-    *,
-    callback: TokenCallback | None = None,
-) -> list[PlannedRow]:
-    """``generate``, with a say in the plan, which is returned with the text.
-
-    Row ``r`` draws its codes from a generator of its own, before the first token: tokens and codes of a row depend on
-    its prompt, its given codes and ``seed + r`` alone. The encoder runs once, over the prompts.
+    Row ``r`` draws from generators of its own: its codes depend on its prompt, its given codes and ``seed + r`` alone.
 
     Args:
-        plan: None is ``PlanSettings()``.
+        lengths: tokens of each prompt.
 
-    Raises: ValueError as ``generate``, for given codes outside ``[0, 2**H)``, more rows of them than prompts, or a
-        held bit that the model does not have.
+    Attributes:
+        codes: of prompts padded on the left, and of ``max_new_tokens`` after them.
+
+    Raises: ValueError for given codes outside ``[0, 2**H)``, more rows of them than prompts, or a held bit that is
+        none of the ``n_bits``.
     """
-    stream = PlannedStream(model, [len(prompt) for prompt in prompts], settings, plan or PlanSettings())
-    with one_convergence_warning(model):
-        rows = continue_rows(stream, prompts, settings, callback)
-    codes = [
-        row[stream.longest - len(prompt) :][: len(prompt) + len(tokens)]
-        for row, prompt, tokens in zip(stream.codes.tolist(), prompts, rows, strict=True)
-    ]
-    return [PlannedRow(tokens, code) for tokens, code in zip(rows, codes, strict=True)]
-
-
-class PlannedStream(AbstractStream):
-    """A batch under way whose codes are all drawn in advance; the prompt's may be replaced by the encoder's."""
-
-    state: LMState
 
     def __init__(
-        self, model: Decoder, lengths: Sequence[int], settings: SamplingSettings, plan: PlanSettings
+        self,
+        n_bits: int,
+        lengths: Sequence[int],
+        settings: SamplingSettings,
+        plan: PlanSettings,
+        device: torch.device,
     ) -> None:
-        super().__init__(model)
-        self.settings, self.lengths, self.longest = plan, lengths, max(lengths, default=0)
-        self.n_bits, device = require_plan(model).n_bits, device_of(model)
+        self.n_bits, self.settings, self.lengths, self.longest = n_bits, plan, lengths, max(lengths)
         self._check()
         seed = settings.seed if plan.seed is None else plan.seed
         self.generators = [_code_generator(seed + row, "posterior") for row in range(len(lengths))]
-        n_tokens, count = self.longest + settings.max_new_tokens, 2**self.n_bits
+        n_tokens, count = self.longest + settings.max_new_tokens, 2**n_bits
         self.codes = torch.zeros(len(lengths), n_tokens, dtype=torch.long)
         self.is_given = torch.zeros(len(lengths), n_tokens, dtype=torch.bool)
         for row, length in enumerate(lengths):
@@ -107,29 +77,22 @@ class PlannedStream(AbstractStream):
             self.codes[row, self.longest - length :] = self._held(drawn)
         self._give()
         self.codes, self.is_given = self.codes.to(device), self.is_given.to(device)
-        self.position = 0
 
-    def prefill(
-        self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"] | None
-    ) -> Float[Tensor, "B vocab"]:
-        half = self.model.lower(tokens, self.model.init_state(len(tokens)), attention_mask=mask)
-        self.position = tokens.shape[1]
-        if self.settings.prompt == "posterior":
-            drawn = self._from_posterior(self.model.posterior(half))
-            given = self.is_given[:, : self.position]
-            self.codes[:, : self.position] = torch.where(given, self.codes[:, : self.position], drawn)
-        x, state = self.model.upper_blocks(half, Plan(self.codes[:, : self.position]))
-        assert state is not None
-        self.state = state
-        return self.model.unembed(self.model.norm(x[:, -1]))
+    def plan(self, first: int, n_tokens: int) -> Plan:
+        """Of ``n_tokens`` tokens from ``first`` on."""
+        return Plan(self.codes[:, first : first + n_tokens])
 
-    def step(self, tokens: Int[Tensor, "B 1"]) -> Float[Tensor, "B vocab"]:
-        place = self.position
-        self.position += 1
-        output = self.model(tokens, z=Plan(self.codes[:, place : place + 1]), state=self.state)
-        assert output.state is not None
-        self.state = output.state
-        return output.logits[:, -1]
+    def encode(self, logits: Float[Tensor, "B T H"]) -> None:
+        """Draw the prompts' codes from the encoder's bit logits, but for those that are given."""
+        given, codes = self.is_given[:, : self.longest], self.codes[:, : self.longest]
+        self.codes[:, : self.longest] = torch.where(given, codes, self._from_posterior(logits))
+
+    def row(self, index: int, n_new: int) -> list[int]:
+        """Codes of a row's prompt and of ``n_new`` tokens after it."""
+        codes: list[int] = self.codes[
+            index, self.longest - self.lengths[index] : self.longest + n_new
+        ].tolist()
+        return codes
 
     def _from_posterior(self, logits: Float[Tensor, "B T H"]) -> Int[Tensor, "B T"]:
         """A row's draws are those of its real tokens, so that its pads do not matter."""

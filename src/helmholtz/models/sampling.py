@@ -1,20 +1,14 @@
-"""How a token is drawn, and the loop that continues rows of text: one for every decoder."""
+"""How a token is drawn."""
 
-import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from helmholtz._checks import check, check_integer, check_non_negative
-from helmholtz.layers.placement import device_of
-from helmholtz.models.base import evaluation_mode
 from helmholtz.models.decoder import Decoder
-
-TokenCallback = Callable[[int, int], None]
-"""Called with ``(row, token)`` as soon as a token is known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,77 +77,6 @@ def draw(probabilities: Float[Tensor, "B vocab"], uniform: Float[Tensor, "B 1"])
     index = torch.searchsorted(cumulative, uniform * total, right=True)
     last = torch.searchsorted(cumulative, total)  # what follows adds nothing to the sum
     return torch.minimum(index, last).squeeze(-1)
-
-
-class AbstractStream(abc.ABC):
-    """Rows of text that a model is reading and continuing."""
-
-    def __init__(self, model: Decoder) -> None:
-        self.model = model
-
-    @abc.abstractmethod
-    def prefill(
-        self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"] | None
-    ) -> Float[Tensor, "B vocab"]:
-        """Read the prompts, padded on the left so that all rows end together; logits of the first new token."""
-
-    @abc.abstractmethod
-    def step(self, tokens: Int[Tensor, "B 1"]) -> Float[Tensor, "B vocab"]:
-        """Read one more token per row; logits of the next."""
-
-
-def continue_rows(
-    stream: AbstractStream,
-    prompts: Sequence[Sequence[int]],
-    settings: SamplingSettings,
-    callback: TokenCallback | None,
-) -> list[list[int]]:
-    """Sample until every row has ended; the new tokens of each row. Raises: as ``generate``."""
-    check_prompts(stream.model, prompts, settings)
-    results: list[list[int]] = [[] for _ in prompts]
-    active, device = set(range(len(prompts))), device_of(stream.model)
-    with evaluation_mode(stream.model), torch.inference_mode():
-        uniform = _uniform(len(prompts), settings).to(device)
-        logits = stream.prefill(*_left_padded(prompts, device))
-        for count in range(settings.max_new_tokens):
-            tokens = _next_tokens(logits, settings, uniform[:, count : count + 1])
-            for row, token in enumerate(tokens.tolist()):
-                if row in active and token in settings.stop_tokens:
-                    active.remove(row)
-                elif row in active:
-                    results[row].append(token)
-                    if callback is not None:
-                        callback(row, token)
-            if not active or count + 1 == settings.max_new_tokens:
-                break
-            logits = stream.step(tokens.unsqueeze(1))
-    return results
-
-
-def _uniform(rows: int, settings: SamplingSettings) -> Float[Tensor, "B N"]:
-    """What decides each token of each row: a generator per row, so that rows do not depend on each other."""
-    generators = [torch.Generator().manual_seed(settings.seed + row) for row in range(rows)]
-    draws = [torch.rand(settings.max_new_tokens, generator=g, dtype=torch.float64) for g in generators]
-    return torch.stack(draws)
-
-
-def _left_padded(
-    prompts: Sequence[Sequence[int]], device: torch.device
-) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"] | None]:
-    longest = max(map(len, prompts))
-    tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    if all(len(p) == longest for p in prompts):
-        return tokens, None
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    return tokens, torch.arange(longest, device=device) >= longest - lengths.unsqueeze(1)
-
-
-def _next_tokens(
-    logits: Float[Tensor, "B vocab"], settings: SamplingSettings, uniform: Float[Tensor, "B 1"]
-) -> Int[Tensor, "B"]:
-    if logits.isnan().any():
-        raise ValueError("model: its logits are NaN; there is nothing to sample from")
-    return draw(sampling_probabilities(logits, settings), uniform)
 
 
 def check_prompts(model: Decoder, prompts: Sequence[Sequence[int]], settings: SamplingSettings) -> None:

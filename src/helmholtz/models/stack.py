@@ -20,7 +20,7 @@ from helmholtz.layers.mlp import SwiGLU
 from helmholtz.layers.norm import RMSNorm
 from helmholtz.layers.placement import device_of
 from helmholtz.layers.row_draws import number_dropouts
-from helmholtz.layers.sequence import SequenceLayout, sequence_layout, zero_pads
+from helmholtz.layers.sequence import Horizon, SequenceLayout, sequence_layout, zero_pads
 from helmholtz.models.base import ModelConfig, PlanConfig
 from helmholtz.models.outputs import LMOutput, LMState, PlanState
 from helmholtz.models.tied import keep_ties
@@ -103,17 +103,27 @@ class AbstractStack(nn.Module, abc.ABC):
     def forward(self, tokens: Shaped[Tensor, "..."]) -> LMOutput:
         """Logits of the token after each position."""
 
-    def init_state(self, batch_size: int) -> LMState:
-        """The state before the first token."""
+    def init_state(self, batch_size: int, *, length: int | None = None, encode_again: bool = True) -> LMState:
+        """The state before the first token.
+
+        Args:
+            length: tokens that the stream will have at most, pads included, for which caches are allocated once. A
+                longer one, and None, allocate more where they are full, twice as much each time.
+            encode_again: of a model with a plan, keep a vector per token, which ``posterior`` needs for a prompt that
+                is read in parts and for a later one. Without it the encoder reads the first tokens alone.
+        """
         check_integer("batch_size", batch_size, minimum=0)
+        if length is not None:
+            check_integer("length", length)
         position = torch.zeros(batch_size, dtype=torch.long, device=device_of(self))
         plan = None
         if self.plan is not None:
             hidden = torch.zeros(batch_size, 0, self.config.d_model, device=position.device)
-            plan = PlanState(position.new_zeros(batch_size, 0), hidden, mask=None)
+            plan = PlanState(position.new_zeros(batch_size, 0), hidden if encode_again else None, mask=None)
         blocks = tuple(block.init_state(batch_size) for block in self.blocks)
         dynamics = None if self.equilibrium is None else self.equilibrium.init_state(batch_size)
-        return LMState(blocks, position, plan, dynamics)
+        horizon = None if length is None else Horizon(length)
+        return LMState(blocks, position, plan, dynamics, horizon=horizon)
 
     def _embed(
         self,
@@ -128,8 +138,13 @@ class AbstractStack(nn.Module, abc.ABC):
             raise ValueError(f"tokens: {len(tokens)} rows came, the state is of a batch of {len(position)}")
         packed = state is not None and cu_seqlens is not None
         check(not packed, "cu_seqlens", cu_seqlens, "None with a state: its rows are one sequence each")
-        layout = sequence_layout(tokens, attention_mask, cu_seqlens, position)
-        check_length(layout, position, self.config.max_seq_len)
+        n_read, horizon = tokens.shape[1], None
+        if state is not None:
+            n_read += state.n_read
+            horizon = state.horizon if state.horizon is not None and n_read <= state.horizon.length else None
+        layout = sequence_layout(tokens, attention_mask, cu_seqlens, position, horizon)
+        if n_read > self.config.max_seq_len:  # pads and packed sequences do not count: look at what was read
+            check_length(layout, position, self.config.max_seq_len)
         if layout.mask is not None:
             tokens = tokens.masked_fill(~layout.mask, 0)
         check_vocabulary(tokens, self.config.vocab_size)
@@ -182,7 +197,9 @@ class AbstractStack(nn.Module, abc.ABC):
             x = found.output
         if before is None:
             return x, None, found
-        return x, LMState(states, layout.advance(before.position), plan, dynamics), found
+        n_read = before.n_read + x.shape[1]
+        position = layout.advance(before.position)
+        return x, LMState(states, position, plan, dynamics, n_read, before.horizon), found
 
     def _read_out(
         self, x: Float[Tensor, "B T D"], state: LMState | None, found: Equilibrium | None

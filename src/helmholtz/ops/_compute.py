@@ -1,7 +1,6 @@
 """How the recurrences compute: in the widest dtype given and at least float32, also under autocast."""
 
 from collections.abc import Callable
-from functools import reduce
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +11,8 @@ ResultT = TypeVar("ResultT")
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The widest dtype among ``tensors``, and at least float32."""
-    return reduce(torch.promote_types, (x.dtype for x in tensors if x is not None), torch.float32)
+    is_double = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if is_double else torch.float32
 
 
 def full_precision(device: torch.device) -> torch.autocast:

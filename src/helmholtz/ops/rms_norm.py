@@ -21,8 +21,7 @@ def rms_norm(
     Source: Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019, eq. 4. Reference:
         ``helmholtz.reference.rms_norm``.
     """
-    plain = x.dtype == weight.dtype == compute_dtype(x) and not is_traced()
-    if plain and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and x.dtype == weight.dtype == compute_dtype(x) and not is_traced():
         return _RMSNorm.apply(x, weight, eps)
     return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
 

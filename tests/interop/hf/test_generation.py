@@ -67,6 +67,21 @@ def test_sampling_is_the_same_with_and_without_a_cache(name):
     assert not torch.equal(drawn[0][0], drawn[0][1])
 
 
+@pytest.mark.parametrize("name", ["transformer", "fem-softmax", "free"])
+def test_a_generation_allocates_its_cache_once(name):
+    model, tokens, places = make(name), tokens_of(2, 6), set()
+
+    def note(module, args, kwargs, output):
+        cache = output.past_key_values
+        block = cache.state.blocks[0]
+        places.add((getattr(block, "prior", block).k.data_ptr(), cache.mask.data_ptr()))
+        assert model.model.plan is None or cache.state.plan.hidden is None
+
+    model.register_forward_hook(note, with_kwargs=True)
+    model.generate(tokens, **GREEDY)
+    assert len(places) == 1
+
+
 @pytest.mark.parametrize("name", ["mamba-hopfield", "transformer"])
 def test_a_returned_cache_can_be_continued(name):
     model, tokens = make(name), tokens_of(1, 6)

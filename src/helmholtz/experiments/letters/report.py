@@ -29,8 +29,8 @@ from helmholtz.experiments.letters.data import (
 )
 from helmholtz.models.base import evaluation_mode
 from helmholtz.models.decoder import Decoder
-from helmholtz.models.generation import SamplingSettings, generate
-from helmholtz.models.planning import PlanSettings, generate_planned
+from helmholtz.models.generation import SamplingSettings, generate, generate_planned
+from helmholtz.models.planning import PlanSettings
 from helmholtz.ops.binary_latent import kl_per_token
 from helmholtz.ops.losses import cross_entropy
 

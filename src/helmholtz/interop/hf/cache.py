@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from helmholtz.layers.state import map_state
+from helmholtz.layers.state import Room, map_state
 from helmholtz.models.outputs import LMState
 
 NOT_CROPPABLE = (
@@ -19,6 +18,10 @@ NOT_CROPPABLE = (
 class StateLayer(CacheLayerMixin):
     """All of a model's state as the one layer of a cache.
 
+    Args:
+        length: tokens that will be read at most, for which memory is allocated once; None if that is not known.
+        encode_again: whether the encoder of a plan may read later tokens, as it does with labels.
+
     Attributes:
         mask: real tokens of what was read, ``B S``.
     """
@@ -27,8 +30,9 @@ class StateLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self) -> None:
+    def __init__(self, length: int | None = None, *, encode_again: bool = True) -> None:
         super().__init__()
+        self.length, self.encode_again, self._room = length, encode_again, Room()
         self._state: LMState | None = None
         self._read: Callable[[], LMState] | None = None
         self.mask: Tensor | None = None
@@ -53,7 +57,8 @@ class StateLayer(CacheLayerMixin):
     def advance(self, state: LMState, real: Tensor) -> None:
         """Replace the state by the one after more tokens, of which ``real`` (``B T``) are no pads."""
         self._state, self._read = state, None
-        self.mask = real if self.mask is None else torch.cat([self.mask, real], dim=1)
+        before = real[:, :0] if self.mask is None else self.mask
+        (self.mask,), self._room = self._room.append((before,), (real,), capacity=self.length)
 
     def defer(self, read: Callable[[], LMState], real: Tensor) -> None:
         """Be the state after the first tokens, which ``read`` reads when somebody asks for it."""
@@ -104,10 +109,13 @@ class StateCache(Cache):
     """The cache of a ``HelmholtzForCausalLM``: reordered for beams and repeated like any other, never cropped.
 
     Changed in place by ``forward``, as transformers wants it; the states themselves are not, so ``state`` may be kept.
+
+    Args:
+        length: as of ``StateLayer``, as is the next; ``generate`` gives that of prompt and continuation, and False.
     """
 
-    def __init__(self) -> None:
-        self.layer = StateLayer()
+    def __init__(self, length: int | None = None, *, encode_again: bool = True) -> None:
+        self.layer = StateLayer(length, encode_again=encode_again)
         super().__init__(layers=[self.layer])
 
     @property

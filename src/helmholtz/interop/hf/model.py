@@ -176,7 +176,7 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
             cache = None
         seeds = plan_seeds(self.config, plan_seed, inputs.tokens, with_loss=asked is not None)
         later = past_key_values is None and (use_cache is None or asked is not None)
-        state = None if cache is None or later else cache.state or self.model.init_state(len(inputs.tokens))
+        state = None if cache is None or later else cache.state or self._start(inputs, cache)
         first = cache is not None and not later and cache.state is None
         keep = None if asked else keeper(logits_to_keep, inputs.as_given)
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -188,7 +188,7 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
             else:
                 loss, output = read_with_loss(self.model, inputs, state, asked)
         if cache is not None and later:
-            cache.defer(lambda: self._stream(inputs, seeds), inputs.real())
+            cache.defer(lambda: self._stream(inputs, cache, seeds), inputs.real())
         elif cache is not None:
             assert output.state is not None
             cache.advance(output.state, inputs.real())
@@ -216,11 +216,14 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
             return None
         return seeded_plan(self.model, seeds, encoder=first and self.config.prompt_plan == "posterior")
 
-    def _stream(self, inputs: Inputs, seeds: Tensor | None) -> LMState:
+    def _start(self, inputs: Inputs, cache: StateCache) -> LMState:
+        layer = cache.layer
+        return self.model.init_state(len(inputs.tokens), length=layer.length, encode_again=layer.encode_again)
+
+    def _stream(self, inputs: Inputs, cache: StateCache, seeds: Tensor | None) -> LMState:
         """The state after tokens that were read without one."""
         with tapped(self.model, embeds=inputs.embeds, keep=lambda x: x[:, -1:], hidden=False):
-            start = self.model.init_state(len(inputs.tokens))
-            output = inputs.read(self.model, start, self._plan(seeds, first=False))
+            output = inputs.read(self.model, self._start(inputs, cache), self._plan(seeds, first=False))
         assert output.state is not None
         return output.state
 
@@ -249,7 +252,10 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
             check(bool(generation_config.use_cache), "use_cache", generation_config.use_cache, cached)
             check(chunk is None, "prefill_chunk_size", chunk, "None with prompt_plan='posterior'")
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = StateCache()
+            longest = self.model.config.max_seq_len  # a generation may be told to end by time alone
+            model_kwargs["past_key_values"] = StateCache(
+                max(1, min(max_cache_length, longest)), encode_again=False
+            )
 
     def _set_gradient_checkpointing(
         self,

@@ -44,7 +44,7 @@ class SoftmaxPrior(AbstractPrior):
             k = rotate(k, *key_layout.rotation(k.shape[-1], self.rope_theta))
         mask = key_layout.mask
         if state is not None:
-            state = state.append(k, values, mask)
+            state = state.append(k, values, mask, capacity=key_layout.capacity)
             k, values, mask = state.k, state.v, state.mask
         signals = tilt(values)
         wide = compute_dtype(q) if signals.shape[-2] > 1 else q.dtype
