@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 
 from decoder_cases import plan_by_tokens, tokens_of
+from every_decoder import DECODERS
 from helmholtz.models import MODELS
 from helmholtz.models.decoder import Decoder
 from helmholtz.models.generation import SamplingSettings, generate
-from models.conftest import DECODERS
 
 TOKENS = tokens_of(2, 9)
 

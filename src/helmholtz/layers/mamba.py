@@ -81,15 +81,28 @@ def _init_projection(projection: nn.Linear, n_heads: int) -> None:
     nn.init.normal_(projection.weight[-n_heads:], std=STANDARD_DEVIATION)
 
 
-def _recomputed(enabled: bool, function: Callable[..., Any], *inputs: Any) -> Any:
-    """``function(*inputs)``; if enabled, what it keeps for the backward pass is computed again there instead."""
-    if enabled and torch.is_grad_enabled():
-        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return function(*inputs)
+class _Recomputed:
+    """What the backward pass of a module needs may be computed again there instead of kept."""
+
+    gradient_checkpointing = False
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute in the backward pass instead of keeping."""
+        self.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep what the backward pass needs."""
+        self.gradient_checkpointing = False
+
+    def _call(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """``function(*inputs)``, kept or recomputed."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return function(*inputs)
 
 
 @final
-class MambaMixer(AbstractMixer[MambaState]):
+class MambaMixer(_Recomputed, AbstractMixer[MambaState]):
     r"""Mamba-2: a gated state-space model with a short convolution in front.
 
     .. math:: (g, s, d) = W_{in} x, \quad (u, B, C) = \mathrm{silu}(\mathrm{conv}(s)), \quad
@@ -119,7 +132,7 @@ class MambaMixer(AbstractMixer[MambaState]):
         _check_sizes(d_model, d_inner, d_state, d_head)
         check_integer("d_conv", d_conv)
         self.d_model, self.n_heads, self.d_head = d_model, d_inner // d_head, d_head
-        self.d_inner, self.d_state, self.gradient_checkpointing = d_inner, d_state, False
+        self.d_inner, self.d_state = d_inner, d_state
         self.causal = True
         filtered = d_inner + 2 * d_state
         self.in_proj = nn.Linear(d_model, d_inner + filtered + self.n_heads, bias=False)
@@ -135,14 +148,6 @@ class MambaMixer(AbstractMixer[MambaState]):
     def init_state(self, batch_size: int) -> MambaState:
         return MambaState(self._start(batch_size, device_of(self)), None, None)
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Recompute in the backward pass instead of keeping."""
-        self.gradient_checkpointing = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep what the backward pass needs."""
-        self.gradient_checkpointing = False
-
     def _mix(
         self,
         x: Float[Tensor, "#B #T D"],
@@ -153,7 +158,7 @@ class MambaMixer(AbstractMixer[MambaState]):
         if source is not None:
             x = x.expand_as(source)
         conv, ssm = (None, None) if state is None else (state.conv, state.ssm)
-        y, conv, ssm = _recomputed(self.gradient_checkpointing, self._scan, x, source, conv, ssm, layout)
+        y, conv, ssm = self._call(self._scan, x, source, conv, ssm, layout)
         seen = x.new_zeros(len(x), dtype=torch.long) if state is None else state.position.to(x.device)
         return y, MambaState(layout.advance(seen), conv, ssm)
 
@@ -186,7 +191,7 @@ class MambaMixer(AbstractMixer[MambaState]):
 
 
 @final
-class MambaCell(nn.Module):
+class MambaCell(_Recomputed, nn.Module):
     r"""The recurrence alone: what it would answer to a token's input, as a past and a gain, with the input left open.
 
     From the context :math:`c` come :math:`(v, B, C, d) = W c` and :math:`\Delta = \mathrm{softplus}(d + b)`; the state
@@ -210,7 +215,7 @@ class MambaCell(nn.Module):
         super().__init__()
         _check_sizes(d_model, d_inner, d_state, d_head)
         self.d_model, self.n_heads, self.d_head = d_model, d_inner // d_head, d_head
-        self.d_inner, self.d_state, self.gradient_checkpointing = d_inner, d_state, False
+        self.d_inner, self.d_state = d_inner, d_state
         self.in_proj = nn.Linear(d_model, d_inner + 2 * d_state + self.n_heads, bias=False)
         self.step_sizes = _StepSizes(self.n_heads)
         _init_projection(self.in_proj, self.n_heads)
@@ -227,18 +232,8 @@ class MambaCell(nn.Module):
             state: what an earlier call returned; zeros by default.
         """
         _check_width("c", c, self.d_model)
-        result: tuple[Tensor, Tensor, Tensor] = _recomputed(
-            self.gradient_checkpointing, self._scan, c, layout, state
-        )
+        result: tuple[Tensor, Tensor, Tensor] = self._call(self._scan, c, layout, state)
         return result
-
-    def gradient_checkpointing_enable(self) -> None:
-        """Recompute in the backward pass instead of keeping."""
-        self.gradient_checkpointing = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep what the backward pass needs."""
-        self.gradient_checkpointing = False
 
     def _scan(self, c: Tensor, layout: SequenceLayout, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         widths = [self.d_inner, self.d_state, self.d_state, self.n_heads]
