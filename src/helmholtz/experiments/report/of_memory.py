@@ -3,32 +3,11 @@
 from collections.abc import Sequence
 
 from helmholtz.experiments.continual.study import JOINT, METHODS
+from helmholtz.experiments.equilibrium.study import MEASURES
 from helmholtz.experiments.report import parts
 from helmholtz.experiments.report.charts import Curve, line_chart
 from helmholtz.experiments.report.nodes import Node, by, grouped, label, number, ordered
 
-LEARNING_ROWS = {
-    "periods": (
-        ("cross_entropy", "cross-entropy, nats", ".4f"),
-        ("mean_steps", "solver steps, with the term on starts", ".2f"),
-        ("mean_steps_without_term", "solver steps, without", ".2f"),
-    ),
-    "pairs": (
-        ("accuracy", "recall of pairs in a context", ".1%"),
-        ("accuracy_blocks_alone", "the same by the blocks alone", ".1%"),
-    ),
-    "bytes": (
-        ("bits_per_character", "bits per character of a text", ".3f"),
-        ("unigram_bits_per_character", "bits per character by frequencies alone", ".3f"),
-        ("converged", "fraction of tokens converged", ".1%"),
-    ),
-    "stability": (
-        ("before", "Lipschitz constant before training", ".2f"),
-        ("after", "after, with the stability term", ".2f"),
-        ("after_without_term", "after, without", ".2f"),
-    ),
-}
-"""By task: measure, words, format."""
 BY_SEED = "Means and deviations over seeds"
 
 
@@ -122,15 +101,15 @@ def continual(nodes: Sequence[Node]) -> parts.Found:
     "Mamba-Hopfield: what training finds",
     "Does the equilibrium model learn, do its equilibria stay cheap and stable, and what does each term of its "
     "objective do?",
-    "python examples/equilibrium_tasks.py",
-    "mamba_hopfield/learning.json",
-    find=parts.file_node,
+    "helmholtz study equilibrium run --seeds 0 1 2 3 4 5 --output docs/experiments/equilibrium",
+    "equilibrium",
+    find=parts.run_nodes,
 )
-def learning(content: Node) -> parts.Found:
-    tasks = grouped(content["cells"], by("task"))
+def learning(nodes: Sequence[Node]) -> parts.Found:
+    tasks = grouped(nodes, by("settings/task"))
     rows = [
         (f"{task}: {words}", (tasks[task], name, spec))
-        for task, measures in LEARNING_ROWS.items()
+        for task, measures in MEASURES.items()
         if task in tasks
         for name, words, spec in measures
     ]
@@ -139,7 +118,7 @@ def learning(content: Node) -> parts.Found:
     if "stability" in tasks:
         results = [
             (words, [cell["result"][name] for cell in tasks["stability"]])
-            for name, words, _ in LEARNING_ROWS["stability"]
+            for name, words, _ in MEASURES["stability"]
         ]
         axis = "local Lipschitz constant of the map (below one: contracting)"
         figures.append(
@@ -148,6 +127,6 @@ def learning(content: Node) -> parts.Found:
     return parts.Found(
         [parts.table(BY_SEED, "task: measure", rows, value)],
         figures,
-        (parts.seeds(content["cells"]), *parts.hardware([content])),
-        [f"No results of the task {task}." for task in LEARNING_ROWS if task not in tasks],
+        parts.queue_provenance(nodes),
+        [f"No results of the task {task}." for task in MEASURES if task not in tasks],
     )
