@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from helmholtz.evals.plots import picture
+from helmholtz.evals.plots import saved_figure
 from helmholtz.experiments.hybrids.models import TEXT_MODELS
-from helmholtz.experiments.hybrids.run import LETTER_MIXERS, LETTERS
+from helmholtz.experiments.hybrids.run import KAPPAS, LETTER_MIXERS, LETTERS
 from helmholtz.experiments.letters.report import LetterResult, kappa_label, law_statistics
 from helmholtz.experiments.letters.run import PROFILES
-from helmholtz.experiments.queue import FinishedRun, spread
+from helmholtz.experiments.queue import FinishedRun, runs_of, spread
 
 Row = dict[str, Any]
 Numbers = Mapping[str, float | None]
@@ -34,13 +34,11 @@ DIFFERENCES = (
 
 def letter_rows(done: Sequence[FinishedRun]) -> list[Row]:
     """A row per kappa and mixer: bounds, and what samples under one plan share."""
-    found = _letters(done)
-    kappas = dict.fromkeys(run.run.settings["kappa_bits"] for run in found)
     return [
         {"part": "letters", "model": mixer, "kappa_bits": kappa, **_means(own, letter_numbers)}
-        for kappa in kappas
+        for kappa in KAPPAS
         for mixer in LETTER_MIXERS
-        if (own := [r for r in _of(found, mixer) if r.run.settings["kappa_bits"] == kappa])
+        if (own := runs_of(done, part="letters", model=mixer, kappa_bits=kappa))
     ]
 
 
@@ -49,7 +47,7 @@ def text_rows(done: Sequence[FinishedRun]) -> list[Row]:
     return [
         {"part": model.part, "model": name, "kind": own[0].result["kind"], **_means(own, text_numbers)}
         for name, model in TEXT_MODELS.items()
-        if (own := _of(_text(done), name))
+        if (own := _of(done, name))
     ]
 
 
@@ -58,8 +56,8 @@ def difference_rows(done: Sequence[FinishedRun]) -> list[Row]:
     rows = []
     for name, other in DIFFERENCES:
         bits = [
-            {r.run.settings["seed"]: r.result["bits_per_byte"] for r in _of(_text(done), m)}
-            for m in (name, other)
+            {run.setting("seed"): run.result["bits_per_byte"] for run in _of(done, model)}
+            for model in (name, other)
         ]
         seeds = [seed for seed in bits[0] if seed in bits[1]]
         if seeds:
@@ -100,25 +98,18 @@ def text_numbers(result: Mapping[str, Any]) -> Numbers:
     return numbers
 
 
-def _letters(done: Sequence[FinishedRun]) -> list[FinishedRun]:
-    return [run for run in done if run.run.settings["part"] == "letters"]
-
-
-def _text(done: Sequence[FinishedRun]) -> list[FinishedRun]:
-    return [run for run in done if run.run.settings["part"] != "letters"]
-
-
-def _of(done: Sequence[FinishedRun], model: str) -> list[FinishedRun]:
-    return [run for run in done if run.run.settings["model"] == model]
+def _of(done: Sequence[FinishedRun], name: str) -> list[FinishedRun]:
+    """The runs of a model of text."""
+    return runs_of(done, part=TEXT_MODELS[name].part, model=name)
 
 
 def _means(runs: Sequence[FinishedRun], numbers: Callable[[Mapping[str, Any]], Numbers]) -> Row:
     """Each number as a spread over seeds; None where no run has it."""
     found = [numbers(run.result) for run in runs]
-    values = {name: [row[name] for row in found if row[name] is not None] for name in found[0]}
+    values = {name: [x for row in found if (x := row[name]) is not None] for name in found[0]}
     seconds = round(sum(run.timing.get("cpu_seconds", 0.0) for run in runs), 1)
     return {
-        "seeds": [run.run.settings["seed"] for run in runs],
+        "seeds": [run.setting("seed") for run in runs],
         "parameters": runs[0].result["parameters"],
         **{name: asdict(spread(own)) if own else None for name, own in values.items()},
         "cpu_seconds": seconds,
@@ -129,12 +120,11 @@ def plot_hybrids(done: Sequence[FinishedRun], file: Path) -> None:
     """What samples of letters share under one plan, and the bits per byte of all models of text; dots are seeds."""
     own = law_statistics(PROFILES[LETTERS].law, generator=torch.Generator().manual_seed(0))
     assert own.spread is not None
-    letters, text = _letters(done), _text(done)
-    with picture(file, (14, 4.4), few_colours=True) as figure:
+    with saved_figure(file, (14, 4.4), few_colours=True) as figure:
         starts, noise, bits = figure.subplots(1, 3)
-        _draw_letters(starts, letters, "start_spread", "spread of the run's start under one plan", own.spread)
-        _draw_letters(noise, letters, "noise_repetition", "repetition of the noise under one plan", 0.0)
-        _draw_bits(bits, text)
+        _draw_letters(starts, done, "start_spread", "spread of the run's start under one plan", own.spread)
+        _draw_letters(noise, done, "noise_repetition", "repetition of the noise under one plan", 0.0)
+        _draw_bits(bits, done)
 
 
 def _draw_bits(axes: Any, runs: Sequence[FinishedRun]) -> None:
@@ -150,20 +140,15 @@ def _draw_bits(axes: Any, runs: Sequence[FinishedRun]) -> None:
 
 
 def _draw_letters(axes: Any, runs: Sequence[FinishedRun], name: str, title: str, law: float) -> None:
-    kappas = list(dict.fromkeys(run.run.settings["kappa_bits"] for run in runs))
     for number, mixer in enumerate(LETTER_MIXERS):
-        points = [
-            (kappas.index(run.run.settings["kappa_bits"]), letter_numbers(run.result)[name])
-            for run in _of(runs, mixer)
-        ]
-        known = [(x, y) for x, y in points if y is not None]
-        axes.plot(*zip(*known, strict=True), "o", fillstyle="none", color=f"C{number}", label=mixer)
-        means = [[y for x, y in known if x == place] for place in range(len(kappas))]
-        axes.plot(
-            [sum(own) / len(own) if own else math.nan for own in means], color=f"C{number}", linewidth=1
-        )
-    axes.axhline(law, color="grey", linewidth=0.8, linestyle="--", label="the law itself")
-    axes.set_xticks(range(len(kappas)), [kappa_label(kappa) for kappa in kappas])
+        for place, kappa in enumerate(KAPPAS):
+            found = runs_of(runs, part="letters", model=mixer, kappa_bits=kappa)
+            values = [y for run in found if (y := letter_numbers(run.result)[name]) is not None]
+            label = mixer if place == 0 else None
+            places = [place + 0.1 * number] * len(values)
+            axes.plot(places, values, "o", fillstyle="none", color=f"C{number}", label=label)
+    axes.axhline(law, color="grey", linewidth=0.8, linestyle="--", label="the data distribution itself")
+    axes.set_xticks(range(len(KAPPAS)), [kappa_label(kappa) for kappa in KAPPAS])
     axes.set_xlabel("free bits per token")
     axes.set_title(f"letters: {title}", fontsize=10)
     axes.grid(alpha=0.3)

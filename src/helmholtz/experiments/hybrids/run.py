@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from helmholtz._checks import check_choice, check_integer
+from helmholtz._checks import check_choices
 from helmholtz._run_folder import LAST
 from helmholtz.data.prepare import DataConfig, PreparedData, prepare
 from helmholtz.evals.plans import compare_plans
@@ -78,11 +78,9 @@ def hybrid_runs(*, parts: Sequence[str] = PARTS, seeds: Sequence[int] = SEEDS) -
 
     Raises: ValueError for unknown names.
     """
-    for part in parts:
-        check_choice("parts", part, PARTS)
+    check_choices("parts", parts, PARTS)
     runs = []
     for seed in seeds:
-        check_integer("seeds", seed, minimum=0)
         if "letters" in parts:
             runs += [_letter_run(mixer, kappa, seed) for kappa in KAPPAS for mixer in LETTER_MIXERS]
         runs += [_text_run(name, seed) for name, model in TEXT_MODELS.items() if model.part in parts]
