@@ -21,8 +21,8 @@ from helmholtz.models.fem_lm import FEMLMConfig
 from helmholtz.models.transformer import Transformer
 from helmholtz.training import run as run_module
 from helmholtz.training.callbacks import Callback, JSONLMetrics
-from helmholtz.training.diagnosis import first_non_finite
-from helmholtz.training.loop import NonFiniteError, Trainer
+from helmholtz.training.diagnosis import NonFiniteError, first_non_finite
+from helmholtz.training.loop import Trainer
 from helmholtz.training.objectives import Objective, Report, learned, next_token
 from helmholtz.training.run import train
 from tiny_runs import prepare_text, tiny_run

@@ -140,7 +140,8 @@ def _texts(rows: Iterable[Mapping[str, Any]], column: str) -> Iterator[str]:
     A text file's first line keeps the byte-order mark in the library's builder "text", as its only one.
     """
     iterator, number = iter(rows), 0
-    mark = "\N{ZERO WIDTH NO-BREAK SPACE}" if _builder(rows) == "text" else ""
+    builder = getattr(getattr(rows, "info", None), "builder_name", None)
+    mark = "\N{ZERO WIDTH NO-BREAK SPACE}" if builder == "text" else ""
     while True:
         try:
             row = next(iterator, None)
@@ -158,10 +159,6 @@ def _texts(rows: Iterable[Mapping[str, Any]], column: str) -> Iterator[str]:
             raise ValueError(f"dataset row {number}: column {column!r} must hold a string, got {kind}")
         yield row[column].removeprefix(mark)
         number += 1
-
-
-def _builder(rows: object) -> str | None:
-    return getattr(getattr(rows, "info", None), "builder_name", None)
 
 
 def _unreadable(what: object, error: Exception) -> ValueError:

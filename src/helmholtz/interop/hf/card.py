@@ -35,22 +35,16 @@ class ModelFacts:
 
 def model_card(facts: ModelFacts, name: str) -> str:
     """Markdown with a YAML head; ``name`` is the folder's."""
-    return f"---\n{_head(facts)}---\n\n# {name}\n\n{_story(facts)}\n\n{_table(facts)}\n\n{_loading(name, facts.text)}"
-
-
-def _head(facts: ModelFacts) -> str:
-    values = {
+    head = {
         "license": facts.license,
         "library_name": LIBRARY,
         "pipeline_tag": "text-generation",
         "tags": [LIBRARY, facts.architecture, "free-energy"],
     }
-    return yaml.safe_dump(values, sort_keys=False)
-
-
-def _story(facts: ModelFacts) -> str:
     trained = "" if facts.data is None else f", trained on `{facts.data}`"
-    return f"A language model of helmholtz, architecture `{facts.architecture}`{trained}."
+    story = f"A language model of helmholtz, architecture `{facts.architecture}`{trained}."
+    parts = (f"# {name}", story, _table(facts), _loading(name, facts.text))
+    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n" + "\n\n".join(parts)
 
 
 def _table(facts: ModelFacts) -> str:

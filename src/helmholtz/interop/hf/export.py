@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig
 
 from helmholtz._checks import check
 from helmholtz._files import atomic_folder
@@ -53,21 +53,21 @@ def export(
         exists and is not empty.
     """
     source, folder = Path(source), Path(folder)
-    _refuse_to_overwrite(folder)
+    empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    check(empty, "folder", str(folder), "a new or an empty folder: nothing is overwritten")
     check(bool(license.strip()), "license", license, "an identifier, as apache-2.0, or unknown")
     size = re.fullmatch(r"\d+(\.\d+)?[KMGT]B", max_shard_size)
     check(size is not None, "max_shard_size", max_shard_size, "a number of KB, MB, GB or TB, as 200MB")
-    checkpoint, run = find_checkpoint(source), _run(source)
+    checkpoint, run = find_checkpoint(source), read_run(source) if (source / RUN).exists() else None
     model, tokenizer = load_checkpoint(checkpoint), load_tokenizer(checkpoint / TOKENIZER)
-    wanted = f"{model.config.vocab_size}, the model's vocabulary"
-    check(
-        tokenizer.vocab_size == model.config.vocab_size, "tokenizer.vocab_size", tokenizer.vocab_size, wanted
-    )
+    got, vocab_size = tokenizer.vocab_size, model.config.vocab_size
+    check(got == vocab_size, "tokenizer.vocab_size", got, f"{vocab_size}, the model's vocabulary")
     wrapper = HelmholtzForCausalLM.of(model)
     wrapper.config.objective = _objective(wrapper, run)
     theirs = to_transformers(tokenizer, max_seq_len=model.config.max_seq_len)
-    wrapper.config.pad_token_id = theirs.pad_token_id
-    wrapper.generation_config = _generation_config(theirs)
+    end, pad = theirs.eos_token_id, theirs.pad_token_id
+    wrapper.config.pad_token_id = pad
+    wrapper.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=pad)
     text = "0" if isinstance(tokenizer, IdTokenizer) else "Once"
     facts = _facts(wrapper, run, license, text)
     with atomic_folder(folder) as partial:
@@ -95,25 +95,11 @@ def from_hf(
     return wrapper.model.to(device).eval()
 
 
-def _refuse_to_overwrite(folder: Path) -> None:
-    empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    check(empty, "folder", str(folder), "a new or an empty folder: nothing is overwritten")
-
-
-def _run(source: Path) -> Run | None:
-    return read_run(source) if (source / RUN).exists() else None
-
-
 def _objective(wrapper: HelmholtzForCausalLM, run: Run | None) -> dict[str, Any] | None:
     """What the run was trained for, as far as transformers' config can say it."""
     names = wrapper.config.objective
     trained = None if run is None else run.description["objective"]
     return names if names is None or trained is None else {name: trained[name] for name in names}
-
-
-def _generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
-    end = tokenizer.eos_token_id
-    return GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
 
 
 def _facts(wrapper: HelmholtzForCausalLM, run: Run | None, license: str, text: str) -> ModelFacts:

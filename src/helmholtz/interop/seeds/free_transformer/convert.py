@@ -45,17 +45,17 @@ LOGITS_DIFFER = (
 )
 UNUSED = {
     "model": (),
-    "training": (
-        "use_deepspeed",
-        "fsdp_config",
-        "deepspeed_config",
-        "wandb_project",
-        "checkpoint_dir",
-    ),
+    "training": ("use_deepspeed", "fsdp_config", "deepspeed_config", "wandb_project", "checkpoint_dir"),
     "data": ("dataset_name", "num_workers"),
 }
 """Keys of the original's YAML that have no counterpart here."""
 DATA_KEYS = ("dataset_name", "data_dir", "max_length", "num_workers")
+TRAIN = {
+    **{"steps": "max_steps", "batch_size": "batch_size", "accumulation": "gradient_accumulation_steps"},
+    **{"lr": "learning_rate", "warmup_steps": "warmup_steps", "weight_decay": "weight_decay"},
+    **{"clip_norm": "grad_clip", "eval_every": "eval_every", "save_every": "save_every"},
+}
+"""Our settings of training that have one in the original, and its name."""
 
 
 def convert_config(
@@ -70,58 +70,52 @@ def convert_config(
     Raises: ValueError for an unknown key or a value that nothing here would honour.
     """
     given = {name: section(dict(values), name) for name in ("model", "training", "data")}
-    notes = [f"{part}.{key}: not used here" for part in given for key in UNUSED[part] if key in given[part]]
-    kept = {part: {k: v for k, v in given[part].items() if k not in UNUSED[part]} for part in given}
-    model, training = (
-        build(ModelConfig, kept["model"], "model"),
-        build(TrainingConfig, kept["training"], "training"),
-    )
     check_keys("data", given["data"], DATA_KEYS)
-    free = architecture == "free_transformer"
-    core = (model.to_core() if free else model.to_baseline()).to_dict()
+    kept = {part: {k: v for k, v in given[part].items() if k not in UNUSED[part]} for part in given}
+    model = build(ModelConfig, kept["model"], "model")
+    training = build(TrainingConfig, kept["training"], "training")
+    core = (model.to_core() if architecture == "free_transformer" else model.to_baseline()).to_dict()
     del core["vocab_size"]
-    if "ffn_hidden_dim" not in kept["model"]:
-        notes.append(f"model.ffn_hidden_dim: {core['d_ff']} (the original: 11008, whatever the width)")
-    if "vocab_size" in kept["model"]:
-        notes.append("model.vocab_size: taken from the data, which have an end token besides")
     converted: dict[str, Any] = {
         "data": {"folder": str(kept["data"].get("data_dir", "data/synthetic")), "tokenizer": "ids"},
         "model": {"architecture": architecture, **core},
-        "train": {
-            "output_dir": output_dir,
-            "steps": training.max_steps,
-            "batch_size": training.batch_size,
-            "accumulation": training.gradient_accumulation_steps,
-            "seq_len": min(kept["data"].get("max_length", model.max_seq_len), model.max_seq_len),
-            "lr": training.learning_rate,
-            "min_lr_ratio": 0.0,
-            "warmup_steps": training.warmup_steps,
-            "weight_decay": training.weight_decay,
-            "betas": [training.beta1, training.beta2],
-            "clip_norm": training.grad_clip,
-            "eval_every": training.eval_every,
-            "save_every": training.save_every,
-            "log_every": min(training.log_every, training.max_steps),
-        },
+        "train": {ours: getattr(training, theirs) for ours, theirs in TRAIN.items()},
+    }
+    converted["train"] |= {
+        "output_dir": output_dir,
+        "seq_len": min(kept["data"].get("max_length", model.max_seq_len), model.max_seq_len),
+        "min_lr_ratio": 0.0,
+        "betas": [training.beta1, training.beta2],
+        "log_every": min(training.log_every, training.max_steps),
     }
     if training.use_fsdp:
         converted["parallel"] = {"strategy": "fsdp"}
+    if architecture == "free_transformer":
+        check(training.beta_kl == 1, "training.beta_kl", training.beta_kl, "1, the paper's objective")
+        converted["objective"] = {"kappa_bits": training.kappa_free_bits / math.log(2)}
+    return converted, _notes(given, converted)
+
+
+def _notes(given: Mapping[str, Mapping[str, Any]], converted: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What of the given keys means something else in the converted settings, or nothing."""
+    notes = [f"{part}.{key}: not used here" for part in given for key in UNUSED[part] if key in given[part]]
+    if "ffn_hidden_dim" not in given["model"]:
+        notes.append(
+            f"model.ffn_hidden_dim: {converted['model']['d_ff']} (the original: 11008, whatever the width)"
+        )
+    if "vocab_size" in given["model"]:
+        notes.append("model.vocab_size: taken from the data, which have an end token besides")
+    if "parallel" in converted:
         notes.append("training.use_fsdp: start it by torchrun; batch_size counts all processes")
-    if training.gradient_accumulation_steps > 1:
+    if converted["train"]["accumulation"] > 1:
         notes.append("training.gradient_accumulation_steps: honoured (the original ignores it)")
     notes.append(
         "training.max_steps: one cosine to the last step (the original's has the period of the warm-up)"
     )
-    if free:
-        check(training.beta_kl == 1, "training.beta_kl", training.beta_kl, "1, the paper's objective")
-        converted["objective"] = {"kappa_bits": training.kappa_free_bits / math.log(2)}
-    else:
-        notes += [
-            f"training.{k}: not used without a plan"
-            for k in ("beta_kl", "kappa_free_bits")
-            if k in given["training"]
-        ]
-    return converted, notes
+    if "objective" not in converted:
+        unused = (key for key in ("beta_kl", "kappa_free_bits") if key in given["training"])
+        notes += [f"training.{key}: not used without a plan" for key in unused]
+    return notes
 
 
 def read_pickled(path: str | os.PathLike[str]) -> Any:

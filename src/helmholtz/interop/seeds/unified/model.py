@@ -1,6 +1,7 @@
 """The model in the original names, on ``helmholtz.models.MambaHopfield``."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, TypeVar, overload
 
 import torch
@@ -9,13 +10,56 @@ from torch import Tensor, nn
 
 from helmholtz._checks import check, check_integer
 from helmholtz.interop.seeds.unified.config import SolverType, UnifiedModelConfig, model_config
-from helmholtz.interop.seeds.unified.diagnostics import diagnostics
-from helmholtz.interop.seeds.unified.solver import SolverView
 from helmholtz.layers.dynamics import TokenDynamics
+from helmholtz.layers.equilibrium import Equilibrium
+from helmholtz.models.decoder import Decoder
 from helmholtz.models.generation import SamplingSettings, generate
 from helmholtz.models.mamba_hopfield import MambaHopfield
+from helmholtz.solvers import SolverConfig
 
 ModelT = TypeVar("ModelT", bound="UnifiedMambaHopfieldDEQ")
+TOP = 10
+
+
+def _renamed(core: str) -> Any:
+    def read(view: "SolverView") -> Any:
+        return getattr(view.config, core)
+
+    def write(view: "SolverView", value: Any) -> None:
+        view._model.solver = replace(view.config, **{core: value})
+
+    return property(
+        read, write, doc=f"``SolverConfig.{core}``; assigning checks it and acts on the next call."
+    )
+
+
+class SolverView:
+    """Settings of a model's solver. Assigning any other name is an AttributeError."""
+
+    __slots__ = ("_model",)
+
+    def __init__(self, model: Decoder) -> None:
+        self._model = model
+
+    @property
+    def config(self) -> SolverConfig:
+        """The settings in the library's own names."""
+        return self._model.solver
+
+    @property
+    def tolerance(self) -> float:
+        """``tol_fixedpoint``; assigning sets ``tol_energy`` too, as an equilibrium is found when both are met."""
+        return self.config.rtol
+
+    @tolerance.setter
+    def tolerance(self, value: float) -> None:
+        self._model.solver = replace(self.config, rtol=value, energy_rtol=value)
+
+    max_iter = _renamed("max_steps")
+    tol_fixedpoint = _renamed("rtol")
+    tol_energy = _renamed("energy_rtol")
+    solver_type = _renamed("mode")
+    anderson_memory = _renamed("anderson_window")
 
 
 class _NotGiven:
@@ -161,3 +205,61 @@ class UnifiedMambaHopfieldDEQ(nn.Module):
 
 
 UnifiedModel = UnifiedMambaHopfieldDEQ
+
+
+def diagnostics(equilibrium: Equilibrium, mode: str) -> dict[str, Any]:
+    """Plain values and detached tensors, except ``z_equilibrium`` and ``z_init``, which carry gradients.
+
+    ``context`` is the ``Equilibrium`` of the call: energies, maps and solutions of all its tokens, for the tools.
+    """
+    return {
+        "solver_info": _solver_info(equilibrium, mode),
+        "z_equilibrium": equilibrium.z,
+        "z_init": equilibrium.z_init,
+        "energy_trajectory": list(equilibrium.solution.energy_history),
+        "context": equilibrium,
+        "retrieval": {
+            "retrieved": equilibrium.retrieved.detach(),
+            "entropy": equilibrium.entropy().detach(),
+            "top_pattern": equilibrium.top_pattern(),
+        },
+        "memory_usage": _memory_usage(equilibrium),
+    }
+
+
+def _solver_info(equilibrium: Equilibrium, mode: str) -> dict[str, Any]:
+    solution, converged = equilibrium.solution, equilibrium.converged
+    components = equilibrium.components()
+    return {
+        "converged": bool(converged.all()),
+        "converged_fraction": solution.converged.float().mean().item(),
+        "iterations": int(solution.num_steps.max()),
+        "iterations_mean": solution.num_steps.float().mean().item(),
+        "nfe": solution.num_evaluations.float().mean().item(),
+        "final_energy": solution.energy.mean().item(),
+        "final_fp_residual": solution.residual.max().item(),
+        "final_energy_change": solution.energy_change.max().item(),
+        "energy_history": list(solution.energy_history),
+        "residual_history": list(solution.residual_history),
+        "energy_components": {
+            name: getattr(components, name).mean().item()
+            for name in ("quadratic", "field", "mamba", "hopfield")
+        },
+        "lipschitz_certificate": equilibrium.certificate(),
+        "mode": mode,
+        "per_token": {
+            "converged": converged,
+            "iterations": equilibrium.num_steps,
+            "energy": equilibrium.scatter(solution.energy),
+            "residual": equilibrium.scatter(solution.residual),
+        },
+    }
+
+
+def _memory_usage(equilibrium: Equilibrium) -> dict[str, Any]:
+    usage = equilibrium.usage().detach()
+    return {
+        "attention_entropy": equilibrium.rows(equilibrium.entropy()).mean().item(),
+        "top_10_mass": usage.topk(min(TOP, len(usage))).values.sum().item(),
+        "num_patterns": len(usage),
+    }

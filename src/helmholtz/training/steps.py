@@ -1,0 +1,187 @@
+"""The optimizer steps of a run: accumulation, clipping, mixed precision, and what is not finite."""
+
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from helmholtz._files import complete_folder, write_atomically
+from helmholtz._run_folder import LAST, NON_FINITE
+from helmholtz.data.tokens import bits_per_byte
+from helmholtz.layers.row_draws import drawn_by_row
+from helmholtz.models.decoder import Decoder
+from helmholtz.solvers import NonFiniteInputError
+from helmholtz.training.batches import Batch, Batches
+from helmholtz.training.budget import Budget, matmul_peak, measure_budget
+from helmholtz.training.callbacks import StepRecord
+from helmholtz.training.config import TrainConfig
+from helmholtz.training.diagnosis import NonFiniteError, first_of_processes
+from helmholtz.training.distributed import lost_rank_named, mean_over_ranks, on_main, world
+from helmholtz.training.evaluation import AUTOCAST, autocast
+from helmholtz.training.optim import learning_rate, make_optimizer
+from helmholtz.training.parallel import (
+    LossModule,
+    ParallelConfig,
+    full_tensor,
+    gradients_exchanged,
+    wrap_parallel,
+)
+from helmholtz.training.state import Progress, load_training_state
+
+
+class Stepper:
+    """Makes the optimizer steps of ``Trainer``, whose arguments it has."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        batches: Batches,
+        config: TrainConfig,
+        loss_module: LossModule,
+        *,
+        lr_factors: Mapping[str, float],
+        parallel: ParallelConfig,
+    ) -> None:
+        if config.precision == "fp16" and parallel.strategy == "fsdp":
+            raise ValueError("train.precision must be fp32 or bf16 with parallel.strategy=fsdp, got 'fp16'")
+        self.config, self.device, self.batches = config, batches.device, batches
+        self.model, self.loss_module = model, loss_module
+        self.parallel_module = wrap_parallel(loss_module, parallel, self.device)
+        self.folder = Path(config.output_dir)
+        self.optimizer = make_optimizer(model, config, lr_factors)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.progress = Progress()
+        self._signals: list[int] = []
+        self._stopping = False
+        self._step_share: float | None = None
+        """Seconds that a step would take at the speed of a large matrix product."""
+
+    def restore(self, folder: Path) -> None:
+        """Go on from a checkpoint's training state (the weights are the caller's)."""
+        self.progress = load_training_state(folder, self.model, self.optimizer, self.scaler)
+
+    def _autocast(self) -> torch.autocast:
+        return autocast(self.config.precision, self.device)
+
+    def _loss(self, tokens: Int[Tensor, "B T1"]) -> Float[Tensor, ""]:
+        """Of these rows, past DDP: no gradients are exchanged."""
+        with self._autocast():
+            loss: Tensor = self.loss_module(tokens, self.progress.step)[0]
+        return loss
+
+    def _backward(self) -> dict[str, float]:
+        """Loss, bound, bytes and terms, means over the step's tokens; the mean gradient is left in the parameters."""
+        n = self.config.accumulation
+        found = dict[str, float]()
+        for index, (tokens, keys) in enumerate(self.batches.of_step(self.progress.windows)):
+            with gradients_exchanged(self.parallel_module, index == n - 1), drawn_by_row(keys):
+                with self._autocast():
+                    loss, bound, terms = self.parallel_module(tokens, self.progress.step)
+                self.scaler.scale(loss / n).backward()
+            for name, value in ({"loss": loss.detach(), "bound": bound} | terms).items():
+                found[name] = found.get(name, 0.0) + value.item() / n
+            found["bytes"] = found.get("bytes", 0.0) + self.batches.bytes_per_target(tokens) / n
+        found["stop"] = float(bool(self._signals))
+        found = dict(zip(found, mean_over_ranks(list(found.values())), strict=True))
+        self._stopping = found.pop("stop") > 0
+        return found
+
+    def _backward_or_stop(self) -> dict[str, float]:
+        """``_backward``; an equilibrium that has no finite start ends the run, for there is no loss to skip."""
+        try:
+            return self._backward()
+        except NonFiniteInputError as error:
+            if world().size > 1:  # the others do not come to the search for the first bad tensor
+                raise NonFiniteError(self._failure(str(error))) from error
+            self._stop_for(str(error), self.batches.of_step(self.progress.windows))
+
+    def _kept(self) -> str:
+        last = complete_folder(self.folder / LAST)
+        if not last.is_dir():
+            return "no checkpoint had been written yet"
+        return f"the last checkpoint is kept in {last.resolve()}"
+
+    def _failure(self, what: str) -> str:
+        advice = "Try a lower train.lr or train.precision=fp32"
+        return f"step {self.progress.step + 1}: {what}; {self._kept()}. {advice}"
+
+    def step(self) -> StepRecord:
+        """One optimizer step, or a skipped one if its loss or gradient is not finite."""
+        c, progress, begin = self.config, self.progress, time.perf_counter()
+        lr = learning_rate(progress.step, c)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        self.optimizer.zero_grad(set_to_none=True)
+        with lost_rank_named(f"in step {progress.step + 1}"):
+            found = self._backward_or_stop()
+            self.scaler.unscale_(self.optimizer)
+            norm = full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm)).item()
+        loss, bound, n_bytes = found.pop("loss"), found.pop("bound"), found.pop("bytes")
+        skipped = not (math.isfinite(norm) and math.isfinite(loss))
+        self._note_skip(f"the loss is {loss}, the gradient norm {norm}", skipped=skipped)
+        if not skipped:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        progress.windows += c.accumulation * c.batch_size
+        progress.step += not skipped
+        seconds = time.perf_counter() - begin
+        progress.seconds += seconds
+        return StepRecord(
+            step=progress.step,
+            tokens=progress.windows * c.seq_len,
+            loss=loss,
+            bits_per_byte=bits_per_byte(bound, n_bytes),
+            grad_norm=norm,
+            lr=lr,
+            tokens_per_second=c.tokens_per_step / seconds,
+            skipped=skipped,
+            terms=found,
+            utilization=None if self._step_share is None else self._step_share / seconds,
+        )
+
+    def budget(self) -> Budget:
+        """What a step of this process costs, counted on its next micro-batch; nothing is trained or written."""
+        tokens, keys = self.batches.micro_batch(self.progress.windows, 0)
+        before = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        with drawn_by_row(keys):
+            found = measure_budget(
+                self.model, lambda: self._loss(tokens), micro_batches=self.config.accumulation
+            )
+        for buffer, value in before:  # a memory has read the rows
+            buffer.copy_(value)
+        return found
+
+    def measure_utilization(self) -> None:
+        """From now on records say which fraction of the matmul speed a step reaches."""
+        peak = matmul_peak(AUTOCAST.get(self.config.precision, torch.float32), self.device)
+        self._step_share = self.budget().flops / peak
+
+    def _note_skip(self, what: str, *, skipped: bool) -> None:
+        progress = self.progress
+        progress.skipped += skipped
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
+        if progress.skipped_in_a_row > self.config.max_skipped:
+            what = f"{what}, in {progress.skipped_in_a_row} steps in a row"
+            self._stop_for(what, self.batches.of_step(progress.windows))
+
+    def _stop_for(self, what: str, batches: Iterable[Batch]) -> NoReturn:
+        """Raise NonFiniteError with the first bad tensor of any process, which ``non_finite.json`` also names.
+
+        Args:
+            batches: on which it was seen, to be repeated.
+        """
+        where = first_of_processes(self.model, self._loss, batches) or "nothing when the step is repeated"
+        report = {
+            "step": self.progress.step + 1,
+            "windows": self.progress.windows,
+            "what": what,
+            "first": where,
+        }
+        on_main(lambda: write_atomically(self.folder / NON_FINITE, json.dumps(report, indent=2) + "\n"))
+        raise NonFiniteError(self._failure(f"{what}; first seen in {where}"))
