@@ -68,9 +68,7 @@ def usable_device(name: str, wanted: str | torch.device) -> torch.device:
     """The device that the argument ``name`` asks for. Raises: ValueError if this machine, or this torch, has none."""
     try:
         device = torch.device(wanted)
-        if (
-            str(device) not in _devices()
-        ):  # of a GPU that is there nothing is asked: it would take some memory of it
+        if str(device) not in _devices():  # of a GPU that is there nothing is asked: it would take memory
             torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
@@ -84,11 +82,8 @@ def _devices() -> list[str]:
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is None:
         return ["cpu"]
-    return [
-        "cpu",
-        found.type,
-        *(f"{found.type}:{index}" for index in range(torch.accelerator.device_count())),
-    ]
+    indices = range(torch.accelerator.device_count())
+    return ["cpu", found.type, *(f"{found.type}:{index}" for index in indices)]
 
 
 def memory_bytes() -> int | None:

@@ -18,7 +18,7 @@ from helmholtz.interop.seeds.free_transformer.synthetic_data import (
     TOPICS,
     SyntheticDataGenerator,
     SyntheticDataset,
-    SyntheticLaw,
+    SyntheticDistribution,
     create_dataloaders,
     describe,
 )
@@ -28,12 +28,12 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 def test_probabilities_of_all_sequences_sum_to_one():
     rows = torch.tensor(list(itertools.product(range(3), repeat=5)))
-    total = SyntheticLaw(3).log_likelihood(rows).exp().sum()
+    total = SyntheticDistribution(3).log_likelihood(rows).exp().sum()
     torch.testing.assert_close(total, torch.ones((), dtype=torch.float64), rtol=1e-12, atol=0)
 
 
 def test_sequences_are_drawn_with_their_probabilities():
-    law, n = SyntheticLaw(2), 40_000
+    law, n = SyntheticDistribution(2), 40_000
     rows = law.draw(n, 5, generator=torch.Generator().manual_seed(0))
     every = torch.tensor(list(itertools.product(range(2), repeat=5)))
     p = law.log_likelihood(every).exp()
@@ -44,7 +44,7 @@ def test_sequences_are_drawn_with_their_probabilities():
 
 
 def test_topics_differ_and_ids_repeat():
-    law = SyntheticLaw(200)
+    law = SyntheticDistribution(200)
     topics = law.topics()
     assert topics.shape == (TOPICS, 200) and (topics > 0).all()
     torch.testing.assert_close(topics.sum(-1), torch.ones(TOPICS, dtype=torch.float64))
@@ -62,7 +62,7 @@ def test_one_seed_gives_one_stream_and_the_law_is_the_same_for_all():
     assert not torch.equal(other.generate_batch(3), first)
     assert first.shape == (3, 12) and second.shape == (12,) and first.dtype == torch.long
     assert one.generate_dataset(1030).shape == (1030, 12)
-    assert torch.equal(one.law.topics(), other.law.topics())
+    assert torch.equal(one.distribution.topics(), other.distribution.topics())
 
 
 def test_the_floor_is_between_nothing_and_uniform_and_does_not_depend_on_the_draw():

@@ -190,7 +190,7 @@ def test_a_second_run_into_a_folder_is_refused_and_nothing_is_lost(data, tmp_pat
     with pytest.raises(ValueError, match="holds a different run: train.lr was 0.003, now 0.1"):
         train(tiny_run(data, tmp_path, lr=0.1, resume="auto"))
     with pytest.raises(
-        ValueError, match="was prepared with other settings: data.validation_fraction was 0.1, now 0.2"
+        ValueError, match=r"was prepared with other settings \(data.validation_fraction was 0.1, now 0.2\)"
     ):
         train(tiny_run(replace(data, validation_fraction=0.2), tmp_path, resume="auto"))
     assert files == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}

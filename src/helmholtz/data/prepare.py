@@ -292,10 +292,8 @@ def _write(folder: Path, config: DataConfig, corpus: _Corpus, fingerprint: str) 
                 writer.end_document()
     for split, writer in writers.items():
         if not writer.counts().n_documents:
-            change = (
-                f"change validation_fraction ({config.validation_fraction}) or split_by ({corpus.split_by})"
-            )
-            advice = "add text" if corpus.files.are_split else f"add text, or {change}"
+            settings = f"validation_fraction ({config.validation_fraction}) or split_by ({corpus.split_by})"
+            advice = "add text" if corpus.files.are_split else f"add text, or change {settings}"
             raise ValueError(f"sources: no text came to the {split} split; {advice}")
     return complete_tokens(folder, tokenizer, writers, config, corpus.split_by, fingerprint)
 

@@ -183,12 +183,8 @@ class TokenDataset:
             starts = np.load(path, mmap_mode="r", allow_pickle=False)
         except Exception as error:  # numpy evaluates the header, of which anything may be left
             raise ValueError(f"{path}: damaged document index ({error})") from error
-        check(
-            starts.ndim == 1 and starts.dtype == np.int64,
-            str(path),
-            (starts.dtype, starts.shape),
-            "int64, a row",
-        )
+        is_row = starts.ndim == 1 and starts.dtype == np.int64
+        check(is_row, str(path), (starts.dtype, starts.shape), "int64, a row")
         if len(starts) != self.counts.n_documents:
             raise ValueError(f"{path}: {len(starts)} documents, the metadata say {self.counts.n_documents}")
         return starts

@@ -23,19 +23,9 @@ from helmholtz.training.parts import ObjectiveConfig, objective_class
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
-OPERATIONAL = frozenset(
-    {
-        "output_dir",
-        "resume",
-        "threads",
-        "log_every",
-        "save_every",
-        "keep",
-        "tensorboard",
-        "tracker",
-        "project",
-        "utilization",
-    }
+OPERATIONAL = (
+    *("output_dir", "resume", "threads", "log_every", "save_every", "keep"),
+    *("tensorboard", "tracker", "project", "utilization"),
 )
 """Settings that may change between an interruption and its resumption: they do not touch the numbers."""
 
@@ -108,12 +98,8 @@ class TrainConfig:
         check_positive("train.clip_norm", self.clip_norm)
         check_non_negative("train.weight_decay", self.weight_decay)
         check_fraction("train.min_lr_ratio", self.min_lr_ratio, below_one=False)
-        check(
-            self.warmup_steps < self.steps,
-            "train.warmup_steps",
-            self.warmup_steps,
-            f"below {self.steps} steps",
-        )
+        below = f"below {self.steps} steps"
+        check(self.warmup_steps < self.steps, "train.warmup_steps", self.warmup_steps, below)
         check(len(self.betas) == 2, "train.betas", self.betas, "two numbers")
         for beta in self.betas:
             check_fraction("train.betas", beta)

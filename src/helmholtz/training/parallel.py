@@ -51,13 +51,9 @@ class ParallelConfig:
         check_integer("parallel.timeout_seconds", self.timeout_seconds)
         check_integer("parallel.recompute_every", self.recompute_every, minimum=0)
         if self.strategy == "ddp":
-            check(self.replicas == 1, "parallel.replicas", self.replicas, "1 without parallel.strategy=fsdp")
-            check(
-                self.gather_dtype == "fp32",
-                "parallel.gather_dtype",
-                self.gather_dtype,
-                "fp32 without parallel.strategy=fsdp",
-            )
+            for name, default in (("replicas", 1), ("gather_dtype", "fp32")):
+                value, wanted = getattr(self, name), f"{default} without parallel.strategy=fsdp"
+                check(value == default, f"parallel.{name}", value, wanted)
 
 
 class LossModule(nn.Module):

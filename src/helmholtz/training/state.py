@@ -126,15 +126,7 @@ def _values(folder: Path) -> Iterator[dict[str, Any]]:
     """What ``VALUES`` holds. Raises: ValueError naming the file for whatever its reader trips over."""
     try:
         yield parse_json((folder / VALUES).read_text())
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        IndexError,
-        AttributeError,
-        OverflowError,
-        RuntimeError,
-    ) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{folder / VALUES}: damaged ({type(error).__name__}: {error})") from error
 
 

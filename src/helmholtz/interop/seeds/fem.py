@@ -17,7 +17,11 @@ from helmholtz._checks import (
 )
 from helmholtz.layers import fem, fem_config
 
-_BACKENDS = {"auto": "auto", "flash": "flash_attn", "naive": "torch"}
+_BACKENDS: dict[str, Literal["auto", "torch", "flash_attn"]] = {
+    "auto": "auto",
+    "flash": "flash_attn",
+    "naive": "torch",
+}
 
 
 @dataclass(slots=True, kw_only=True)

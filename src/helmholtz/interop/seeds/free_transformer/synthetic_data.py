@@ -1,8 +1,8 @@
 r"""Synthetic sequences that can be learned, in the original names (its own are uniform noise: nothing can be).
 
-The law: a sequence has a hidden topic, one of 8, each as likely. A topic is a distribution :math:`P_k` over all ids,
-Zipf's law with the exponent 1.5 in an order of its own. The first two ids are drawn from it; from then on an id repeats
-the one two places before with probability 1/2, or else is drawn from the topic:
+The data distribution: a sequence has a hidden topic, one of 8, each as likely. A topic is a distribution :math:`P_k`
+over all ids, Zipf's law with the exponent 1.5 in an order of its own. The first two ids are drawn from it; from then on
+an id repeats the one two places before with probability 1/2, or else is drawn from the topic:
 
 .. math:: p(x_t | x_{<t}, k) = \tfrac12 [x_t = x_{t-2}] + \tfrac12 P_k(x_t)
 
@@ -32,7 +32,7 @@ ROWS = "tokens"
 
 
 @dataclass(frozen=True, slots=True)
-class SyntheticLaw:
+class SyntheticDistribution:
     """The topics over ``vocab_size`` ids. The same for every seed of the sequences."""
 
     vocab_size: int
@@ -75,10 +75,10 @@ class SyntheticLaw:
 
 
 class SyntheticDataGenerator:
-    """Draws sequences of ``SyntheticLaw(vocab_size)``; what comes next depends on the seed and the calls before."""
+    """Draws from ``SyntheticDistribution(vocab_size)``; what comes next depends on the seed and the calls before."""
 
     def __init__(self, vocab_size: int = 10000, seq_length: int = 512, seed: int = 42) -> None:
-        self.law = SyntheticLaw(vocab_size)
+        self.distribution = SyntheticDistribution(vocab_size)
         check_integer("seq_length", seq_length)
         self.vocab_size, self.seq_length, self.seed = vocab_size, seq_length, seed
         self._generator = torch.Generator().manual_seed(seed)
@@ -100,7 +100,7 @@ class SyntheticDataGenerator:
         """Many sequences, drawn a chunk at a time."""
         check_integer("num_samples", num_samples)
         sizes = [CHUNK] * (num_samples // CHUNK) + [num_samples % CHUNK]
-        parts = [self.law.draw(n, self.seq_length, generator=self._generator) for n in sizes if n]
+        parts = [self.distribution.draw(n, self.seq_length, generator=self._generator) for n in sizes if n]
         return torch.cat(parts)
 
     def save_dataset(self, num_samples: int, output_path: str | os.PathLike[str]) -> None:
@@ -122,7 +122,7 @@ def describe(generator: SyntheticDataGenerator, rows: Int[Tensor, "N T"]) -> dic
         "seq_length": generator.seq_length,
         "num_samples": len(rows),
         "seed": generator.seed,
-        "floor_nats_per_token": -generator.law.log_likelihood(rows).mean().item() / rows.shape[1],
+        "floor_nats_per_token": -generator.distribution.log_likelihood(rows).mean().item() / rows.shape[1],
         "uniform_nats_per_token": math.log(generator.vocab_size),
     }
 

@@ -126,12 +126,8 @@ def wrap_model_fsdp(model: Model, mixed_precision: bool = True, min_num_params: 
 
     Raises: ValueError without a process group (``setup_distributed`` in processes of ``torchrun``).
     """
-    check(
-        dist.is_initialized(),
-        "model",
-        type(model).__name__,
-        "wrapped after setup_distributed, under torchrun",
-    )
+    wanted = "wrapped after setup_distributed, under torchrun"
+    check(dist.is_initialized(), "model", type(model).__name__, wanted)
     check_integer("min_num_params", min_num_params, minimum=0)
     low = torch.bfloat16 if mixed_precision else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if mixed_precision else None)

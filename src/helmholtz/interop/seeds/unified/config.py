@@ -85,12 +85,8 @@ def model_config(
     Raises: ValueError for an unknown key, for one of the original that means nothing here, or without a vocabulary.
     """
     if isinstance(values, UnifiedModelConfig):
-        check(
-            vocab_size in (None, values.vocab_size),
-            "vocab_size",
-            vocab_size,
-            f"the config's {values.vocab_size}",
-        )
+        own = values.vocab_size
+        check(vocab_size in (None, own), "vocab_size", vocab_size, f"the config's {own}")
         return values
     names = [field.name for field in fields(UnifiedModelConfig)]
     for name in values.keys() & _GONE.keys():

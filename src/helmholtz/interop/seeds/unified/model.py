@@ -188,12 +188,8 @@ class UnifiedMambaHopfieldDEQ(nn.Module):
         check(prompt_ids.ndim == 2, "prompt_ids", tuple(prompt_ids.shape), "of shape (B, P)")
         check_integer("max_length", max_length)
         prompt = prompt_ids.shape[1]
-        check(
-            prompt < max_length,
-            "max_length",
-            max_length,
-            f"above the prompt's {prompt} tokens, which it counts",
-        )
+        wanted = f"above the prompt's {prompt} tokens, which it counts"
+        check(prompt < max_length, "max_length", max_length, wanted)
         settings = SamplingSettings(
             max_new_tokens=max_length - prompt,
             temperature=temperature,

@@ -38,12 +38,8 @@ def read_batch(batch: Batch) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
         if len(batch) == 1:
             return read_batch(batch[0])
         ids, targets = batch
-    check(
-        ids.shape == targets.shape,
-        "targets",
-        tuple(targets.shape),
-        f"of the shape {tuple(ids.shape)} of the ids",
-    )
+    wanted = f"of the shape {tuple(ids.shape)} of the ids"
+    check(ids.shape == targets.shape, "targets", tuple(targets.shape), wanted)
     return ids, targets
 
 

@@ -1,8 +1,9 @@
 """The theoretical tools in the original names, over ``helmholtz.evals``."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +19,7 @@ from helmholtz.evals.landscape_plots import plot_basins, plot_memory, plot_slice
 from helmholtz.interop.seeds.unified.model import UnifiedMambaHopfieldDEQ
 from helmholtz.layers.equilibrium import Equilibrium
 
+FoundT = TypeVar("FoundT")
 CONTEXT_LENGTH = 8
 
 
@@ -74,9 +76,7 @@ class EnergyLandscapeAnalyzer:
         """Energy and its gradient in a plane around a token's equilibrium: ``slice.png``."""
         analyzer = self._analyzer(z_equilibrium, context)
         found = analyzer.slice(row=row, token=token, basis=basis, radius=radius, resolution=resolution)
-        if file := self._file("slice.png"):
-            plot_slice(found, file, title="Energy around the equilibrium of a token")
-        return found
+        return self._drawn(found, plot_slice, "slice.png", "Energy around the equilibrium of a token")
 
     def visualize_convergence_trajectories(
         self,
@@ -88,9 +88,7 @@ class EnergyLandscapeAnalyzer:
     ) -> Trajectories:
         """How each mode of the solver converges, by its real iterates: ``trajectories.png``."""
         found = self._analyzer(z_equilibrium, context).trajectories(row=row, token=token)
-        if file := self._file("trajectories.png"):
-            plot_trajectories(found, file, title="From the start to the equilibrium")
-        return found
+        return self._drawn(found, plot_trajectories, "trajectories.png", "From the start to the equilibrium")
 
     def visualize_basin_of_attraction(
         self,
@@ -106,9 +104,7 @@ class EnergyLandscapeAnalyzer:
         """Which start in a plane ends at which equilibrium: ``basins.png``."""
         analyzer = self._analyzer(z_equilibrium, context)
         found = analyzer.basins(row=row, token=token, basis=basis, radius=radius, resolution=resolution)
-        if file := self._file("basins.png"):
-            plot_basins(found, file, title="Where each start ends")
-        return found
+        return self._drawn(found, plot_basins, "basins.png", "Where each start ends")
 
     def analyze_critical_points(
         self,
@@ -127,18 +123,12 @@ class EnergyLandscapeAnalyzer:
     ) -> MemoryOrganisation:
         """How the patterns lie and which are used: ``memory.png``."""
         found = self._analyzer(z_equilibrium, context).memory()
-        if file := self._file("memory.png"):
-            plot_memory(found, file, title="The patterns of the memory")
-        return found
+        return self._drawn(found, plot_memory, "memory.png", "The patterns of the memory")
 
     def _analyzer(self, z: Tensor | None, context: Equilibrium | None) -> landscape.EnergyLandscapeAnalyzer:
         if context is None:
-            check(
-                z is None,
-                "context",
-                None,
-                "given together with z_equilibrium: an equilibrium is one of some energy",
-            )
+            wanted = "given together with z_equilibrium: an equilibrium is one of some energy"
+            check(z is None, "context", None, wanted)
             generator = torch.Generator().manual_seed(self.seed)
             tokens = random_tokens(self.model.model, 1, CONTEXT_LENGTH, generator=generator)
             context = equilibrium_of(self.model.model, tokens)
@@ -149,8 +139,8 @@ class EnergyLandscapeAnalyzer:
             check(same, "z_equilibrium", tuple(z.shape), "that of the same call as the context")
         return landscape.EnergyLandscapeAnalyzer(context, self.model.model.solver, seed=self.seed)
 
-    def _file(self, name: str) -> Path | None:
-        if self.output_dir is None:
-            return None
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        return self.output_dir / name
+    def _drawn(self, found: FoundT, plot: Callable[..., object], name: str, title: str) -> FoundT:
+        if self.output_dir is not None:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            plot(found, self.output_dir / name, title=title)
+        return found

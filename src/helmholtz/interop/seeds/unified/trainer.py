@@ -37,14 +37,10 @@ class CurriculumConfig:
         check_integer("warmup_steps", self.warmup_steps)
         check_integer("stage_steps", self.stage_steps)
         check_integer("memory_enable_step", self.memory_enable_step, minimum=0)
-        counts = (len(self.max_iter_schedule), len(self.tolerance_schedule))
-        check(
-            counts[0] == counts[1] > 0,
-            "tolerance_schedule",
-            counts[1],
-            f"as long as max_iter_schedule: {counts[0]}",
-        )
-        for begin in range(counts[0]):
+        n, n_tolerances = len(self.max_iter_schedule), len(self.tolerance_schedule)
+        wanted = f"as long as max_iter_schedule: {n}"
+        check(n == n_tolerances > 0, "tolerance_schedule", n_tolerances, wanted)
+        for begin in range(n):
             self._stage(begin)
 
     def _stage(self, index: int) -> SolverStage:
@@ -81,12 +77,8 @@ class UnifiedModelTrainer:
         curriculum: CurriculumConfig | None = None,
         gradient_clip: float | None = 1.0,
     ) -> None:
-        check(
-            isinstance(model, UnifiedMambaHopfieldDEQ),
-            "model",
-            type(model).__name__,
-            "a UnifiedMambaHopfieldDEQ",
-        )
+        is_ours = isinstance(model, UnifiedMambaHopfieldDEQ)
+        check(is_ours, "model", type(model).__name__, "a UnifiedMambaHopfieldDEQ")
         if gradient_clip is not None:
             check_positive("gradient_clip", gradient_clip)
         self.model, self.optimizer = model, optimizer
