@@ -416,3 +416,11 @@ def test_training_settings_that_cannot_be_honoured_are_refused(changes, message)
         config.TrainingConfig(**changes)
     with pytest.raises(ValueError, match="tokenizer_name must be None"):
         config.DataConfig(tokenizer_name="gpt2")
+
+
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_hooks_on_the_model_inside_run(mode):
+    made, calls = free(), []
+    made.model.register_forward_hook(lambda module, args, output: calls.append(output.logits))
+    logits, _ = made(torch.randint(50, (2, 7)), mode=mode)
+    assert len(calls) == 1 and torch.equal(calls[0], logits)

@@ -16,6 +16,7 @@ from helmholtz.layers.latent import LatentEncoder, Plan, TablePostSampler, sampl
 from helmholtz.layers.sequence import sequence_layout
 from helmholtz.models import free_transformer, transformer
 from helmholtz.models.generation import SamplingSettings, generate
+from helmholtz.models.outputs import LowerOutput
 from helmholtz.ops._compute import compute_dtype
 from helmholtz.ops.binary_latent import LARGE, MAX_LATENT_BITS, code_to_bits
 from helmholtz.ops.rope import rope
@@ -201,9 +202,13 @@ class FreeTransformer(nn.Module):
         check_choice("mode", mode, ("training", "inference"))
         if mode == "inference":
             return self.model(tokens).logits, None
-        half = self.model.lower(tokens)
-        plan = self.model.sample_posterior(half)
-        return self.model.upper(half, plan).logits, plan.logits
+        plans: list[Plan] = []
+
+        def posterior(half: LowerOutput) -> Plan:
+            plans.append(self.model.sample_posterior(half))
+            return plans[0]
+
+        return self.model(tokens, z=posterior).logits, plans[0].logits
 
     def generate(
         self,
