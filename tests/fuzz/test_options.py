@@ -16,6 +16,7 @@ from fuzzing import call, snapshot
 from helmholtz.cli.arguments import PATHS, Parser
 from helmholtz.cli.main import COMMANDS, main
 from helmholtz.cli.study import STUDIES, load_study
+from helmholtz.models import MODELS
 from tiny_runs import prepare_text
 
 pytestmark = pytest.mark.fuzz
@@ -33,7 +34,6 @@ RUN = {
     "threads": 1,
 }
 SIZES = ["--model.d_model=16", "--model.n_layers=1", "--model.max_seq_len=32"]
-ARCHITECTURES = ["fem_lm", "free_transformer", "mamba_hopfield"]
 LONG = [("data.prepare", "shakespeare_files"), ("cli.report", "build_sections"), ("cli.data", "prepare_dataset"),
         ("interop.hf.export", "export"), ("experiments.language.study", "prepare_corpus"),
         ("cli.study", "run_queue"), ("cli.study", "fold_finished"), ("experiments.forecasting.study", "load_data"),
@@ -54,7 +54,7 @@ def reach(*arguments, **named):
 
 @functools.cache
 def prefixes():
-    """Every command with every action that it has, and ``train`` with several architectures."""
+    """Every command with every action that it has, and ``train`` with every architecture."""
     found = []
     for command in COMMANDS:
         actions = getattr(importlib.import_module(f"helmholtz.cli.{command}"), "ACTIONS", [None])
@@ -62,7 +62,7 @@ def prefixes():
     for study in STUDIES:
         actions = load_study(study).actions
         found += [("study", study, action) for action in actions]
-    trained = [("train", f"--model.architecture={name}") for name in ARCHITECTURES]
+    trained = [("train", f"--model.architecture={name}") for name in MODELS]
     return [prefix for prefix in found if prefix != ("train",)] + trained
 
 
@@ -110,7 +110,7 @@ def valid(prefix, workspace):
         "text": "to", "prompt": "to", "data.folder": str(workspace / "data"), "train.output_dir": "out",
         "data.sources": f"[{workspace / 'text.txt'}]", "data.tokenizer": "bytes",
         "data.validation_fraction": "0.1", "model.d_model": "16",
-        "model.n_heads": "2", "model.d_state": "4",
+        "model.layers": "attention", "model.n_heads": "2", "model.d_state": "4",
         "model.d_head": "8", "model.n_patterns": "8", "train.seq_len": "16", "train.batch_size": "2",
         "sampling.max_new_tokens": "2",
     }  # fmt: skip

@@ -86,6 +86,7 @@ def test_a_list_of_priors_is_one_per_layer() -> None:
 
 BAD = [
     ({"prior": "softmx"}, "prior must be one of .*'softmx'; did you mean 'softmax'"),
+    ({"prior": 3}, "FEMLMConfig.prior must be a list, got 3"),
     ({"prior": ("gla", "softmax")}, "prior: 2 names for n_layers=4 layers"),
     ({"prior": "gla", "n_kv_heads": 2}, "n_kv_heads=2 acts on softmax layers; prior is 'gla'"),
     ({"n_kv_heads": 3}, "n_kv_heads must divide n_heads"),

@@ -40,14 +40,13 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     nested = [cls for option in options if is_dataclass(option) for cls in _concrete(option)]
     if nested:
         return config_from_dict(_kind(nested, value, name), value, name)
-    if isinstance(value, list | tuple):
-        items = [typing.get_args(option)[0] for option in options if typing.get_origin(option) is tuple]
-        if not items:
-            return value
+    items = [typing.get_args(option)[0] for option in options if typing.get_origin(option) is tuple]
+    if items and isinstance(value, list | tuple):
         return tuple(_value(items[0], item, f"{name}[{i}]") for i, item in enumerate(value))
     words = [w for option in options if typing.get_origin(option) is Literal for w in typing.get_args(option)]
     if words and isinstance(value, str):
         check_choice(name, value, words)
+    check(not items or isinstance(value, str), name, value, "a list")
     return value
 
 
