@@ -113,3 +113,16 @@ def test_a_mixer_that_sees_later_tokens_is_refused_whatever_its_config_says():
 
     with pytest.raises(ValueError, match=r"layers\[0\].mixer.causal must be true"):
         Deceiving(config_with({}))
+
+
+def test_of_a_class_that_is_defined_again_the_last_counts():
+    def define():
+        @dataclass(frozen=True, slots=True, kw_only=True)
+        class Again(ShiftedConfig):
+            kind: str = "again"
+
+        return Again
+
+    first, last = define(), define()
+    (layer,) = config_with({"layers": [{"mixer": {"kind": "again"}}]}).layers
+    assert type(layer.mixer) is last is not first

@@ -88,8 +88,7 @@ class MambaMixerConfig(MambaSizes):
         check_divides("d_head", self.d_head, "d_inner", self.d_inner)
 
 
-# one's own come first: of two with the same kind the last is taken
-MixerConfig = AbstractMixerConfig | AttentionConfig | FreeEnergyMixerConfig | MambaMixerConfig
+MixerConfig = AttentionConfig | FreeEnergyMixerConfig | MambaMixerConfig | AbstractMixerConfig
 
 
 def is_causal(config: MixerConfig) -> bool:

@@ -3,7 +3,7 @@
 import inspect
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal
 
@@ -50,13 +50,18 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     return value
 
 
-def _concrete(cls: Any) -> Iterator[Any]:
-    """The class, or of an abstract one all that are derived from it, in the order in which they were defined."""
+def _concrete(cls: Any) -> Iterable[Any]:
+    """The class, or of an abstract one those that are derived from it; of a class defined again the last."""
     if not inspect.isabstract(cls):
-        yield cls
-    else:
-        for derived in cls.__subclasses__():
-            yield from _concrete(derived)
+        return [cls]
+    concrete = [found for found in _derived(cls) if not inspect.isabstract(found)]
+    return {(found.__module__, found.__qualname__): found for found in concrete}.values()
+
+
+def _derived(cls: Any) -> Iterator[Any]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _derived(child)
 
 
 def _kind(classes: Sequence[Any], values: Any, name: str) -> type:
@@ -64,7 +69,9 @@ def _kind(classes: Sequence[Any], values: Any, name: str) -> type:
     if len(classes) == 1:
         return typing.cast(type, classes[0])
     check(isinstance(values, Mapping), name, values, "a mapping of names to values")
-    kinds = {str(next(f.default for f in fields(cls) if f.name == "kind")): cls for cls in classes}
+    kinds = dict[str, Any]()
+    for cls in classes:  # a kind of the library's is not taken over
+        kinds.setdefault(str(next(f.default for f in fields(cls) if f.name == "kind")), cls)
     check("kind" in values, f"{name}.kind", "none", f"one of {', '.join(kinds)}")
     check_choice(f"{name}.kind", values["kind"], kinds)
     return typing.cast(type, kinds[values["kind"]])
