@@ -76,6 +76,7 @@ class StateLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self._state = self._read = self.mask = None
+        self._room = Room()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Continue row ``beam_idx[i]`` in row ``i``."""
