@@ -7,6 +7,7 @@ from helmholtz.cli.arguments import make_parser, output_folder, parse
 from helmholtz.evals.compare import POSTERIOR_SAMPLES, Comparison, Group, Row, compare, leaders, write_results
 from helmholtz.evals.latent import PRIOR_DRAWS
 from helmholtz.evals.plots import plot_loss_curves
+from helmholtz.experiments.base import make_table
 
 DESCRIPTION = "Compare finished runs at equal budgets: a table, results.json and the loss curves."
 
@@ -16,24 +17,20 @@ WIDTH = 120
 
 def comparison_table(comparison: Comparison) -> Table:
     title = "Comparison" if not comparison.inequalities else "Comparison at UNEQUAL budgets"
-    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
-    for column in ("run", "model"):
-        table.add_column(column, no_wrap=True)
-    numbers = ("\nparams", "validation\nbits/byte", "train\ntokens/s", "decode\ntokens/s", "peak\nmemory")
-    for column in numbers:
-        table.add_column(column, justify="right", no_wrap=True)
     best = leaders(comparison.rows)
-    for row in comparison.rows:
-        table.add_row(
-            row.name,
-            row.model,
-            f"{row.parameters:,}",
-            _number(row, row.validation_bits_per_byte) + (" *" if row.name in best else "  "),
-            f"{row.train_tokens_per_second:,.0f}",
-            f"{row.decode_tokens_per_second:,.0f}",
-            _mebibytes(row.peak_memory_bytes),
-        )
-    return table
+    return make_table(title, [_cells(row, row.name in best) for row in comparison.rows], left=2)
+
+
+def _cells(row: Row, is_best: bool) -> dict[str, str]:
+    return {
+        "run": row.name,
+        "model": row.model,
+        "\nparams": f"{row.parameters:,}",
+        "validation\nbits/byte": _number(row, row.validation_bits_per_byte) + (" *" if is_best else "  "),
+        "train\ntokens/s": f"{row.train_tokens_per_second:,.0f}",
+        "decode\ntokens/s": f"{row.decode_tokens_per_second:,.0f}",
+        "peak\nmemory": _mebibytes(row.peak_memory_bytes),
+    }
 
 
 def _mebibytes(n_bytes: int | None) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from helmholtz._checks import check_choice
+from helmholtz._checks import check_choices
 from helmholtz.data.corpus import shakespeare_files
 from helmholtz.data.prepare import DataConfig, prepare
 from helmholtz.data.tokens import TokenDataset
@@ -65,8 +65,7 @@ class Equilibrium(Study):
 
     def __init__(self, action: str, values: Mapping[str, Any]) -> None:
         super().__init__(action, values)
-        for task in values["tasks"]:
-            check_choice("tasks", task, TASKS)
+        check_choices("tasks", values["tasks"], TASKS)
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser, action: str) -> None:
