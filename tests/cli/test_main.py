@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,3 +158,17 @@ def test_the_commit_is_that_of_the_sources(hostile, monkeypatch):
     (hostile / "inside").mkdir()
     monkeypatch.setattr(_hardware, "SOURCES", hostile / "inside")
     assert _hardware.git_commit() == "unknown"
+
+
+def test_brackets_in_names_are_no_styles(capsys, monkeypatch):
+    """A run may be called anything, and a table shows it as it is."""
+
+    def run(arguments, console):
+        console.print(Table("[bold]column", title="[red]title"))
+        console.print("[green]line")
+        return 0
+
+    monkeypatch.setitem(sys.modules, "helmholtz.cli.inspect", SimpleNamespace(run=run))
+    assert main(["inspect"]) == 0
+    out = capsys.readouterr().out
+    assert "[bold]column" in out and "[red]title" in out and "[green]line" in out

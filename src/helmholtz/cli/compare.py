@@ -77,7 +77,7 @@ def run(arguments: list[str], console: Console) -> int:
     console.width = max(console.width, WIDTH)
     console.print(comparison_table(comparison))
     for line in footnotes(comparison):
-        console.print(line, markup=False)
+        console.print(line)
     for group in comparison.groups:
         if group.deviation is not None:
             console.print(
@@ -85,6 +85,6 @@ def run(arguments: list[str], console: Console) -> int:
                 f"over seeds {', '.join(map(str, group.seeds))}"
             )
     for inequality in comparison.inequalities:
-        console.print(f"unequal: {inequality}", style="bold red", markup=False)
-    console.print(f"wrote {output / 'results.json'} and {output / 'loss.png'}", markup=False)
+        console.print(f"unequal: {inequality}", style="bold red")
+    console.print(f"wrote {output / 'results.json'} and {output / 'loss.png'}")
     return 0

@@ -28,8 +28,7 @@ def run(arguments: list[str], console: Console) -> int:
     metadata = prepared.metadata
     state = "already there" if prepared.reused else "prepared"
     console.print(
-        f"{prepared.folder}: {state}, vocabulary {metadata.vocab_size}, split by {metadata.split_by}",
-        markup=False,
+        f"{prepared.folder}: {state}, vocabulary {metadata.vocab_size}, split by {metadata.split_by}"
     )
     for split in SPLITS:
         counts = getattr(metadata, split)

@@ -96,5 +96,5 @@ def run(arguments: list[str], console: Console) -> int:
         "decode_tokens_per_second": decode_tokens_per_second(model, n_tokens=n_tokens),
         "peak_memory_bytes": memory.read(),
     }
-    console.print(json.dumps(result) if values["json"] else "\n".join(_lines(result)), markup=False)
+    console.print(json.dumps(result) if values["json"] else "\n".join(_lines(result)))
     return 0

@@ -43,5 +43,5 @@ def run(arguments: list[str], console: Console) -> int:
             logging.enable_progress_bar()
     facts = written.facts
     text = f"{written.folder}: {facts.architecture}, {facts.parameters:,} parameters, licence {facts.license}"
-    console.print(f"{text}\nto publish it: hf upload <user>/<name> {written.folder}", markup=False)
+    console.print(f"{text}\nto publish it: hf upload <user>/<name> {written.folder}")
     return 0

@@ -30,7 +30,7 @@ class TextStream:
         self.console.print()
 
     def _print(self, text: str) -> None:
-        self.console.print(text[self.printed :], end="", markup=False)
+        self.console.print(text[self.printed :], end="")
         self.printed = max(self.printed, len(text))
 
 

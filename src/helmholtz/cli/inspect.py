@@ -151,7 +151,7 @@ def run(arguments: list[str], console: Console) -> int:
     model = checkpoint.model
     if picture and model.equilibrium is not None and not mixers(model):
         raise ValueError("picture: helmholtz landscape draws the equilibria of a model")
-    console.print(json.dumps(read_complete(checkpoint.folder, _description), indent=2), markup=False)
+    console.print(json.dumps(read_complete(checkpoint.folder, _description), indent=2))
     console.print(stack_table(model))
     console.print(parameter_table(model))
     for line in budget_lines(model):
@@ -167,5 +167,5 @@ def run(arguments: list[str], console: Console) -> int:
     if text is not None and mixers(model):
         console.print(reading_table(checkpoint, text, picture))
         if picture:
-            console.print(f"wrote {picture}", markup=False)
+            console.print(f"wrote {picture}")
     return 0

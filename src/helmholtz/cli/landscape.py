@@ -151,5 +151,5 @@ def run(arguments: list[str], console: Console) -> int:
     }
     write_json(folder / "landscape.json", content)
     names = "slice.png, trajectories.png, basins.png, memory.png and landscape.json"
-    console.print(f"wrote {names} in {folder}", markup=False)
+    console.print(f"wrote {names} in {folder}")
     return 0

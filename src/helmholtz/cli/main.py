@@ -42,6 +42,8 @@ MOVED = {"synthetic": "letters", "forecast": "forecasting"} | {
 MIN_WIDTH = 80
 """Columns for tables where the terminal says 0, and at least where there is no terminal."""
 INTERRUPTED = 130
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False, "soft_wrap": True}
+"""What is printed holds names and texts of users, also in tables: no brackets in them are styles."""
 
 
 def usage() -> str:
@@ -79,18 +81,18 @@ def main(arguments: list[str] | None = None) -> int:
         text, code = f"error: {_line(error)}", 2
     except (RuntimeError, MemoryError, OverflowError) as error:
         text, code = _line(error), 1
-    errors = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
-    errors.print(f"helmholtz {command}: {text}{_rank()}", markup=False)
+    errors = Console(stderr=True, **PLAIN)
+    errors.print(f"helmholtz {command}: {text}{_rank()}")
     return code
 
 
 def _run(command: str, arguments: list[str]) -> int:
     output: Any = None if sys.stdout is None else StandardOutput(sys.stdout)
-    console = Console(file=output, highlight=False, emoji=False, soft_wrap=True)
+    console = Console(file=output, **PLAIN)
     if console.width < 1 or not console.is_terminal:
         console.width = max(console.width, MIN_WIDTH)
     if command in ("", "-h", "--help", "--version"):
-        console.print(version() if command == "--version" else usage(), markup=False)
+        console.print(version() if command == "--version" else usage())
         return 0 if command else 2
     if command in MOVED:
         raise ValueError(f"this command is now: helmholtz study {MOVED[command]} run")

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from helmholtz._checks import check, check_integer
 from helmholtz.cli.arguments import Parser, make_parser, output_file, output_picture, parse
@@ -47,18 +46,13 @@ def make_plan_parser() -> Parser:
     option("--save", type=str, default=None, help="file for the plan that --encode reads, edits included")
     option("--prompt", type=str, default=None, help="sample continuations of this text")
     option("--plan", type=str, default=None, help="a saved plan, used from the prompt's first token on")
-    option(
-        "--edit", type=str, action="append", default=[], metavar="POSITION:BIT=VALUE",
-        help="change the plan, or with POSITION=CODE a whole code of it; may be repeated",
-    )  # fmt: skip
-    option(
-        "--hold", type=str, action="append", default=[], metavar="BIT=VALUE",
-        help="force a bit in every code that is drawn; may be repeated",
-    )  # fmt: skip
-    option(
-        "--prompt_plan", type=Literal["posterior", "prior"] | None, default=None,
-        help="who draws the prompt's codes; default: posterior",
-    )  # fmt: skip
+    repeated: dict[str, Any] = {"type": str, "action": "append", "default": []}
+    edit = "change the plan, or with POSITION=CODE a whole code of it; may be repeated"
+    option("--edit", metavar="POSITION:BIT=VALUE", help=edit, **repeated)
+    hold = "force a bit in every code that is drawn; may be repeated"
+    option("--hold", metavar="BIT=VALUE", help=hold, **repeated)
+    drawn = "who draws the prompt's codes; default: posterior"
+    option("--prompt_plan", type=Literal["posterior", "prior"] | None, help=drawn)
     option("--plan_seed", type=int | None, default=None, help="seed of the codes; default: sampling.seed")
     option("--n_samples", type=int, default=5, help="samples of a group")
     option("--n_plans", type=int, default=8, help="groups of each kind to measure")
@@ -81,7 +75,7 @@ def run(arguments: list[str], console: Console) -> int:
     action = _encode if values["prompt"] is None else _sample
     result = action(checkpoint, values, Console(quiet=True) if values["json"] else console)
     if values["json"]:
-        console.print(json.dumps(result), markup=False)
+        console.print(json.dumps(result))
     return 0
 
 
@@ -118,12 +112,11 @@ def _encode(checkpoint: Checkpoint, values: dict[str, Any], console: Console) ->
     )
     console.print(_plan_table(plan, read))
     console.print(
-        f"{read.kl.sum() / math.log(2):.2f} bits from the prior (KL) in {len(codes)} codes of {n_bits} bits",
-        markup=False,
+        f"{read.kl.sum() / math.log(2):.2f} bits from the prior (KL) in {len(codes)} codes of {n_bits} bits"
     )
     if values["save"] is not None:
         plan.save(values["save"])
-        console.print(f"wrote {values['save']}", markup=False)
+        console.print(f"wrote {values['save']}")
     return asdict(plan) | {"probability": read.probability.tolist(), "kl": read.kl.tolist()}
 
 
@@ -135,9 +128,7 @@ def _plan_table(plan: PlanFile, read: ReadPlan) -> Table:
     for place, (text, code, row, probability, kl) in enumerate(rows):
         percent = " ".join(f"{100 * p:3.0f}" for p in probability.tolist())
         spelled = "".join(map(str, row))
-        table.add_row(
-            str(place), Text(_one_line(text)), str(code), spelled, percent, f"{kl / math.log(2):.3f}"
-        )
+        table.add_row(str(place), _one_line(text), str(code), spelled, percent, f"{kl / math.log(2):.3f}")
     return table
 
 
@@ -175,7 +166,7 @@ def _sample(checkpoint: Checkpoint, values: dict[str, Any], console: Console) ->
         file, title = Path(values["picture"]), values["prompt"]
         spell = functools.partial(_spell, tokenizer)
         plot_plans(groups, found, file, title=title, n_prompt=len(prompt), spell=spell)
-        console.print(f"wrote {file}", markup=False)
+        console.print(f"wrote {file}")
     return result
 
 
@@ -189,8 +180,7 @@ def _plan_settings(model: Decoder, values: dict[str, Any], n_codes: int, console
                 f"hold and plan: {values['plan']} gives all {n_codes} codes and none is drawn; change them with --edit"
             )
         console.print(
-            f"plan: {min(len(codes), n_codes)} of {n_codes} codes from {values['plan']}, which has {len(codes)}",
-            markup=False,
+            f"plan: {min(len(codes), n_codes)} of {n_codes} codes from {values['plan']}, which has {len(codes)}"
         )
     return PlanSettings(
         prompt=values["prompt_plan"] or "posterior", codes=(codes,), held_bits=held, seed=values["plan_seed"]
@@ -207,28 +197,23 @@ def _described(group: NamedGroup, tokenizer: AbstractTokenizer) -> dict[str, Any
 
 def _print(result: dict[str, Any], console: Console) -> None:
     for group in result["groups"]:
-        console.print(group["name"], style="bold", markup=False)
+        console.print(group["name"], style="bold")
         for number, sample in enumerate(group["samples"], 1):
-            console.print(f"{number:>3}  {_one_line(result['prompt'] + sample['text'])}", markup=False)
+            console.print(f"{number:>3}  {_one_line(result['prompt'] + sample['text'])}")
     table = Table("", "same token, %", "longest common run, %", title="What two samples of a group share")
     for name, kind in (("one plan", "one_plan"), ("a plan each", "a_plan_each")):
         table.add_row(name, _percent(result[kind]["agreement"]), _percent(result[kind]["common_run"]))
     table.add_row("difference", _percent(result["gap"]), "")
     console.print(table)
-    console.print(
-        f"{result['n_plans']} groups of {result['n_samples']} samples of each kind; ± is the standard error over "
-        "the groups"
-    )
-    if "changed_by_edit" in result:
-        change = result["changed_by_edit"]
+    kinds = f"{result['n_plans']} groups of {result['n_samples']} samples of each kind"
+    console.print(f"{kinds}; ± is the standard error over the groups")
+    if change := result.get("changed_by_edit"):
         console.print(
             f"the edit changes {_percent(change)} % of the tokens ({change['n']} samples of plan A)"
         )
     if "changed_by_bit" in result:
-        pairs = result["changed_by_bit"][0]["n"]
-        bits = Table(
-            "bit", "tokens changed, %", title=f"A bit 1 in all codes against 0, {pairs} pairs of samples"
-        )
+        title = f"A bit 1 in all codes against 0, {result['changed_by_bit'][0]['n']} pairs of samples"
+        bits = Table("bit", "tokens changed, %", title=title)
         for bit, change in enumerate(result["changed_by_bit"]):
             bits.add_row(str(bit), _percent(change))
         console.print(bits)

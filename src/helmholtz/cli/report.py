@@ -29,6 +29,6 @@ def run(arguments: list[str], console: Console) -> int:
     sections = build_sections(folders)
     write_atomically(file, render(sections, folders))
     for section in sections:
-        console.print(f"{section.title}: {'no results' if section.empty else 'done'}", markup=False)
-    console.print(f"wrote {file}", markup=False)
+        console.print(f"{section.title}: {'no results' if section.empty else 'done'}")
+    console.print(f"wrote {file}")
     return 0

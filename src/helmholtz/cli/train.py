@@ -53,10 +53,10 @@ def run(arguments: list[str], console: Console) -> int:
         return INTERRUPTED if result.status == "interrupted" else 0
     if result.status == "interrupted":
         command = f"{_program()} {shlex.join([*arguments, '--train.resume=auto'])}"
-        console.print(f"stopped after step {result.step} and saved; go on with\n{command}", markup=False)
+        console.print(f"stopped after step {result.step} and saved; go on with\n{command}")
         return INTERRUPTED
     text = f"finished {result.step} steps, {result.tokens:,} tokens; the run is in {result.folder}"
-    console.print(text, markup=False)
+    console.print(text)
     return 0
 
 
@@ -95,7 +95,7 @@ def dry_run(config: RunConfig, console: Console) -> None:
     console.print(table)
     tokens, _ = trainer.batches.micro_batch(trainer.progress.windows, 0)
     text = load_tokenizer(trainer.batches.train.tokenizer_folder).decode(tokens[0, :SHOWN_TOKENS].tolist())
-    console.print(f"the first of its rows begins with\n{text}", markup=False, highlight=False)
+    console.print(f"the first of its rows begins with\n{text}")
 
 
 def _megabytes(count: int) -> str:

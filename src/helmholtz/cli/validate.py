@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from helmholtz._checks import check_integer
 from helmholtz._files import write_atomically
@@ -79,7 +80,7 @@ def report_table(report: ConvergenceReport) -> Table:
     table = Table("test", "number", "measured", "limit", "", box=None, padding=(0, 2, 0, 0))
     for name, test in report.tests().items():
         for line in test.checks():
-            verdict = "[green]passed[/green]" if line.passed else "[bold red]FAILED[/bold red]"
+            verdict = Text("passed", "green") if line.passed else Text("FAILED", "bold red")
             limit = f"{line.comparison} {line.limit:.4g}"
             table.add_row(name, line.what, f"{line.measured:.4g}", limit, verdict)
             name = ""
@@ -107,13 +108,12 @@ def run(arguments: list[str], console: Console) -> int:
     }
     text = json.dumps(result, indent=1)
     if values["json"]:
-        console.print(text, markup=False)
+        console.print(text)
     else:
         console.print(report_table(report))
         verdict = "all tests passed" if report.all_passed else f"failed: {', '.join(report.failed)}"
         console.print(
-            f"{require_equilibrium(model).config.stability} regime, {result['seconds']:.0f} s: {verdict}",
-            markup=False,
+            f"{require_equilibrium(model).config.stability} regime, {result['seconds']:.0f} s: {verdict}"
         )
     if output is not None:
         write_atomically(output, text + "\n")

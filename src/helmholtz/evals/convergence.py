@@ -21,11 +21,12 @@ from helmholtz.evals.convergence_energy import (
     check_descent,
     check_residual,
 )
-from helmholtz.evals.convergence_lyapunov import LyapunovTest, check_lyapunov
 from helmholtz.evals.convergence_model import CausalityTest, GradientTest, check_causality, check_gradient
 from helmholtz.evals.convergence_solutions import (
+    LyapunovTest,
     StabilityTest,
     UniquenessTest,
+    check_lyapunov,
     check_stability,
     check_uniqueness,
 )

@@ -53,7 +53,8 @@ def count_parameters(model: Decoder) -> list[ParameterCount]:
     equilibrium, final norm, output matrix."""
     seen: set[int] = set()
     counts = []
-    for name, found in _parts(model, ""):
+    last = ("norm", "unembed")  # they are made before a plan and an equilibrium, and read after them
+    for name, found in sorted(_parts(model, ""), key=lambda part: part[0] in last):
         own = {id(parameter): parameter.numel() for parameter in found if id(parameter) not in seen}
         seen |= own.keys()
         counts.append(ParameterCount(name, sum(own.values())))
