@@ -135,7 +135,7 @@ def _draw_bits(axes: Any, runs: Sequence[FinishedRun]) -> None:
         axes.plot([sum(values) / len(values)], [place], "|", markersize=16, color=f"C{place // 2}")
     axes.set_yticks(range(len(names)), [TEXT_MODELS[name].label for name in names], fontsize=8)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_title("Shakespeare: bits per byte (with a plan: an upper bound)", fontsize=10)
+    axes.set_title("Shakespeare: bits per byte (of plans a bound)", fontsize=10)
     axes.grid(alpha=0.3, axis="x")
 
 

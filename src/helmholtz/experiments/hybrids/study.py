@@ -42,6 +42,7 @@ EQUILIBRIUM_COLUMNS = {
     "steps": "mean_steps",
     "most": "max_steps",
     "converged": "converged",
+    "residual": "residual",
     "contraction": "contraction_bound",
 }
 
@@ -113,6 +114,9 @@ def _text_cells(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str,
         "model": row["model"],
         "parameters": f"{row['parameters']:,}",
         "bits/byte": sign + spread_text(row["bits_per_byte"]),
-        **{title: spread_text(row.get(name), digits=3) for title, name in columns.items()},
+        **{
+            title: spread_text(row.get(name), digits=6 if name == "residual" else 3)
+            for title, name in columns.items()
+        },
         "seeds": str(len(row["seeds"])),
     }
