@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from helmholtz.experiments.hybrids.models import CONTROLS, FEWER, TEXT_MODELS, l
 from helmholtz.experiments.hybrids.run import KAPPAS, LETTER_MIXERS, compute_hybrid, hybrid_runs
 from helmholtz.experiments.letters import report as letters
 from helmholtz.experiments.letters.run import PROFILES, train_on_letters
-from helmholtz.experiments.queue import run_queue
+from helmholtz.experiments.queue import run_queue, split_finished
 from helmholtz.experiments.report.of_hybrids import hybrids as hybrid_section
 from helmholtz.layers.sizing import count_parameters
 from helmholtz.models.decoder import Decoder
@@ -79,6 +80,11 @@ def test_the_grid_has_seeds_outermost_and_controls_last():
     for wrong in ({"parts": ["x"]}, {"seeds": [-1]}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             hybrid_runs(**wrong)
+
+
+def test_all_runs_are_committed_and_those_of_the_grid():
+    done, missing = split_finished(Path(__file__).parents[2] / "docs/experiments/hybrids", hybrid_runs())
+    assert len(done) == 48 and not missing
 
 
 @pytest.fixture
