@@ -32,6 +32,17 @@ def run(data, folder, *options):
     return main(["train", *words, f"--train.output_dir={folder}", *TRAIN, *MODEL, *options])
 
 
+def test_a_key_of_a_mapping_is_given_on_its_own(data, tmp_path, capsys):
+    file = tmp_path / "parts.yaml"
+    file.write_text("model: {layers: 'mamba x2', plan: {layer: 1, n_bits: 2}}")
+    options = ["--model.plan.layer=0", "--model.equilibrium.d_head", "16", "--model.equilibrium.n_patterns=8"]
+    assert run(data, tmp_path / "run", f"--config={file}", *options) == 0
+    capsys.readouterr()
+    saved = json.loads((tmp_path / "run" / "last" / "config.json").read_text())["config"]
+    assert (saved["plan"]["layer"], saved["plan"]["n_bits"]) == (0, 2)
+    assert (saved["equilibrium"]["d_head"], saved["equilibrium"]["n_patterns"]) == (16, 8)
+
+
 def test_a_pattern_with_a_plan_and_an_equilibrium(data, tmp_path, capsys):
     parts = ['--model.plan={"layer": 1, "n_bits": 3}', '--model.equilibrium={"d_head": 16, "n_patterns": 8}']
     layers = "--model.layers=attention, fem:gla x2, mamba"
@@ -74,7 +85,14 @@ def test_layers_from_a_file(data, tmp_path, capsys):
         ),
         (["--model.layers=mamba", "--objective.kappa_bits=0.2"], "objective.kappa_bits must be absent"),
         (["--model.layers=mamba", "--model.plan={layer: 1}"], "plan.layer must be at most 0"),
-        ([], "layers"),
+        ([], "layers must be a list, or a pattern: attention, fem:gla x3, got None"),
+        (
+            ["--model.layers=[{mixer: {kind: attention, n_heads: 2}}, {mixer: {kind: mamba, d_head: 7}}]"],
+            "DecoderConfig.layers[1].mixer: d_head must divide d_inner",
+        ),
+        (["--model.layers=mamba", "--model.plan.n_bits=3"], "DecoderConfig.plan: layer is missing"),
+        (["--model.layers=mamba", "--model.plan.layr=0"], "did you mean 'model.plan.layer'?"),
+        (["--model.layers=mamba", "--model.plan=true"], "model.plan must be a mapping or null, got 'true'"),
     ],
 )
 def test_what_cannot_be_is_one_line(data, tmp_path, capsys, options, message):

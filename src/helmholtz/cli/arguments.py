@@ -31,7 +31,13 @@ KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """A parser that raises ValueError instead of printing and exiting, so that every error is one line."""
+    """A parser that raises ValueError instead of printing and exiting, so that every error is one line.
+
+    Attributes:
+        keys: of an option that is a mapping, the keys that may also be given on their own: ``--option.key=value``.
+    """
+
+    keys: dict[str, list[str]]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise ValueError(_readable(self, " ".join(str(message).split()))) from ex
@@ -43,6 +49,7 @@ class Parser(jsonargparse.ArgumentParser):
 
 def make_parser(command: str, description: str) -> Parser:
     parser = Parser(prog=f"helmholtz {command}", description=description)
+    parser.keys = {}
     parser.add_argument(
         "--config", action="config", help="YAML file with any of these settings; later ones win"
     )
@@ -55,11 +62,12 @@ def parse(parser: Parser, arguments: list[str]) -> dict[str, Any]:
     Raises: ValueError for an unknown key (with the nearest valid one), a wrong type, or a file that is not YAML.
     """
     known = {action.dest: list(action.option_strings) for action in parser._actions}
+    keys = {f"{name}.{key}": [f"--{name}.{key}"] for name in parser.keys for key in parser.keys[name]}
     for argument in arguments:
         if argument.startswith("--"):
             name = argument[2:].split("=", 1)[0]
-            if f"--{name}" not in {option for options in known.values() for option in options}:
-                raise ValueError(f"unknown option --{name}{_suggestion(name, known)}")
+            if f"--{name}" not in {option for options in (known | keys).values() for option in options}:
+                raise ValueError(f"unknown option --{name}{_suggestion(name, known | keys)}")
     arguments = read_documents(arguments, [name for name in known if _is_group(name, known)])
     for document in documents(arguments):
         _check_names(document, known)
@@ -186,6 +194,8 @@ def _wanted(hint: Any) -> str:
         return f"a list of {len(inner)}: {', '.join(_wanted(part) for part in inner)}"
     if origin in (tuple, list):
         return f"a list, each {_wanted(inner[0])}"
+    if origin is dict:
+        return "a mapping"
     if is_dataclass(hint):
         return f"a mapping of {', '.join(field.name for field in fields(hint))}"
     return KINDS.get(hint, str(hint))

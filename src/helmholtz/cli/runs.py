@@ -10,8 +10,9 @@ from helmholtz.cli.documents import documents, read_documents
 from helmholtz.data.prepare import DataConfig
 from helmholtz.data.tokens import TokenDataset
 from helmholtz.interop.datasets import DatasetConfig
+from helmholtz.layers.equilibrium_config import EquilibriumConfig
 from helmholtz.models import MODELS
-from helmholtz.models.base import ModelConfig
+from helmholtz.models.base import ModelConfig, PlanConfig
 from helmholtz.models.decoder_config import DecoderConfig
 from helmholtz.training.config import RunConfig, TrainConfig
 from helmholtz.training.equilibrium import SolverStage
@@ -20,12 +21,9 @@ from helmholtz.training.parts import ObjectiveConfig, objective_class
 
 DEFAULT_ARCHITECTURE = "fem_lm"
 ARCHITECTURE = "--model.architecture"
-WHOLE = {
-    "layers": "list of layers, or a pattern such as 'attention, fem:gla x3, mamba'",
-    "plan": "mapping: layer, n_bits, post_sampler, encoder",
-    "equilibrium": "mapping of the fields of EquilibriumConfig",
-}
-"""Settings of a ``DecoderConfig`` that are a value as a whole."""
+LAYERS = "list of layers, or a pattern such as 'attention, fem:gla x3, mamba'"
+PARTS = {"plan": PlanConfig, "equilibrium": EquilibriumConfig}
+"""Settings of a ``DecoderConfig`` that are a mapping; ``DecoderConfig`` fills in widths, and checks them."""
 
 
 def read_model_documents(arguments: list[str]) -> list[str]:
@@ -57,10 +55,14 @@ def _add_config(parser: Parser, config_class: type, group: str, skip: set[str]) 
     """The fields of a config as options, those of configs inside it as ``group.field.option``."""
     nested = {f.name: f.default for f in fields(config_class) if is_dataclass(f.default)}
     # what holds configs of several kinds or in any number is read by the config, not by the parser
-    whole = {} if config_class is not DecoderConfig else WHOLE
+    whole = {"layers", *PARTS} if config_class is DecoderConfig else set()
     parser.add_class_arguments(config_class, group, skip={*skip, *nested, *whole})
-    for name, help in whole.items():
-        parser.add_argument(f"--{group}.{name}", type=Any, default=None, help=help)
+    if whole:
+        parser.add_argument(f"--{group}.layers", type=Any, default=None, help=LAYERS)
+        for name, part in PARTS.items():
+            keys = parser.keys[f"{group}.{name}"] = [f.name for f in fields(part)]
+            help = f"mapping, or one by one as --{group}.{name}.{keys[0]}: {', '.join(keys)}"
+            parser.add_argument(f"--{group}.{name}", type=dict[str, Any] | None, default=None, help=help)
     for name, default in nested.items():
         assert is_dataclass(default) and not isinstance(default, type)
         parser.add_class_arguments(type(default), f"{group}.{name}", default=asdict(default))

@@ -4,7 +4,7 @@ import inspect
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal
 
 from helmholtz._checks import check, check_choice, check_keys
@@ -23,12 +23,20 @@ def config_from_dict(cls: type, values: Any, name: str) -> Any:
     check(isinstance(values, Mapping), name, values, "a mapping of names to values")
     known = [f.name for f in fields(cls)]
     check_keys(name, values, known)
+    for field in fields(cls):
+        is_wanted = field.default is MISSING and field.default_factory is MISSING
+        if is_wanted and field.name not in values:
+            raise ValueError(f"{name}: {field.name} is missing")
     hints = typing.get_type_hints(cls)
     built = {key: _value(hints[key], value, f"{name}.{key}") for key, value in values.items()}
     try:
         return cls(**built)
     except TypeError as error:
         raise ValueError(f"{name}: {error}") from error
+    except ValueError as error:
+        if "." not in name:
+            raise
+        raise ValueError(f"{name}: {error}") from error  # which of the configs inside, as it does not know
 
 
 def _value(hint: Any, value: Any, name: str) -> Any:

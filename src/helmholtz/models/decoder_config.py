@@ -96,10 +96,17 @@ def _with_widths(given: Mapping[str, Any]) -> dict[str, Any]:
     width = values.get("d_model", ModelConfig.__dataclass_fields__["d_model"].default)
     if not isinstance(width, int) or isinstance(width, bool) or width < 1:
         return values  # which is refused later, by name
-    if isinstance(values.get("layers"), str):
-        values["layers"] = layers_of(values["layers"], width)
-    if isinstance(values.get("layers"), list | tuple):
-        values["layers"] = [_with_width(layer, "mixer", width) for layer in values["layers"]]
+    layers = values.get("layers", ())
+    check(
+        isinstance(layers, str | list | tuple),
+        "layers",
+        layers,
+        "a list, or a pattern: attention, fem:gla x3",
+    )
+    if isinstance(layers, str):
+        layers = layers_of(layers, width)
+    if "layers" in values:
+        values["layers"] = [_with_width(layer, "mixer", width) for layer in layers]
     plan = values.get("plan")
     if isinstance(plan, Mapping) and plan.get("encoder") is not None:
         values["plan"] = dict(plan) | {"encoder": _with_width(plan["encoder"], "mixer", width)}
