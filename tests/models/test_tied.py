@@ -107,13 +107,21 @@ def of_transformers_afterwards(model: Decoder, folder: Path) -> Decoder:
     return from_hf(folder)
 
 
+class OfTheSeeds(torch.nn.Module):
+    """A model of the original names holds a decoder."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__()
+        self.model = model
+
+
 def of_the_seeds(model: Decoder, folder: Path) -> Decoder:
     optimizer = torch.optim.AdamW(model.parameters())
-    seeds.save(model, optimizer, 3, folder)
+    seeds.save_checkpoint(OfTheSeeds(model), optimizer, 3, folder)
     again = copy.deepcopy(model)
     for parameter in again.parameters():
         parameter.data.zero_()
-    assert seeds.load(again, None, folder) == 3
+    assert seeds.load_checkpoint(OfTheSeeds(again), None, folder) == 3
     return again
 
 
@@ -243,9 +251,9 @@ def test_a_tied_model_takes_no_two_matrices(tmp_path: Path) -> None:
     model.load_state_dict(parted.state_dict(), assign=True)
     assert torch.equal(logits(model), logits(parted)) and not model.config.tie_embeddings
     optimizer = torch.optim.AdamW(model.parameters())
-    seeds.save(parted, optimizer, 1, tmp_path / "a")
+    seeds.save_checkpoint(OfTheSeeds(parted), optimizer, 1, tmp_path / "a")
     with pytest.raises(ValueError, match="unembed.weight differs from embed.weight"):
-        seeds.load(make("transformer"), None, tmp_path / "a")
+        seeds.load_checkpoint(OfTheSeeds(make("transformer")), None, tmp_path / "a")
 
 
 @pytest.mark.parametrize("equal", [True, False])
