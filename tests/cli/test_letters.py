@@ -48,7 +48,7 @@ def test_the_experiment_from_the_shell(capsys, tmp_path):
             assert f"  {name}" in out
             assert all(line in out for line in lines)
     assert (tmp_path / "letters.png").stat().st_size > 10_000
-    for label in ("no plan", "1/4", "the law"):
+    for label in ("no plan", "1/4", "the distribution"):
         assert label in out
 
 

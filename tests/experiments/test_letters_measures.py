@@ -33,7 +33,7 @@ def model(kappa=None):
 
 
 def groups(law, n, size, *, same_start=False, same_noise=False):
-    """Samples of the law whose groups share what is asked for."""
+    """Samples of the distribution whose groups share what is asked for."""
     letter = torch.arange(n).view(n, 1, 1) % 26
     g = generator()
     start = torch.randint(law.n_starts, (n, 1 if same_start else size), generator=g).expand(n, size)
@@ -98,7 +98,7 @@ def test_a_decoder_without_a_plan_has_one_cross_entropy():
     tokens = sample_letters(LAW, 300, generator=generator())
     log_p = plain(tokens[:, :-1]).logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])
     assert found.prior_cross_entropy == pytest.approx(-log_p.mean().item(), rel=1e-6)
-    assert found.elbo > found.law, "an untrained model pays more than the law"
+    assert found.elbo > found.law, "an untrained model pays more than the distribution"
 
 
 def test_bounds_of_a_planned_model():

@@ -1,6 +1,7 @@
 """What holds for every decoder: padding, packing, streaming, causality, gradients, narrow dtypes, bad input."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -263,6 +264,15 @@ def test_the_length_limit_counts_the_stream_and_only_real_tokens(transformer: De
 def test_a_state_of_another_batch_is_refused(transformer: Decoder) -> None:
     with pytest.raises(ValueError, match="tokens: 3 rows came, the state is of a batch of 2"):
         transformer.step(tokens_of(3, 2), transformer.init_state(2))
+
+
+def test_a_state_of_a_deeper_model_is_refused(transformer: Decoder) -> None:
+    deeper = type(transformer)(replace(transformer.config, n_layers=transformer.config.n_layers + 1))
+    for model, other in ((transformer, deeper), (deeper, transformer)):
+        with pytest.raises(
+            ValueError, match=rf"state.blocks must be {len(model.blocks)}, one per block, got"
+        ):
+            model.step(tokens_of(2, 2), other.init_state(2))
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)], ids=str)

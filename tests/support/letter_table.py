@@ -47,7 +47,7 @@ def check_bounds(law: LetterLaw, result: LetterResult) -> None:
     b = result.bounds
     assert b.n_sequences >= 2000
     assert b.elbo >= vanilla_floor(law) - 0.01
-    assert b.excess >= -0.002, "on the same sequences the law itself pays less"
+    assert b.excess >= -0.002, "on the same sequences the distribution itself pays less"
     assert b.prior_cross_entropy >= b.law - 0.002
 
 

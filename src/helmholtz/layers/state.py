@@ -41,16 +41,16 @@ class Room:
         """
         before = _length(held[0])
         after = before + _length(new[0])
-        is_known = capacity is not None and capacity >= after
+        known = capacity if capacity is not None and capacity >= after else None
         in_graph = torch.is_grad_enabled() or is_traced()
-        if not before and (in_graph or not is_known):
+        if not before and (in_graph or known is None):
             return new, Room()
         pairs = list(zip(held, new, strict=True))
         if in_graph:
             return tuple(torch.cat([h, x], dim=_time(x)) for h, x in pairs), Room()
         buffers = self._take(held)
         if buffers is None or not all(_fits(b, x, after) for b, x in zip(buffers, new, strict=True)):
-            size = max(capacity or 0, after) if is_known else 2 * after
+            size = known or 2 * after
             buffers = tuple(_allocated(h, x, size) for h, x in pairs)
         for buffer, x in zip(buffers, new, strict=True):
             buffer.narrow(_time(x), before, after - before).copy_(x)

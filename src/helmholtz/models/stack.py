@@ -151,6 +151,8 @@ class AbstractStack(nn.Module, abc.ABC):
         return zero_pads(self.embed(tokens), layout), layout
 
     def _position(self, state: LMState) -> Tensor:
+        n_blocks = len(state.blocks)
+        check(n_blocks == len(self.blocks), "state.blocks", n_blocks, f"{len(self.blocks)}, one per block")
         parts = {"plan": self.plan is not None, "equilibrium": self.equilibrium is not None}
         for name, wanted in parts.items():
             got = getattr(state, name) is not None

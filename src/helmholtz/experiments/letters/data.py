@@ -1,4 +1,4 @@
-"""The synthetic law of the Free Transformer's paper: a run of one letter somewhere on a line, under noise.
+"""The data distribution of the Free Transformer's paper: a run of one letter somewhere on a line, under noise.
 
 A sequence is a prompt, a letter and ``>``, and then a line of underscores in which that letter stands ``run_length``
 times in a row, from a uniform start; each character of the line is replaced by ``!`` with probability ``noise``:
@@ -29,7 +29,7 @@ PROMPT_LENGTH = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LetterLaw:
-    """Sizes of the law; the defaults are the paper's."""
+    """Sizes of the distribution; the defaults are the paper's."""
 
     n_characters: int = 64
     """Length of the line after the prompt."""
@@ -64,7 +64,7 @@ class LetterLaw:
 
 
 def sample_letters(law: LetterLaw, n_sequences: int, *, generator: torch.Generator) -> Int[Tensor, "n T"]:
-    """Independent sequences of the law."""
+    """Independent sequences of the distribution."""
     check_integer("n_sequences", n_sequences)
     letter = torch.randint(N_LETTERS, (n_sequences, 1), generator=generator)
     start = torch.randint(law.n_starts, (n_sequences,), generator=generator)
@@ -84,9 +84,9 @@ def possible_starts(law: LetterLaw, tokens: Int[Tensor, "n T"]) -> Bool[Tensor, 
     """The starts of the run under which each sequence has a probability above zero.
 
     All of them are then equally likely, for the noise does not depend on what it replaces. A sequence without any is
-    not one of the law.
+    not one of the distribution.
 
-    Raises: ValueError if the sequences are not of the law's length.
+    Raises: ValueError if the sequences are not of the distribution's length.
     """
     check(tokens.shape[1] == law.n_tokens, "tokens", tuple(tokens.shape), f"of {law.n_tokens} tokens each")
     letter, line = tokens[:, :1], tokens[:, PROMPT_LENGTH:]
@@ -99,13 +99,13 @@ def possible_starts(law: LetterLaw, tokens: Int[Tensor, "n T"]) -> Bool[Tensor, 
 
 
 def run_starts(law: LetterLaw, tokens: Int[Tensor, "n T"]) -> Float[Tensor, " n"]:
-    """The mean of each sequence's possible starts; NaN where it is not one of the law."""
+    """The mean of each sequence's possible starts; NaN where it is not one of the distribution."""
     possible = possible_starts(law, tokens).double()
     return (possible @ torch.arange(law.n_starts).double()) / possible.sum(1)
 
 
 def log_likelihood(law: LetterLaw, tokens: Int[Tensor, "n T"]) -> Float[Tensor, " n"]:
-    """Log-probability in nats of each sequence given its letter; minus infinity if it is not one of the law."""
+    """Log-probability in nats of each sequence given its letter; minus infinity if the distribution has none such."""
     possible = possible_starts(law, tokens).sum(1).double()
     noise = (tokens[:, PROMPT_LENGTH:] == NOISE).sum(1).double()
     kept = law.n_characters - noise

@@ -53,17 +53,17 @@ class LetterBounds:
     """Under a plan from the prior: an upper bound of the model's own cross-entropy."""
     kl: float
     law: float
-    """The law's own cross-entropy on these sequences, which no bound can beat but by chance."""
+    """The distribution's own cross-entropy on these sequences, which no bound can beat but by chance."""
     n_sequences: int
 
     @property
     def elbo(self) -> float:
-        """Posterior cross-entropy and KL: the bound that training minimises, at least that of the law."""
+        """Posterior cross-entropy and KL: the bound that training minimises, at least that of the distribution."""
         return self.posterior_cross_entropy + self.kl
 
     @property
     def excess(self) -> float:
-        """The ELBO above the law's own cross-entropy on the same sequences."""
+        """The ELBO above the distribution's own cross-entropy on the same sequences."""
         return self.elbo - self.law
 
     @property
@@ -106,7 +106,7 @@ class GroupStatistics:
     """What the samples of a group have in common, averaged over groups."""
 
     valid: float
-    """Fraction of samples that are sequences of the law."""
+    """Fraction of samples that are sequences of the distribution."""
     spread: float | None
     """Median absolute deviation of the start of the run among a group's valid samples; None if too few are."""
     noise_repetition: float
@@ -150,7 +150,7 @@ def _repetition(x: Tensor) -> float:
 
 
 def law_statistics(law: LetterLaw, *, generator: torch.Generator) -> GroupStatistics:
-    """Statistics of groups of sequences of the law itself, which have nothing in common."""
+    """Statistics of groups of sequences of the distribution itself, which have nothing in common."""
     tokens = sample_letters(law, N_GROUPS * GROUP_SIZE, generator=generator)
     return group_statistics(law, tokens.view(N_GROUPS, GROUP_SIZE, -1))
 
@@ -235,7 +235,7 @@ def plot_letters(law: LetterLaw, measured: Measured, own: GroupStatistics, file:
     Dots are models, lines their means.
 
     Args:
-        own: statistics of the law's own sequences.
+        own: statistics of the distribution's own sequences.
     """
     assert own.spread is not None
     spread, targets = own.spread, law.n_targets
@@ -248,7 +248,7 @@ def plot_letters(law: LetterLaw, measured: Measured, own: GroupStatistics, file:
             (1, "KL of the plan", lambda r: r.bounds.kl_bits * targets or None),
             (
                 2,
-                "spread of the run's start under one plan, relative to the law",
+                "spread of the run's start under one plan, relative to the distribution",
                 lambda r: _ratio(r.shared.spread, spread),
             ),
             (2, "repetition of the noise under one plan (correlation)", lambda r: r.shared.noise_repetition),
@@ -259,7 +259,7 @@ def plot_letters(law: LetterLaw, measured: Measured, own: GroupStatistics, file:
         labels, position = _kappas(measured), math.log2(law.n_starts)
         noise = noise_floor(law) * targets / math.log(2)
         for axis, height, text in [
-            (0, vanilla_floor(law), "entropy of the law"),
+            (0, vanilla_floor(law), "entropy of the distribution"),
             (0, noise_floor(law), "entropy of the noise"),
             (1, position, "position"),
             (1, position + noise, "position and noise"),

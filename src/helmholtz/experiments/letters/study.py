@@ -31,7 +31,7 @@ SHOWN = 5
 """Sequences in each of the three groups that are printed: one with a plan each, two with a plan for all."""
 SHOWN_LETTER = 10
 DISTRIBUTION = "distribution"
-"""The run that measures sequences of the law itself."""
+"""The run that measures sequences of the distribution itself."""
 
 
 class Letters(Study):
@@ -79,7 +79,7 @@ class Letters(Study):
         ]
 
     def compute(self, run: QueuedRun, note: Note) -> dict[str, Any]:
-        """Train one model, measure it, and let it write what is printed; or measure the law."""
+        """Train one model, measure it, and let it write what is printed; or measure the distribution."""
         seed, n_steps, law = run.settings["seed"], self.experiment.steps, self.experiment.law
         if run.name == DISTRIBUTION:
             own = law_statistics(law, generator=torch.Generator().manual_seed(seed))
@@ -139,10 +139,10 @@ def print_samples(one: FinishedRun, console: Console) -> None:
 def result_table(
     seeds: Sequence[int], measured: Measured, law: LetterLaw, own: Sequence[GroupStatistics]
 ) -> Table:
-    """A row per model, and one for the law, whose own sequences measure as ``own``, where that is known."""
+    """A row per model, and one for the distribution, whose own sequences measure as ``own``, where that is known."""
     floors = f"floor {vanilla_floor(law):.4f}, noise {noise_floor(law):.4f}"
     rows = [_cells(kappa, seed, result, law) for seed, (kappa, result) in zip(seeds, measured, strict=True)]
-    rows += [{"kappa\nbits": "the law", **_shared_cells(one, one.valid)} for one in own]
+    rows += [{"kappa\nbits": "the distribution", **_shared_cells(one, one.valid)} for one in own]
     return make_table(f"Nats per token ({floors}); samples under a shared plan", rows, left=0)
 
 
