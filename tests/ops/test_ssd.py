@@ -1,7 +1,5 @@
 """`ssd` against its float64 loop, and against the two ops whose special case it is."""
 
-import sys
-
 import pytest
 import torch
 from hypothesis import given
@@ -66,14 +64,6 @@ def test_chunks_do_not_matter(chunk):
     want = grads(lambda *xs: run(*xs, chunk=64), leaves, cotangents)
     for i, (a, e) in enumerate(zip(grads(run, leaves, cotangents), want, strict=True)):
         assert_matches(f"gradient {i}", a, e, budget=BUDGET)
-
-
-def test_many_spans_equal_one(monkeypatch):
-    inputs, state = _make(2, 150), torch.randn(2, HEADS, WIDTH, STATES)
-    whole = ssd(*inputs, state=state, chunk=16)
-    monkeypatch.setattr(sys.modules["helmholtz.ops.ssd"], "_SPAN", 1)
-    for a, e in zip(ssd(*inputs, state=state, chunk=16), whole, strict=True):
-        assert_matches("in spans", a, e, budget=2)
 
 
 @given(heads=st.integers(1, 4), width=st.integers(1, 6), states=st.integers(1, 6), time=st.integers(1, 140))

@@ -10,8 +10,9 @@ from torch.autograd.functional import hessian, hvp, vhp
 
 Scalar = Callable[[Tensor], Tensor]
 
-REFUSAL = "is differentiable once|has no second derivative|derivative for aten::.* is not implemented|" + (
-    "forward AD with _scaled_dot_product"
+REFUSAL = (
+    "is differentiable once|has no second derivative|derivative for (aten|helmholtz)::.* is not implemented|"
+    + ("forward AD with _scaled_dot_product")
 )
 """What names the reason: ours, or that of torch's own attention."""
 

@@ -29,6 +29,10 @@ WAYS = {
 }
 """Other ways to share the work."""
 TOLERANCE = 1e-6
+SOLVED = 2e-5
+"""Of the gradient through an equilibrium: its linear systems are solved to 1e-6 of what comes in, and whether a row
+makes one more step may hang on a rounding (measured: 1.2e-5 in one of 20 steps, the weights after it to 1e-7)."""
+WITH_EQUILIBRIUM = ("mamba_hopfield", "decoder")
 SIZES = {
     "transformer": {"n_layers": 2, "n_heads": 2, "dropout": 0.1},
     "fem_lm": {"n_layers": 2, "n_heads": 2, "dropout": 0.1},
@@ -128,7 +132,8 @@ def assert_same_run(one, two, n_steps):
     assert len(records(one, "step")) == len(records(two, "step")) == n_steps
     for a, b in zip(records(one, "step"), records(two, "step"), strict=True):
         for name in ("loss", "grad_norm", "bits_per_byte"):
-            assert b[name] == pytest.approx(a[name], rel=TOLERANCE), (a["step"], name)
+            solved = name == "grad_norm" and Path(one).name.startswith(WITH_EQUILIBRIUM)
+            assert b[name] == pytest.approx(a[name], rel=SOLVED if solved else TOLERANCE), (a["step"], name)
         for name, value in a["terms"].items():
             assert b["terms"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), (a["step"], name)
     for a, b in zip(records(one, "eval"), records(two, "eval"), strict=True):

@@ -52,7 +52,10 @@ def one_sequence(mixer: FreeEnergyMixer, x: Tensor, source: Tensor | None = None
     mean = torch.einsum("htsv,hsv->htv", weights, v)
     read = _gated(mixer, features, weights, v, mean)
     if c.outer_gate:
-        gate = F.softplus(_heads(features["outer"], c.n_heads)) + c.eps
+        outer = _heads(features["outer"], c.n_heads)
+        gate = (
+            torch.logaddexp(outer, torch.zeros_like(outer)) + c.eps
+        )  # torch's softplus is x from 20 on, e^-20 off
         read = read * gate / gate.square().mean(-1, keepdim=True).sqrt()
     if c.prior == "rnn_softmax":
         gate = F.softplus(_turned(c, features["q"], c.n_heads)) + c.eps

@@ -32,6 +32,9 @@ GROUPS = {
         "compare": "one table, one result file and figures for several runs",
         "report": "one page of all results, every number traceable to its file",
     },
+    "installation": {
+        "kernels": "native kernels for the CPU: build them, see what runs",
+    },
 }
 COMMANDS = [name for group in GROUPS.values() for name in group]
 MOVED = {"synthetic": "letters", "forecast": "forecasting"} | {

@@ -1,15 +1,14 @@
 """Linear attention with or without decay: unnormalised causal sums over a matrix-valued state."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from helmholtz._checks import check
 from helmholtz.ops import _linear_fla
+from helmholtz.ops._chunks import chunked_sums
 from helmholtz.ops._compute import compute_dtype
 from helmholtz.ops._dispatch import Backend, choose
-from helmholtz.ops._linear_chunks import Chunked
 
 
 def recurrent_linear_attention(
@@ -42,11 +41,7 @@ def recurrent_linear_attention(
     return torch.stack(out, dim=2).to(v.dtype), state
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def _chunked(
+def _torch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -56,31 +51,26 @@ def _chunked(
     *,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """All rows side by side; the last chunk is filled to a power of two with steps that change nothing."""
     if v.shape[2] == 1:  # a step of a stream
         return recurrent_linear_attention(q, k, v, log_decay, state=state, reset=reset)
     compute = compute_dtype(q, k, v, log_decay, state)
-    batch, heads, num_steps, width = q.shape
     if state is None:
-        state = v.new_zeros((batch, heads, width, v.shape[3]), dtype=compute)
-    if num_steps == 0:
+        state = v.new_zeros((*k.shape[:2], k.shape[3], v.shape[3]))
+    if v.shape[2] == 0:
         return v, state.to(compute)
-    if log_decay is not None and log_decay.ndim == 3:
-        log_decay = log_decay.unsqueeze(-1)
-    keep = None if reset is None else (~reset[:, None, :, None]).expand(-1, heads, -1, -1)
-    rest = num_steps % chunk_size
-    pad = _power_of_two(rest) - rest if rest else 0
-    rows = [None if x is None else x.to(compute).flatten(0, 1) for x in (q, k, v, log_decay, keep)]
-    if pad:
-        rows = [x if x is None else F.pad(x, (0, 0, 0, pad), value=float(x is rows[4])) for x in rows]
-    out, last = Chunked.call(*rows, state.to(compute).flatten(0, 1), chunk_size)
-    out = out[:, :num_steps].unflatten(0, (batch, heads)).to(v.dtype)
-    return out, last.unflatten(0, (batch, heads))
+    if log_decay is not None:
+        log_decay = (log_decay.unsqueeze(-1) if log_decay.ndim == 3 else log_decay).to(compute)
+    if reset is not None:
+        decays = v.new_zeros(1, dtype=compute) if log_decay is None else log_decay
+        log_decay = torch.where(reset[:, None, :, None], -torch.inf, decays)
+    q, k, wide = (x.to(compute) for x in (q, k, v))
+    out, last = chunked_sums(q, k, wide, log_decay, state.to(compute), chunk=chunk_size)
+    return out.to(v.dtype), last
 
 
 _BACKENDS = (
     Backend("fla", _linear_fla.run, _linear_fla.refuses),
-    Backend("torch", _chunked, lambda *_: None),
+    Backend("torch", _torch, lambda *_: None),
 )
 
 
@@ -114,8 +104,8 @@ def linear_attention(
         ``(out, last)``; ``last`` is :math:`S` after the last step in the compute dtype.
 
     Accuracy:
-        Computed in at least float32. Decays are only ever multiplied: no exponent is above 0, nothing is
-        clamped, and the gradient of a decay sums just the pairs that its step separates.
+        Computed in at least float32. Log decays are only added and factors only multiplied: no exponent is above 0,
+        nothing is clamped, and the gradient of a decay sums just the pairs that its step separates.
 
     Cost:
         Time ``O(B H T (C (K + V) + K V))`` with C the chunk size; per-channel decays add ``log2 C`` passes over
@@ -127,8 +117,7 @@ def linear_attention(
     Source: Katharopoulos et al., "Transformers are RNNs", 2020, section 3.3; Yang et al., "Gated Linear
     Attention Transformers with Hardware-Efficient Training", 2024, section 4.
     """
-    whole = chunk_size >= 1 and chunk_size == _power_of_two(chunk_size)
-    check(whole, "chunk_size", chunk_size, "a power of two")
+    check(chunk_size > 0 and chunk_size.bit_count() == 1, "chunk_size", chunk_size, "a power of two")
     call = (q, k, v, log_decay, state, reset)
     chosen = choose(_BACKENDS, backend, *call)
     return chosen.run(*call, chunk_size=chunk_size) if chosen.name == "torch" else chosen.run(*call)

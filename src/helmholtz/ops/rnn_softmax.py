@@ -1,15 +1,16 @@
 """Softmax over time as a recurrence: one key per channel, no query."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from helmholtz._once import DifferentiableOnce
+from helmholtz import kernels
 from helmholtz.ops._compute import compute_dtype
-from helmholtz.ops.scan import scan_in_place
+from helmholtz.ops._recompute import recomputed
+from helmholtz.ops.scan import doubling_scan
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,46 +30,39 @@ class RNNSoftmaxState:
 def _running_max(k: Tensor, start: Tensor, reset: Tensor | None) -> Tensor:
     """Largest key of the sequence so far, at every step; a reset forgets the keys before it."""
     floor = torch.finfo(k.dtype).min  # finite, so that a row without any weight subtracts to 0 and not to NaN
-    k, running = k.clamp_min(floor), start.clamp_min(floor)
-    out = torch.empty_like(k)
-    resets = [None] * k.shape[1] if reset is None else reset.unsqueeze(-1).unbind(1)
-    for key, here, restart in zip(k.unbind(1), out.unbind(1), resets, strict=True):
-        if restart is not None:
-            running = running.masked_fill(restart, floor)
-        running = torch.maximum(key, running, out=here)
-    return out
+    top, before = k.clamp_min(floor), start.clamp_min(floor).unsqueeze(1)
+    if reset is None:
+        return torch.maximum(top.cummax(1).values, before)
+    segment = reset.cumsum(1).unsqueeze(-1)
+    top = torch.where(segment[:, :1] == 0, torch.cat([torch.maximum(top[:, :1], before), top[:, 1:]], 1), top)
+    span = 1
+    while span < k.shape[1]:
+        earlier = F.pad(top[:, :-span], (0, 0, span, 0), value=floor)
+        same = F.pad(segment[:, :-span], (0, 0, span, 0), value=-1) == segment
+        top, span = torch.where(same, torch.maximum(top, earlier), top), 2 * span
+    return top
 
 
-class _RNNSoftmax(DifferentiableOnce):
-    """Averages and final sums from shifted weights ``w = e^{k - m}`` and decays ``e^{m_{t-1} - m_t}``."""
+def _plain(
+    k: Tensor, signals: Tensor, start: Tensor, sums: Tensor, reset: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Averages, last sums and running maximum, which is a constant to the gradient."""
+    with torch.no_grad():  # and detached: forward mode does not mind no_grad
+        top = _running_max(k.detach(), start.detach(), reset)
+        before = torch.cat([start.detach().unsqueeze(1), top[:, :-1]], dim=1)
+        decay = (before - top).exp()
+        if reset is not None:
+            decay = decay.masked_fill(reset.unsqueeze(-1), 0)
+    averaged, last = recomputed(_averages, k, signals, top, decay, sums)
+    return averaged, last, top
 
-    @staticmethod
-    def forward(
-        ctx: Any, k: Tensor, signals: Tensor, start: Tensor, top: Tensor, decay: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        weight = (k - top).exp_().unsqueeze(2)
-        sums = signals.new_empty((*signals.shape[:2], signals.shape[2] + 1, signals.shape[3]))
-        torch.mul(weight, signals, out=sums[:, :, :-1])
-        sums[:, :, -1:] = weight
-        last = scan_in_place(decay, sums, start).clone()
-        total = sums[:, :, -1:]
-        inverse = torch.where(total > 0, total.reciprocal(), 0)
-        averaged = sums[:, :, :-1] * inverse
-        ctx.save_for_backward(weight, signals, decay, inverse, averaged)
-        return averaged, last
 
-    @staticmethod
-    def backward(ctx: Any, daveraged: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
-        weight, signals, decay, inverse, averaged = ctx.saved_tensors
-        dsums = dlast.new_empty((len(dlast), averaged.shape[1], *dlast.shape[1:]))
-        torch.mul(daveraged, inverse, out=dsums[:, :, :-1])
-        torch.sum(dsums[:, :, :-1] * averaged, dim=2, keepdim=True, out=dsums[:, :, -1:]).neg_()
-        dsums[:, -1] += dlast
-        scan_in_place(decay[:, 1:], dsums[:, :-1], dsums[:, -1], reverse=True)
-        dstart = dsums[:, 0] * decay[:, 0]
-        dsums *= weight
-        dk = (dsums[:, :, :-1] * signals).sum(2) + dsums[:, :, -1]
-        return dk, dsums[:, :, :-1], dstart, None, None
+def _averages(k: Tensor, signals: Tensor, top: Tensor, decay: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    weight = (k - top).exp().unsqueeze(2)
+    sums = doubling_scan(decay.unsqueeze(2), torch.cat([weight * signals, weight], dim=2), start)
+    signal, total = sums[:, :, :-1], sums[:, :, -1:]
+    nothing = total <= 0
+    return (signal / total.masked_fill(nothing, 1)).masked_fill(nothing, 0), sums[:, -1]
 
 
 def rnn_softmax(
@@ -113,15 +107,11 @@ def rnn_softmax(
         )
     if num_steps == 0:
         return signals, state
-    keys, start = k.to(compute), state.max.to(compute)
-    with torch.no_grad():  # and detached: forward mode does not mind no_grad
-        top = _running_max(keys.detach(), start.detach(), reset)
-        before = torch.cat([start.unsqueeze(1), top[:, :-1]], dim=1)
-        decay = (before - top).exp_()
-        if reset is not None:
-            decay.masked_fill_(reset.unsqueeze(-1), 0)
-        last_max = torch.where(top[:, -1] > torch.finfo(compute).min, top[:, -1], -torch.inf)
-    averaged, sums = _RNNSoftmax.call(
-        keys, signals.to(compute), state.sums.to(compute), top, decay.unsqueeze(2)
-    )
-    return averaged.to(signals.dtype), RNNSoftmaxState(max=last_max, sums=sums)
+    inputs = k.to(compute), signals.to(compute), state.max.to(compute), state.sums.to(compute)
+    if kernels.usable(*inputs):
+        averaged, sums, top, _ = torch.ops.helmholtz.rnn_softmax(*inputs, reset)
+    else:
+        averaged, sums, top = _plain(*inputs, reset)
+    last = top[:, -1]
+    last = torch.where(last > torch.finfo(compute).min, last, -torch.inf)
+    return averaged.to(signals.dtype), RNNSoftmaxState(max=last, sums=sums)

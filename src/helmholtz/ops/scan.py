@@ -1,80 +1,32 @@
 """First-order linear recurrence over time."""
 
-import math
-from itertools import pairwise
-from typing import Any
-
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from helmholtz._once import DifferentiableOnce
+from helmholtz import kernels
 from helmholtz.ops._compute import compute_dtype
 
-# One step on this many elements costs as much as its launch; wider rows gain nothing from chunks.
-_WIDE_ROW = 2048
 
+def doubling_scan(decay: Tensor, x: Tensor, state: Tensor) -> Tensor:
+    """``h_t = a_t h_{t-1} + x_t`` along dimension 1 from ``state``, in log2 T sweeps: after each a step has heard of
+    twice as many. ``decay`` broadcasts against ``x`` after the time dimension.
 
-def _steps(decay: Tensor, x: Tensor, carry: Tensor, *, reverse: bool) -> Tensor:
-    """``x_t += decay_t x_{t-1}`` in place, one step after another; returns the last row."""
-    rows = list(zip(decay.unbind(1), x.unbind(1), strict=True))
-    for a, row in reversed(rows) if reverse else rows:
-        carry = row.addcmul_(a, carry)
-    return carry
-
-
-def _chunks(decay: Tensor, x: Tensor, carry: Tensor, length: int, *, reverse: bool) -> Tensor:
-    """As `_steps`, all chunks of ``length`` steps side by side, then over the chunks' ends."""
-    decay = decay.unflatten(1, (-1, length)).clone()
-    x = x.unflatten(1, (-1, length))
-    order = range(length)[::-1] if reverse else range(length)
-    decays, rows = decay.unbind(2), x.unbind(2)
-    for before, now in pairwise(order):
-        rows[now].addcmul_(decays[now], rows[before])
-        decays[now].mul_(decays[before])  # decay since the chunk's start
-    carries = []
-    ends = list(zip(decays[order[-1]].unbind(1), rows[order[-1]].unbind(1), strict=True))
-    for a, end in reversed(ends) if reverse else ends:
-        carries.append(carry)
-        carry = torch.addcmul(end, a, carry)
-    x.addcmul_(decay, torch.stack(carries[::-1] if reverse else carries, dim=1).unsqueeze(2))
-    return carry
-
-
-def scan_in_place(decay: Tensor, x: Tensor, carry: Tensor, *, reverse: bool = False) -> Tensor:
-    """``x_t += decay_t x_{t-1}`` along dimension 1, starting from ``carry``; returns the last row.
-
-    ``decay`` broadcasts against ``x`` after the time dimension; ``reverse`` starts at the last step.
+    Source: Hillis & Steele, "Data Parallel Algorithms", 1986.
     """
-    num_steps, width = x.shape[1], math.prod(x.shape[2:]) * x.shape[0]
-    length = min(math.isqrt(num_steps), 64)  # longer products of decays would often run into denormals
-    if length < 4 or width >= _WIDE_ROW:
-        return _steps(decay, x, carry, reverse=reverse)
-    body = num_steps - num_steps % length
-    head, tail = (decay[:, :body], x[:, :body]), (decay[:, body:], x[:, body:])
-    if reverse:
-        return _chunks(*head, _steps(*tail, carry, reverse=True), length, reverse=True)
-    return _steps(*tail, _chunks(*head, carry, length, reverse=False), reverse=False)
+    first = torch.addcmul(x[:, :1], decay[:, :1], state.unsqueeze(1))
+    h, span = torch.cat([first, x[:, 1:]], dim=1), 1
+    while span < x.shape[1]:
+        h = torch.addcmul(h, decay, _later(h, span))
+        decay = decay * _later(decay, span)
+        span *= 2
+    return h
 
 
-class _Scan(DifferentiableOnce):
-    @staticmethod
-    def forward(ctx: Any, decay: Tensor, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        h = x.clone(memory_format=torch.contiguous_format)
-        last = scan_in_place(decay, h, state).clone()
-        ctx.save_for_backward(decay, h, state)
-        return h, last
-
-    @staticmethod
-    def backward(ctx: Any, dh: Tensor, dlast: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        decay, h, state = ctx.saved_tensors
-        dx = dh.clone(memory_format=torch.contiguous_format)
-        dx[:, -1] += dlast
-        scan_in_place(decay[:, 1:], dx[:, :-1], dx[:, -1], reverse=True)
-        ddecay = torch.empty_like(dx)
-        torch.mul(dx[:, 1:], h[:, :-1], out=ddecay[:, 1:])
-        torch.mul(dx[:, 0], state, out=ddecay[:, 0])
-        return ddecay, dx, dx[:, 0] * decay[:, 0]
+def _later(x: Tensor, steps: int) -> Tensor:
+    """``x`` that many steps later, 0 before."""
+    return F.pad(x[:, :-steps], (0, 0) * (x.ndim - 2) + (steps, 0))
 
 
 def first_order_scan(
@@ -99,7 +51,7 @@ def first_order_scan(
         an underflowing product is a forgotten past, not an error.
 
     Cost:
-        Time and memory ``O(B T C)``. Narrow rows run as about ``sqrt(2 T)`` chunks side by side.
+        Time and memory ``O(B T C)``; the plain form makes ``log2 T`` sweeps and keeps each.
     """
     compute = compute_dtype(decay, x, state)
     if state is None:
@@ -111,5 +63,9 @@ def first_order_scan(
     if x.shape[1] == 1:  # a step of a stream
         h = torch.addcmul(x.to(compute), decay.to(compute), state.to(compute).unsqueeze(1))
         return h.to(x.dtype), h[:, 0]
-    h, last = _Scan.call(decay.to(compute), x.to(compute), state.to(compute))
-    return h.to(x.dtype), last
+    inputs = decay.to(compute), x.to(compute), state.to(compute)
+    if kernels.usable(*inputs):
+        h, last = torch.ops.helmholtz.scan(*inputs)
+        return h.to(x.dtype), last
+    h = doubling_scan(*inputs)
+    return h.to(x.dtype), h[:, -1]

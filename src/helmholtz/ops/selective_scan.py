@@ -1,116 +1,80 @@
 """The selective state-space recurrence: decay per channel and state, chosen by the input."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from helmholtz._once import DifferentiableOnce
+from helmholtz import kernels
 from helmholtz.ops._compute import compute_dtype, full_precision
+from helmholtz.ops._recompute import recomputed
 
-# Inside: time first, then B N S C (states before channels): every step is one pass over contiguous rows,
-# and both contractions over N are matrix products.
-
-
-def _decays(delta: Tensor, A: Tensor, keep: Tensor | None) -> Tensor:
-    """``e^{delta A}`` as ``L B N 1 C``; 0 where the sequence restarts."""
-    decay = torch.mul(delta[:, :, None, None], A[:, None]).exp_()
-    return decay if keep is None else decay.mul_(keep)
+CHUNK, GROUP = 64, 8
+"""Steps of a chunk, and of a group of them whose states are held at a time."""
 
 
-def _states(decay: Tensor, du: Tensor, B: Tensor, start: Tensor) -> Tensor:
-    """``h`` at every step of a chunk, ``L B N S C``."""
-    h = du.unsqueeze(2) * B[..., None, None]
-    for a, row in zip(decay.unbind(0), h.unbind(0), strict=True):
-        start = row.addcmul_(a, start)
-    return h
+def _plain(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, reset: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One place after another of all chunks at once: from 0 for what a chunk adds to the state, then from the states
+    before the chunks. Inside, states lie before channels: ``B n N S C``."""
+    num_steps, length = u.shape[1], min(CHUNK, u.shape[1])
+    rates, state = A.T, state.permute(0, 3, 1, 2)
+    x, steps, b, c = (_chunks(z, length) for z in (u, delta, B, C))
+    keep = None if reset is None else 1 - _chunks(reset.to(u.dtype), length)
+    total = (steps.sum(2).unsqueeze(-2) * rates).exp()
+    if keep is not None:
+        total = total * keep.amin(2)[..., None, None]
+    h = x.new_zeros(*x.shape[:2], *state.shape[1:])
+    groups = range(0, length, GROUP)
+    for i in groups:
+        h = recomputed(_states, h, *_cut(i, x, steps, b, keep), rates)[0]
+    h, last = _before_chunks(h, total.unsqueeze(3), state)
+    read = []
+    for i in groups:
+        h, y = recomputed(_reads, h, *_cut(i, x, steps, b, keep), rates, c[:, :, i : i + GROUP])
+        read.append(y)
+    return torch.cat(read, 2).flatten(1, 2)[:, :num_steps], last.permute(0, 2, 3, 1)
 
 
-def _over_signals(x: Tensor, y: Tensor) -> Tensor:
-    """``sum_s x y`` of two ``L B N S C``."""
-    total = x[..., 0, :] * y[..., 0, :]
-    for s in range(1, x.shape[-2]):
-        total.addcmul_(x[..., s, :], y[..., s, :])
-    return total
+def _chunks(x: Tensor, length: int) -> Tensor:
+    """``B n L ...``, filled with zeros."""
+    pad = x.new_zeros(len(x), -x.shape[1] % length, *x.shape[2:])
+    return torch.cat([x, pad], dim=1).unflatten(1, (-1, length))
 
 
-class _SelectiveScan(DifferentiableOnce):
-    """Keeps the state at chunk boundaries and recomputes inside the chunks."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        state: Tensor,
-        keep: Tensor | None,
-        length: int,
-    ) -> tuple[Tensor, Tensor]:
-        y = torch.empty_like(u)
-        starts = []
-        with full_precision(u.device):
-            for i in range(0, u.shape[0], length):
-                span = slice(i, i + length)
-                starts.append(state)
-                decay = _decays(delta[span], A, None if keep is None else keep[span])
-                h = _states(decay, u[span] * delta[span].unsqueeze(2), B[span], state)
-                torch.matmul(C[span].unsqueeze(2), h.flatten(3), out=y[span].flatten(2).unsqueeze(2))
-                state = h[-1].clone()
-        ctx.save_for_backward(u, delta, A, B, C, keep, *starts)
-        ctx.length = length
-        return y, state
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-        u, delta, A, B, C, keep, *starts = ctx.saved_tensors
-        du, ddelta, dB, dC = (torch.empty_like(x) for x in (u, delta, B, C))
-        dA = torch.zeros_like(A)
-        dy = dy.contiguous()
-        with full_precision(u.device):
-            for i, start in zip(range(0, u.shape[0], ctx.length)[::-1], starts[::-1], strict=True):
-                span = slice(i, i + ctx.length)
-                inputs = (u[span], delta[span], A, B[span], C[span])
-                gradients = (du[span], ddelta[span], dA, dB[span], dC[span])
-                kept = None if keep is None else keep[span]
-                dstate = _chunk_backward(inputs, start, kept, dy[span], dstate, gradients)
-        return du, ddelta, dA, dB, dC, dstate, None, None
+def _cut(i: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if x is None else x[:, :, i : i + GROUP] for x in tensors)
 
 
-def _chunk_backward(
-    inputs: tuple[Tensor, ...],
-    start: Tensor,
-    keep: Tensor | None,
-    dy: Tensor,
-    dstate: Tensor,
-    gradients: tuple[Tensor, ...],
-) -> Tensor:
-    """Write one chunk's gradients of ``inputs`` (that of ``A`` adds up); returns that of its first state."""
-    (u, delta, A, B, C), (du, ddelta, dA, dB, dC) = inputs, gradients
-    decay = _decays(delta, A, keep)
-    scaled = u * delta.unsqueeze(2)
-    h = _states(decay, scaled, B, start)
-    torch.matmul(h.flatten(3), dy.flatten(2).unsqueeze(3), out=dC.unsqueeze(3))
-    dh = dy.unsqueeze(2) * C[..., None, None]
-    dh[-1] += dstate
-    rows = dh.unbind(0)
-    for now, after, a in zip(rows[-2::-1], rows[:0:-1], decay.unbind(0)[:0:-1], strict=True):
-        now.addcmul_(a, after)
-    torch.matmul(dh.flatten(3), scaled.flatten(2).unsqueeze(3), out=dB.unsqueeze(3))
-    dscaled = torch.matmul(B.unsqueeze(2), dh.flatten(3)).view_as(u)
-    torch.mul(dscaled, delta.unsqueeze(2), out=du)
-    torch.mul(dscaled, u, out=dscaled)
-    exponent = torch.empty_like(decay.squeeze(3))
-    exponent[1:] = _over_signals(dh[1:], h[:-1])
-    exponent[0] = _over_signals(dh[:1], start.unsqueeze(0)).squeeze(0)
-    exponent *= decay.squeeze(3)
-    dA += (exponent * delta.unsqueeze(2)).sum((0, 1))
-    torch.sum(dscaled, dim=2, out=ddelta)
-    ddelta += exponent.mul_(A).sum(2)
-    return decay[0] * dh[0]
+def _states(
+    h: Tensor, u: Tensor, delta: Tensor, b: Tensor, keep: Tensor | None, rates: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The state after a group of places, and after each."""
+    decay = (delta.unsqueeze(3) * rates).exp()
+    if keep is not None:
+        decay = decay * keep[..., None, None]
+    added = (u * delta.unsqueeze(3)).unsqueeze(3) * b[..., None, None]
+    states = []
+    for a, new in zip(decay.unsqueeze(4).unbind(2), added.unbind(2), strict=True):
+        h = torch.addcmul(new, a, h)
+        states.append(h)
+    return h, states
+
+
+def _reads(
+    h: Tensor, u: Tensor, delta: Tensor, b: Tensor, keep: Tensor | None, rates: Tensor, c: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The state after a group of places, and what each reads, ``B n g S C``."""
+    h, states = _states(h, u, delta, b, keep, rates)
+    return h, (c.unsqueeze(3) @ torch.stack(states, 2).flatten(4)).view_as(u)
+
+
+def _before_chunks(added: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    starts = []
+    for a, new in zip(decay.unbind(1), added.unbind(1), strict=True):
+        starts.append(state)
+        state = torch.addcmul(new, a, state)
+    return torch.stack(starts, 1), state
 
 
 def selective_scan(
@@ -152,11 +116,12 @@ def selective_scan(
         state = u.new_zeros((u.shape[0], *u.shape[2:], A.shape[1]), dtype=compute)
     if u.shape[1] == 0:
         return u, state.to(compute)
-    keep = None if reset is None else (~reset).to(compute).T[:, :, None, None, None]
-    x, steps, b, c = (z.transpose(0, 1).contiguous() for z in (x, steps, b, c))
-    start = state.to(compute).permute(0, 3, 1, 2).contiguous()
-    y, last = _SelectiveScan.call(x, steps, rates.T.contiguous(), b, c, start, keep, 32)
-    y = y.transpose(0, 1)
+    inputs = x, steps, rates, b, c, state.to(compute)
+    if kernels.usable(*inputs):
+        y, last, _ = torch.ops.helmholtz.selective_scan(*inputs, reset)
+    else:
+        with full_precision(u.device):
+            y, last = _plain(*inputs, reset)
     if D is not None:
         y = y + D.to(compute) * u.to(compute)
-    return y.to(u.dtype), last.permute(0, 2, 3, 1)
+    return y.to(u.dtype), last

@@ -1,0 +1,37 @@
+// The operators of helmholtz on CPU tensors. Their schemas and fake rules are defined in Python (kernels/operators.py).
+// A backward operator has no derivative and says so.
+#include "gated_read.h"
+#include "rnn_softmax.h"
+#include "scan.h"
+#include "segment_decays.h"
+#include "selective_scan.h"
+
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+
+namespace helmholtz {
+
+TORCH_LIBRARY_IMPL(helmholtz, CPU, m) {
+  m.impl("scan", scan_cpu);
+  m.impl("scan_backward", scan_backward_cpu);
+  m.impl("gated_read", gated_read_cpu);
+  m.impl("gated_read_backward", gated_read_backward_cpu);
+  m.impl("rnn_softmax", rnn_softmax_cpu);
+  m.impl("rnn_softmax_backward", rnn_softmax_backward_cpu);
+  m.impl("segment_decays", segment_decays_cpu);
+  m.impl("segment_decays_backward", segment_decays_backward_cpu);
+  m.impl("selective_scan", selective_scan_cpu);
+  m.impl("selective_scan_backward", selective_scan_backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(helmholtz, Autograd, m) {
+  m.impl("scan", scan_autograd);
+  m.impl("gated_read", gated_read_autograd);
+  m.impl("rnn_softmax", rnn_softmax_autograd);
+  m.impl("segment_decays", segment_decays_autograd);
+  m.impl("selective_scan", selective_scan_autograd);
+  for (const char* name : {"scan_backward", "gated_read_backward", "rnn_softmax_backward", "segment_decays_backward",
+                           "selective_scan_backward"})
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
+}
+
+}  // namespace helmholtz

@@ -1,0 +1,54 @@
+"""Kernels for CPU tensors: compiled once against the torch that is installed, used where nothing transforms a call.
+
+Every operation that has one has a plain form beside it, of torch's own operations: for transforms of ``torch.func``,
+second derivatives, export, other devices, and where nothing is built.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from helmholtz.kernels import operators
+from helmholtz.kernels.build import load
+
+LOADED = load()
+"""Whether the operators have their implementation in this process."""
+SWITCH = "HELMHOLTZ_KERNELS"
+"""The environment variable that says ``plain`` for plain forms only."""
+NAMES = operators.NAMES
+_plain = os.environ.get(SWITCH, "auto") == "plain"
+
+
+@contextlib.contextmanager
+def plain_forms() -> Iterator[None]:
+    """Within this context every operation is made of torch's own, in all threads of the process."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
+
+
+def usable(*tensors: Tensor | None) -> bool:
+    """Whether a call on ``tensors`` takes its kernel: it is built, they are on the CPU, and nothing looks on that
+    follows torch's own operations alone (a transform of ``torch.func``, forward mode, an export)."""
+    if _plain or not LOADED or torch.compiler.is_exporting():
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    return all(x is None or x.device.type == "cpu" for x in tensors)
+
+
+def refusal() -> str | None:
+    """Why no call of this process takes a kernel, or None."""
+    if not LOADED:
+        return "they are not built: helmholtz kernels build"
+    return f"{SWITCH}=plain" if _plain else None
+
+
+__all__ = ["LOADED", "NAMES", "SWITCH", "plain_forms", "refusal", "usable"]

@@ -1,0 +1,103 @@
+"""Decayed causal sums over a matrix-valued state: products inside chunks, a state between them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from helmholtz import kernels
+from helmholtz.ops._compute import full_precision
+
+# Shapes: n chunks of L steps, a power of two; heads of q and k broadcast. `since_i` is what decays from a span's start
+# up to i, `until_j` what decays after j up to its end. Log decays are only added and factors only multiplied: no
+# exponent is above 0, none is a difference of sums, and a step's gradient sums the pairs it separates alone.
+
+
+def chunked_sums(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    *,
+    chunk: int,
+    strict: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``(out: B H T V, state after: B H K V)`` of ``linear_attention``, all chunks at once.
+
+    Args:
+        log_decay: ``B H T E`` with one decay per step (``E = 1``) or per key channel (``E = K``).
+        strict: leave the pairs ``i = j`` out.
+    """
+    num_steps = v.shape[2]
+    length = min(chunk, 1 << (num_steps - 1).bit_length())
+    pad = -num_steps % length
+    q, k, v = (F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, length)) for x in (q, k, v))
+    with full_precision(v.device):
+        if log_decay is None:
+            scores, total = (q @ k.mT).tril(-strict), None
+            reads, writes = q, k
+        else:
+            log_decay = F.pad(log_decay, (0, 0, 0, pad)).unflatten(2, (-1, length))
+            of = _step_scores if log_decay.shape[-1] == 1 else _channel_scores
+            scores, since, until = of(q, k, log_decay, strict)
+            reads, writes, total = q * since, k * until, since[..., -1, :].unsqueeze(-1)
+        starts, last = _carry(writes.mT @ v, total, state)
+        out = scores @ v + reads @ starts
+    return out.flatten(2, 3)[:, :, :num_steps], last
+
+
+def _step_scores(q: Tensor, k: Tensor, log_decay: Tensor, strict: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """``(q_i . k_j times the decays from j to i, since, until)`` of one decay per step."""
+    weights = _decays(log_decay.squeeze(-1))
+    scores = (q @ k.mT) * weights
+    since, until = log_decay.cumsum(-2).exp(), weights[..., -1, :].unsqueeze(-1)
+    return scores.tril(-1) if strict else scores, since, until
+
+
+def _decays(log_decay: Tensor) -> Tensor:
+    """What decays from step j to step i, ``... i j``; 0 for ``i < j``."""
+    if kernels.usable(log_decay):
+        weights: Tensor = torch.ops.helmholtz.segment_decays(log_decay)
+        return weights
+    length = log_decay.shape[-1]
+    sums = log_decay.unsqueeze(-1).expand(*log_decay.shape, length).tril(-1).cumsum(-2)  # over j < s <= i
+    return sums.exp().tril()
+
+
+def _channel_scores(q: Tensor, k: Tensor, log_decay: Tensor, strict: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of one decay per key channel: halves of spans that double, from one step to the whole chunk.
+
+    For i in the right and j in the left half the decays from j to i are ``since_i until_j``.
+    """
+    q, k, since = (x.unsqueeze(-2) for x in (q, k, log_decay.exp()))  # blocks of one step
+    until, scores = torch.ones_like(since), (q * k).sum(-1, keepdim=True) * (not strict)
+    while q.shape[-3] > 1:
+        (_, q_right), (k_left, _) = _halves(q), _halves(k)
+        (left_since, right_since), (left_until, right_until) = _halves(since), _halves(until)
+        upper, lower = _halves(scores)
+        cross = (q_right * right_since) @ (k_left * left_until).mT
+        rows = [torch.cat([upper, torch.zeros_like(upper)], -1), torch.cat([cross, lower], -1)]
+        scores = torch.cat(rows, -2)
+        through_left, through_right = left_since[..., -1:, :], right_since[..., -1:, :]
+        since = torch.cat([left_since, right_since * through_left], -2)
+        until = torch.cat([left_until * through_right, right_until], -2)
+        q, k = (x.unflatten(-3, (-1, 2)).flatten(-3, -2) for x in (q, k))
+    return scores.squeeze(-3), since.squeeze(-3), until.squeeze(-3)
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Neighbouring blocks ``... b m E`` of an even number."""
+    left, right = x.unflatten(-3, (-1, 2)).unbind(-3)
+    return left, right
+
+
+def _carry(added: Tensor, decay: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    """``state`` before each of the chunks, where each makes it ``decay state + added``, and after the last."""
+    if decay is None:
+        ends = added.cumsum(2) + state.unsqueeze(2)
+        return torch.cat([state.unsqueeze(2), ends[:, :, :-1]], 2), ends[:, :, -1]
+    starts = []
+    for a, new in zip(decay.unbind(2), added.unbind(2), strict=True):
+        starts.append(state)
+        state = torch.addcmul(new, a, state)
+    return torch.stack(starts, 2), state

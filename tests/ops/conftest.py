@@ -1,0 +1,26 @@
+"""Operations that have kernels are tested in both forms."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from helmholtz import kernels
+
+HAVE_KERNELS = ["test_free_energy", "test_linear_attention", "test_rnn_softmax", "test_scan", "test_second_derivatives",
+                "test_selective_scan", "test_ssd"]  # fmt: skip
+FORMS = ["plain", *(["kernel"] if kernels.LOADED else [])]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.module.__name__.rpartition(".")[2] in HAVE_KERNELS:
+        metafunc.fixturenames.append("form")
+        metafunc.parametrize("form", FORMS, indirect=True)
+
+
+@pytest.fixture
+def form(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "kernel":
+        yield "kernel"
+        return
+    with kernels.plain_forms():
+        yield "plain"
