@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -50,6 +51,14 @@ hypothesis.settings.load_profile("tests")
 
 with torch.device("meta"):  # makes torch remember the true torch.empty, which the poison below replaces
     torch.empty(0)
+
+
+@pytest.fixture
+def heard_hangups() -> Iterator[None]:
+    """SIGHUP reaches the test and what it starts, also where ``nohup`` has it ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(autouse=True)

@@ -119,7 +119,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_closed_terminal_saves_and_ends_in_order(data, tmp_path):
+def test_a_closed_terminal_saves_and_ends_in_order(data, tmp_path, heard_hangups):
     """A hang-up while nobody reads standard output: what the end of an ssh session does to ``train | tee``."""
     reader, writer = os.pipe()
     os.close(reader)

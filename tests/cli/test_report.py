@@ -44,7 +44,9 @@ def test_mistakes_are_one_line_and_touch_nothing(capsys, tmp_path, monkeypatch, 
 
 def test_a_damaged_file_is_named(capsys, tmp_path):
     (tmp_path / "faults").mkdir()
-    (tmp_path / "faults" / "matrix.json").write_text('{"rows": [{"fault": "x"}]}')
+    (tmp_path / "faults" / "matrix.json").write_text(
+        '{"rows": [{"fault": "x"}], "kill_points": 1, "seconds": 2}'
+    )
     code, _, error = call(capsys, tmp_path, f"--output={tmp_path / 'page.html'}")
     assert code == 2 and "matrix.json#/rows/0: no 'processes' there" in error
     assert not (tmp_path / "page.html").exists()

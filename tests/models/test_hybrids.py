@@ -155,7 +155,7 @@ def test_tools_that_look_inside_read_under_one_plan() -> None:
 
 BAD = {
     "no layers": ({"layers": []}, "layers must be at least one"),
-    "a number of layers": ({"layers": 3}, "layers must be a list, got 3"),
+    "a number of layers": ({"layers": 3}, "layers must be a list, or a pattern: .*, got 3"),
     "a layer that looks ahead": (
         {"layers": [{"mixer": {"kind": "attention", "d_model": 32, "n_heads": 4, "causal": False}}]},
         r"layers\[0\]\.mixer\.causal must be true",

@@ -155,7 +155,7 @@ def test_a_killed_process_can_be_resumed(data, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_finishes_the_step_saves_and_can_be_resumed(data, tmp_path, number):
+def test_a_signal_finishes_the_step_saves_and_can_be_resumed(data, tmp_path, number, heard_hangups):
     class Signal(Callback):
         def on_step(self, record):
             if record.step == 7:

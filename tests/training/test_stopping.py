@@ -10,7 +10,7 @@ from helmholtz.training.stopping import SIGNALS, stop_signals
 
 
 @pytest.fixture(autouse=True)
-def before():
+def before(heard_hangups):
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield handlers
     for number, handler in handlers.items():
