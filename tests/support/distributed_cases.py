@@ -29,10 +29,6 @@ WAYS = {
 }
 """Other ways to share the work."""
 TOLERANCE = 1e-6
-SOLVED = 2e-5
-"""Of the gradient through an equilibrium: its linear systems are solved to 1e-6 of what comes in, and whether a row
-makes one more step may hang on a rounding (measured: 1.2e-5 in one of 20 steps, the weights after it to 1e-7)."""
-WITH_EQUILIBRIUM = ("mamba_hopfield", "decoder")
 SIZES = {
     "transformer": {"n_layers": 2, "n_heads": 2, "dropout": 0.1},
     "fem_lm": {"n_layers": 2, "n_heads": 2, "dropout": 0.1},
@@ -40,7 +36,8 @@ SIZES = {
     "mamba_hopfield": {"n_layers": 1, "d_head": 8, "d_state": 8, "n_patterns": 16, "n_slots": 8},
     "decoder": {
         "layers": [
-            {"mixer": {"kind": "fem", "n_heads": 2, "prior": prior}, "d_ff": 24}
+            # at the eps of 1e-6 a query whose features are all 0 divides by almost nothing: rounding times 100
+            {"mixer": {"kind": "fem", "n_heads": 2, "prior": prior, "eps": 0.01}, "d_ff": 24}
             for prior in ("gla", "softmax")
         ],
         "plan": {"layer": 1, "n_bits": 4},
@@ -132,8 +129,7 @@ def assert_same_run(one, two, n_steps):
     assert len(records(one, "step")) == len(records(two, "step")) == n_steps
     for a, b in zip(records(one, "step"), records(two, "step"), strict=True):
         for name in ("loss", "grad_norm", "bits_per_byte"):
-            solved = name == "grad_norm" and Path(one).name.startswith(WITH_EQUILIBRIUM)
-            assert b[name] == pytest.approx(a[name], rel=SOLVED if solved else TOLERANCE), (a["step"], name)
+            assert b[name] == pytest.approx(a[name], rel=TOLERANCE), (a["step"], name)
         for name, value in a["terms"].items():
             assert b["terms"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), (a["step"], name)
     for a, b in zip(records(one, "eval"), records(two, "eval"), strict=True):
