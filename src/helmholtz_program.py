@@ -1,4 +1,4 @@
-"""The program ``helmholtz``: an interruption while torch is being imported is told in one line, as any later one."""
+"""The program ``helmholtz``: what ends it while torch and the kernels are loaded is told in one line, as all later."""
 
 import sys
 
@@ -9,4 +9,7 @@ def main() -> int:
     except KeyboardInterrupt:
         sys.stderr.write("helmholtz: interrupted\n")
         return 130
+    except (ValueError, OSError) as error:  # HELMHOLTZ_KERNELS, or a library of kernels that cannot be loaded
+        sys.stderr.write(f"helmholtz: error: {' '.join(str(error).split())}\n")
+        return 2
     return run()

@@ -99,6 +99,14 @@ def test_kernels_are_switched_off(place, monkeypatch):
     assert kernels.usable(X) == kernels.LOADED
 
 
+def test_an_unknown_switch_is_no_switch():
+    env = os.environ | {"HELMHOLTZ_KERNELS": "off"}
+    code = "import helmholtz_program; raise SystemExit(helmholtz_program.main())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "HELMHOLTZ_KERNELS must be one of" in line
+
+
 @built
 def test_transforms_and_other_devices_take_the_plain_forms():
     assert kernels.usable(X, None) and not kernels.usable(X, torch.empty(1, device="meta"))

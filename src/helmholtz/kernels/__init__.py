@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from helmholtz._checks import check_choice
 from helmholtz.kernels import operators
 from helmholtz.kernels.build import load
 
@@ -20,7 +21,8 @@ LOADED = load()
 SWITCH = "HELMHOLTZ_KERNELS"
 """The environment variable that says ``plain`` for plain forms only."""
 NAMES = operators.NAMES
-_plain = os.environ.get(SWITCH, "auto") == "plain"
+check_choice(SWITCH, os.environ.get(SWITCH, "auto"), ("auto", "plain"))
+_plain = os.environ.get(SWITCH) == "plain"
 
 
 @contextlib.contextmanager

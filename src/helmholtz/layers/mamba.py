@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from helmholtz._checks import check_divides, check_integer
 from helmholtz.layers.base import AbstractMixer
@@ -17,6 +16,7 @@ from helmholtz.layers.norm import RMSNorm
 from helmholtz.layers.placement import device_of
 from helmholtz.layers.sequence import SequenceLayout, zero_pads
 from helmholtz.ops._compute import compute_dtype
+from helmholtz.ops._recompute import recomputed
 from helmholtz.ops.causal_conv import causal_conv
 from helmholtz.ops.ssd import ssd
 
@@ -96,9 +96,7 @@ class _Recomputed:
 
     def _call(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """``function(*inputs)``, kept or recomputed."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return function(*inputs)
+        return recomputed(function, *inputs) if self.gradient_checkpointing else function(*inputs)
 
 
 @final

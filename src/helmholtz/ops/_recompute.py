@@ -1,17 +1,16 @@
 """What would keep too much for its backward pass is computed again there."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 ResultT = TypeVar("ResultT")
 
 
-def recomputed(function: Callable[..., ResultT], *inputs: Tensor | None) -> ResultT:
+def recomputed(function: Callable[..., ResultT], *inputs: Any) -> ResultT:
     """``function(*inputs)``; under transforms of ``torch.func`` and in forward mode, which allow no recomputation, it
     keeps all it needs."""
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

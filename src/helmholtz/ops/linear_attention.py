@@ -109,7 +109,7 @@ def linear_attention(
 
     Cost:
         Time ``O(B H T (C (K + V) + K V))`` with C the chunk size; per-channel decays add ``log2 C`` passes over
-        ``k``. Memory ``O(B H T (K + V))`` plus one state per chunk; scores are recomputed in backward.
+        ``k``. Memory ``O(B H T (C + K + V))`` plus one state per chunk.
 
     Raises:
         ValueError: if ``chunk_size`` is no power of two, or ``backend`` cannot run this call.

@@ -61,8 +61,7 @@ def ssd(
         so neither ``e^{-\Delta A T}`` overflows nor does a strong decay blur the weak ones after it.
 
     Cost:
-        Time ``O(B T H (chunk + N) P)``. Memory ``O(B T H P)`` plus one state per chunk; the scores of a chunk are
-        recomputed in backward.
+        Time ``O(B T H (chunk + N) P)``. Memory ``O(B T H (chunk + N + P))`` plus one state per chunk.
 
     Source: Dao & Gu, "Transformers are SSMs", 2024, section 6.
     """
