@@ -27,7 +27,8 @@ def attention(**fields: Any) -> AttentionConfig:
 
 def fem(prior: str, **fields: Any) -> FreeEnergyMixerConfig:
     # a layer norm over the default 2 channels of the conditioning would only keep signs
-    return FreeEnergyMixerConfig(d_model=D, n_heads=HEADS, prior=prior, tdc_width=8, **fields)  # type: ignore[arg-type]
+    # at the eps of 1e-6 a query whose features are all 0 divides by almost nothing: rounding times 100
+    return FreeEnergyMixerConfig(d_model=D, n_heads=HEADS, prior=prior, tdc_width=8, eps=0.01, **fields)  # type: ignore[arg-type]
 
 
 def mamba() -> MambaMixerConfig:

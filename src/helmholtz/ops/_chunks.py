@@ -1,11 +1,15 @@
 """Decayed causal sums over a matrix-valued state: products inside chunks, a state between them."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from helmholtz import kernels
 from helmholtz.ops._compute import full_precision
+from helmholtz.ops._recompute import recomputed
 
 # Shapes: n chunks of L steps, a power of two; heads of q and k broadcast. `since_i` is what decays from a span's start
 # up to i, `until_j` what decays after j up to its end. Log decays are only added and factors only multiplied: no
@@ -38,7 +42,10 @@ def chunked_sums(
             reads, writes = q, k
         else:
             log_decay = F.pad(log_decay, (0, 0, 0, pad)).unflatten(2, (-1, length))
+            of: Callable[..., tuple[Tensor, Tensor, Tensor]]
             of = _step_scores if log_decay.shape[-1] == 1 else _channel_scores
+            if not kernels.usable(q, log_decay):  # the plain form would keep four squares of a chunk
+                of = partial(recomputed, of)
             scores, since, until = of(q, k, log_decay, strict)
             reads, writes, total = q * since, k * until, since[..., -1, :].unsqueeze(-1)
         starts, last = _carry(writes.mT @ v, total, state)

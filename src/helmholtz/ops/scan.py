@@ -7,6 +7,7 @@ from torch import Tensor
 
 from helmholtz import kernels
 from helmholtz.ops._compute import compute_dtype
+from helmholtz.ops._recompute import recomputed
 
 
 def doubling_scan(decay: Tensor, x: Tensor, state: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ def first_order_scan(
         an underflowing product is a forgotten past, not an error.
 
     Cost:
-        Time and memory ``O(B T C)``; the plain form makes ``log2 T`` sweeps and keeps each.
+        Time and memory ``O(B T C)``; the plain form makes ``log2 T`` sweeps, and makes them again in backward.
     """
     compute = compute_dtype(decay, x, state)
     if state is None:
@@ -67,5 +68,5 @@ def first_order_scan(
     if kernels.usable(*inputs):
         h, last = torch.ops.helmholtz.scan(*inputs)
         return h.to(x.dtype), last
-    h = doubling_scan(*inputs)
+    h = recomputed(doubling_scan, *inputs)
     return h.to(x.dtype), h[:, -1]
