@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -86,6 +87,30 @@ void each(int64_t parts, const F& work) {
   AT_DISPATCH_FLOATING_TYPES((x).scalar_type(), "helmholtz", [&] {          \
     using T = scalar_t;                                                     \
     __VA_ARGS__;                                                            \
+  })
+
+// Numbers as tensors hold them: bf16 is widened before every computation and rounded once, to nearest even, after it.
+// Written out, as a compiler turns these into vector code, not c10's branches on NaN.
+INLINE float wide(float x) { return x; }
+INLINE double wide(double x) { return x; }
+INLINE float wide(at::BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.x) << 16); }
+
+template <typename S, typename T>
+INLINE S narrow(T x) {
+  if constexpr (std::is_same_v<S, at::BFloat16>) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return at::BFloat16(static_cast<uint16_t>(x == x ? rounded : 0x7fc0u), at::BFloat16::from_bits());
+  } else {
+    return x;
+  }
+}
+
+// As FLOATING, for kernels that read and write bf16 as well: S is what memory holds, at::opmath_type<S> what they
+// compute in.
+#define STORED(x, S, ...)                                                       \
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, (x).scalar_type(), "helmholtz", [&] { \
+    using S = scalar_t;                                                         \
+    __VA_ARGS__;                                                                \
   })
 
 template <typename T>
