@@ -15,11 +15,10 @@ from helmholtz.layers.fem_config import FreeEnergyMixerConfig
 from helmholtz.layers.init import init_normal
 from helmholtz.layers.placement import device_of
 from helmholtz.layers.priors import PRIOR_CLASSES
-from helmholtz.layers.priors.base import split_heads
+from helmholtz.layers.priors.base import Tilt, split_heads
 from helmholtz.layers.row_draws import RowDropout
 from helmholtz.layers.sequence import SequenceLayout, sequence_layout, zero_pads
 from helmholtz.layers.time_decay_conv import TimeDecayConditioning
-from helmholtz.ops.free_energy import tilt_values
 from helmholtz.ops.gated_read import gated_read, outer_gate
 
 
@@ -171,8 +170,9 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
         features, tdc, tdc_source = self._features(x, written, layout, key_layout, state)
         values = split_heads(features["v"], self.config.n_kv_heads or 0)
         prior_state = None if state is None else state.prior
-        mixed, prior_state = self.prior(features, values, self._tilt, layout, key_layout, prior_state)
-        read = self._read(mixed, features).flatten(2)
+        tilt = Tilt(None if self.config.read == "mean" else self.beta_max, self.config.cap)
+        mixed, prior_state = self.prior(features, values, tilt, layout, key_layout, prior_state)
+        read = self._read(mixed, tilt.beta, features).flatten(2)
         gate = self.prior.output_gate(features, layout)
         if gate is not None:
             read = read * gate
@@ -213,24 +213,21 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
             joint = torch.addcmul(joint, joint, self.tdc.out_proj(features))
         return dict(zip(widths, joint.split(list(widths.values()), dim=-1), strict=True)), state
 
-    def _tilt(self, values: Tensor) -> Tensor:
-        """The signals that the prior averages."""
-        if self.config.read == "mean":
-            return values.unsqueeze(-2)
-        return tilt_values(values, self.beta_max, cap=self.config.cap)
-
     def _read(
-        self, mixed: Float[Tensor, "B H T N V"], features: Mapping[str, Tensor]
+        self,
+        mixed: Float[Tensor, "B H T N V"],
+        beta: Float[Tensor, "G V"] | None,
+        features: Mapping[str, Tensor],
     ) -> Float[Tensor, "B T H V"]:
         c, mixed = self.config, mixed.transpose(1, 2)
         inner, outer = (
             features[name].unflatten(-1, (c.n_heads, -1)) if name in features else None
             for name in ("inner", "outer")
         )
-        if c.read == "mean":
+        if beta is None:
             read = mixed.squeeze(-2)
             return read if outer is None else read * outer_gate(outer.to(read.dtype), eps=c.eps)
-        beta = self.beta_max.repeat_interleave(c.n_heads // self.beta_max.shape[0], dim=0)
+        beta = beta.repeat_interleave(c.n_heads // beta.shape[0], dim=0)
         return gated_read(mixed, beta, inner, outer, eps=c.eps)
 
     def _check_context(

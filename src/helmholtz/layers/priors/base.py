@@ -1,7 +1,8 @@
 """The seam of the Free Energy Mixer: a prior is a causal average."""
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -9,12 +10,22 @@ from torch import Tensor, nn
 
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig
 from helmholtz.layers.sequence import SequenceLayout
+from helmholtz.ops.free_energy import tilt_values
 
 Features = Mapping[str, Float[Tensor, "B T W"]]
 """What the mixer projected for its prior, by the names that the prior asked for."""
 
-Tilt = Callable[[Tensor], Tensor]
-"""Values ``B G T V`` to the signals ``B G T S V`` that are averaged."""
+
+@dataclass(frozen=True, slots=True)
+class Tilt:
+    """The signals that a prior averages: made by a call, or by a kernel from ``beta`` and ``cap``."""
+
+    beta: Float[Tensor, "G V"] | None
+    """Inverse temperature per value head and channel; None where the values alone are averaged."""
+    cap: float
+
+    def __call__(self, values: Float[Tensor, "B G T V"]) -> Float[Tensor, "B G T N V"]:
+        return values.unsqueeze(-2) if self.beta is None else tilt_values(values, self.beta, cap=self.cap)
 
 
 class AbstractPrior(nn.Module, abc.ABC):
