@@ -132,6 +132,10 @@ def leaf(*shape: int) -> torch.Tensor:
 
 
 OPERATORS = {
+    "causal_conv": lambda: (
+        leaf(2, 5, 8)[..., 1:4], leaf(3, 4), leaf(3), leaf(2, 3, 3), torch.rand(2, 5) < 0.7, torch.rand(2, 5) < 0.3,
+        True,
+    ),
     "scan": lambda: (leaf(2, 5, 3), leaf(2, 5, 3), leaf(2, 3)),
     "gated_read": lambda: (
         leaf(2, 3, 5, 2, 4).transpose(1, 2), leaf(3, 4), leaf(2, 5, 24)[..., :12].unflatten(-1, (3, 4)),

@@ -1,6 +1,6 @@
 """`causal_conv` against its float64 loop: state, pads, packed sequences."""
 
-import sys
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -33,16 +33,26 @@ def _make(batch, time):
     return [torch.randn(batch, time, CHANNELS), torch.randn(CHANNELS, WIDTH), torch.randn(CHANNELS)]
 
 
+def _silu(*inputs, **options):
+    y, last = reference.causal_conv(*inputs, **options)
+    return F.silu(y), last
+
+
 PROBLEMS = {
     name: Recurrence(
-        op=_call(causal_conv, padded=padded),
-        oracle=_call(reference.causal_conv, padded=padded),
+        op=_call(partial(causal_conv, activation="silu") if silu else causal_conv, padded=padded),
+        oracle=_call(_silu if silu else reference.causal_conv, padded=padded),
         make=_make,
         make_state=lambda batch: [torch.randn(batch, WIDTH - 1, CHANNELS)],
         time=(1, None, None),
         out_time=1,
     )
-    for name, padded in {"whole": False, "padded": True}.items()
+    for name, (padded, silu) in {
+        "whole": (False, False),
+        "padded": (True, False),
+        "with SiLU": (False, True),
+        "padded, with SiLU": (True, True),
+    }.items()
 }
 
 
@@ -116,12 +126,25 @@ def test_a_masked_stream_equals_one_call():
         assert torch.equal(state, last)
 
 
-def test_many_blocks_equal_one(monkeypatch):
-    leaves, reset = _make(2, 150), random_reset(2, 150)
-    cotangent = [torch.randn(2, 150, CHANNELS)]
-    whole = grads(lambda *xs: causal_conv(*xs, reset=reset)[:1], leaves, cotangent)
-    monkeypatch.setattr(sys.modules["helmholtz.ops.causal_conv"], "_BLOCK", 70)
-    for a, e in zip(
-        grads(lambda *xs: causal_conv(*xs, reset=reset)[:1], leaves, cotangent), whole, strict=True
-    ):
+def test_a_part_of_a_projection_wider_than_a_block():
+    """A slice of joint rows in bf16 under float32 filters, of more channels than the kernel takes at once."""
+    joint = torch.randn(2, 9, 400).bfloat16()
+    x, (weight, bias) = joint[..., 30:330], (torch.randn(300, 3), torch.randn(300))
+    state, (mask, reset) = torch.randn(2, 2, 300), torch.rand(2, 2, 9) > 0.4
+
+    def call(conv, x, *rest):
+        return conv(x, *rest[:2], state=rest[2], mask=mask, reset=reset)
+
+    fast, exact = (
+        partial(call, partial(causal_conv, activation="silu")),
+        partial(call, _silu),
+    )
+    wide = [z.double() for z in (x, weight, bias, state)]
+    y, last = fast(x, weight, bias, state)
+    assert y.dtype == torch.bfloat16 and last.dtype == torch.float32
+    cotangents = [torch.randn(2, 9, 300).bfloat16().double(), torch.randn(2, 2, 300).double()]
+    for name, a, e in zip(("y", "last"), (y, last), exact(*wide), strict=True):
+        assert_matches(name, a, e, budget=BUDGET)
+    want = grads(exact, wide, cotangents)
+    for a, e in zip(grads(fast, [x, weight, bias, state], cotangents), want, strict=True):
         assert_matches("gradient", a, e, budget=BUDGET)

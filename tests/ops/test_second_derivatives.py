@@ -54,8 +54,8 @@ def cases() -> dict[str, Case]:
     """By the function that is differentiated, ``module.class``, and the ways in that have none of their own."""
     torch.manual_seed(0)
     once = {
-        "causal_conv._Taps": Case(
-            lambda x, w, b, s: causal_conv(x, w, b, state=s),
+        "causal_conv": Case(
+            lambda x, w, b, s: causal_conv(x, w, b, state=s, activation="silu"),
             [normal(2, 4, 3), normal(3, 3), normal(3), normal(2, 2, 3)],
         ),
         "binary_latent._CodeLookup": Case(
@@ -152,7 +152,7 @@ def functions() -> dict[str, type[torch.autograd.Function]]:
 
 
 FUNCTIONS = functions()
-KERNELS = {"gated_read", "linear_attention", "rnn_softmax", "scan", "selective_scan", "ssd"}
+KERNELS = {"causal_conv", "gated_read", "linear_attention", "rnn_softmax", "scan", "selective_scan", "ssd"}
 """What is refused by a kernel and right in its plain form."""
 REFUSED = {name for name, cls in FUNCTIONS.items() if issubclass(cls, DifferentiableOnce)} | {
     name for name in CASES if "attention" in name and "linear" not in name
@@ -162,7 +162,7 @@ REFUSED = {name for name, cls in FUNCTIONS.items() if issubclass(cls, Differenti
 def test_every_function_with_a_backward_pass_of_its_own_is_tried() -> None:
     elsewhere = {"adjoint._Implicit"}  # tests/solvers/test_adjoint.py
     assert FUNCTIONS.keys() - elsewhere <= CASES.keys(), "second derivatives are right or refused: add a case"
-    assert FUNCTIONS.keys() >= elsewhere | {"causal_conv._Taps"}
+    assert FUNCTIONS.keys() >= elsewhere | {"free_energy._Tilt"}
 
 
 def weighted(case: Case) -> Callable[..., Tensor]:

@@ -74,10 +74,11 @@ INLINE T softplus_of(T x) {
 }
 
 // `parts` pieces of work in any order on torch's threads. What pieces add up goes to a row per piece, summed in order
-// afterwards, so that no number of threads changes a result.
+// afterwards, so that no number of threads changes a result. `size` of a piece, in numbers: what is too little for a second
+// thread, as a step of a stream, stays on one.
 template <typename F>
-void each(int64_t parts, const F& work) {
-  at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+void each(int64_t parts, const F& work, int64_t size = at::internal::GRAIN_SIZE) {
+  at::parallel_for(0, parts, std::max<int64_t>(1, at::internal::GRAIN_SIZE / std::max<int64_t>(1, size)), [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part) work(part);
   });
 }

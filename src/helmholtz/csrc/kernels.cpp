@@ -1,5 +1,6 @@
 // The operators of helmholtz on CPU tensors. Their schemas and fake rules are defined in Python (kernels/operators.py).
 // A backward operator has no derivative and says so.
+#include "causal_conv.h"
 #include "gated_read.h"
 #include "rnn_softmax.h"
 #include "scan.h"
@@ -11,6 +12,8 @@
 namespace helmholtz {
 
 TORCH_LIBRARY_IMPL(helmholtz, CPU, m) {
+  m.impl("causal_conv", causal_conv_cpu);
+  m.impl("causal_conv_backward", causal_conv_backward_cpu);
   m.impl("scan", scan_cpu);
   m.impl("scan_backward", scan_backward_cpu);
   m.impl("gated_read", gated_read_cpu);
@@ -24,12 +27,13 @@ TORCH_LIBRARY_IMPL(helmholtz, CPU, m) {
 }
 
 TORCH_LIBRARY_IMPL(helmholtz, Autograd, m) {
+  m.impl("causal_conv", causal_conv_autograd);
   m.impl("scan", scan_autograd);
   m.impl("gated_read", gated_read_autograd);
   m.impl("rnn_softmax", rnn_softmax_autograd);
   m.impl("segment_decays", segment_decays_autograd);
   m.impl("selective_scan", selective_scan_autograd);
-  for (const char* name : {"scan_backward", "gated_read_backward", "rnn_softmax_backward", "segment_decays_backward",
+  for (const char* name : {"causal_conv_backward", "scan_backward", "gated_read_backward", "rnn_softmax_backward", "segment_decays_backward",
                            "selective_scan_backward"})
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
 }

@@ -90,3 +90,13 @@ _define(
     "Tensor state, Tensor? reset, Tensor kept) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda dy, dlast, u, delta, A, B, C, *_: _like(u, delta, A, B, C, dlast),
 )
+_define(
+    "causal_conv(Tensor x, Tensor weight, Tensor bias, Tensor state, Tensor? mask, Tensor? reset, bool silu) "
+    "-> (Tensor, Tensor)",
+    lambda x, weight, bias, state, *_: _like(x, state),
+)
+_define(
+    "causal_conv_backward(Tensor dy, Tensor dlast, Tensor x, Tensor weight, Tensor bias, Tensor state, Tensor? mask, "
+    "Tensor? reset, bool silu) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda dy, dlast, x, weight, bias, state, *_: _like(x, weight, bias, state),
+)

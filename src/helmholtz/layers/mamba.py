@@ -174,9 +174,15 @@ class MambaMixer(_Recomputed, AbstractMixer[MambaState]):
             _, written, step = self._project(source)
             signal = torch.cat([written[..., : -self.d_state], signal[..., -self.d_state :]], dim=-1)
         signal, conv = causal_conv(
-            signal, self.conv_weight, self.conv_bias, state=conv, mask=layout.mask, reset=layout.reset
+            signal,
+            self.conv_weight,
+            self.conv_bias,
+            state=conv,
+            mask=layout.mask,
+            reset=layout.reset,
+            activation="silu",
         )
-        u, b, c = F.silu(signal).split([self.d_inner, self.d_state, self.d_state], dim=-1)
+        u, b, c = signal.split([self.d_inner, self.d_state, self.d_state], dim=-1)
         delta, rates = self.step_sizes(step, layout)
         heads = u.unflatten(-1, (self.n_heads, self.d_head))
         read, ssm = ssd(heads, delta, rates, b, c, self.D, state=ssm, reset=layout.reset)

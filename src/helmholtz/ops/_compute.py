@@ -1,12 +1,7 @@
 """How the recurrences compute: in the widest dtype given and at least float32, also under autocast."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar
-
 import torch
 from torch import Tensor
-
-ResultT = TypeVar("ResultT")
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -18,13 +13,3 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 def full_precision(device: torch.device) -> torch.autocast:
     """A context in which autocast narrows no matrix product."""
     return torch.autocast(device.type, enabled=False)
-
-
-def beside_the_graph(function: Callable[..., ResultT], *inputs: Any) -> ResultT:
-    """``function(*inputs)``, which a compiler that is tracing calls instead of tracing into it.
-
-    For what writes into views. The decorator ``torch.compiler.disable`` would load the compiler whenever the module is.
-    """
-    if torch.compiler.is_compiling():
-        return torch.compiler.disable(function)(*inputs)
-    return function(*inputs)
