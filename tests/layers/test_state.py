@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fem_cases import make_mixer
 from helmholtz.layers import Attention
-from helmholtz.layers.sequence import Horizon, sequence_layout
 from helmholtz.layers.state import KVCache, map_state
 
 
@@ -136,19 +135,6 @@ def test_a_mapped_state_is_saved_without_the_memory_behind_it() -> None:
     torch.save(map_state(torch.clone, cache), saved)
     assert saved.tell() < 10_000
     assert column(cache.append(*tokens(1, 3), capacity=10_000)) == [1, 1, 2, 3]
-
-
-@pytest.mark.parametrize("theta", [100.0, 10000.0])
-def test_rotary_tables_of_a_horizon_are_those_of_the_positions(theta: float) -> None:
-    x, horizon = torch.zeros(2, 3, 8), Horizon(20)
-    with torch.inference_mode():
-        start = torch.tensor([0, 17])
-        found = sequence_layout(x, None, None, start, horizon).rotation(8, theta)
-    for table, wanted in zip(found, sequence_layout(x, None, None, start).rotation(8, theta), strict=True):
-        assert torch.equal(table, wanted)
-    q = torch.randn(2, 3, 8, requires_grad=True)  # what was made in inference mode serves gradients too
-    (q * sequence_layout(x, None, None, start.clone(), horizon).rotation(8, theta)[0]).sum().backward()
-    assert q.grad is not None
 
 
 MIXERS: dict[str, Callable[[], torch.nn.Module]] = {

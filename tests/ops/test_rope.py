@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from helmholtz.kernels import plain_forms
 from helmholtz.ops.rope import rope, rope_table, rotate_split
 from helmholtz.reference import free_energy as reference
 from helpers import DTYPES, assert_matches, grads
@@ -119,3 +120,13 @@ def test_heads_side_by_side_can_be_differentiated_twice_and_must_add_up() -> Non
     torch.testing.assert_close(graph[0], plain[0])
     with pytest.raises(ValueError, match=r"joint: wanted 3 \+ 2 \* 1 heads, got 4"):
         rotate_split(joint, cos, sin, 3, 1)
+
+
+@pytest.mark.parametrize(
+    "positions", [torch.arange(300), torch.tensor([[0, 3], [7, 1000]]).T, torch.tensor(5)], ids=str
+)
+def test_a_table_by_the_kernel_is_that_of_torchs_operations_to_the_bit(positions) -> None:
+    found = rope_table(positions, 6, theta=100.0)
+    with plain_forms():
+        wanted = rope_table(positions, 6, theta=100.0)
+    assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(found, wanted, strict=True))

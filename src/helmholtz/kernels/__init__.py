@@ -39,11 +39,11 @@ def plain_forms() -> Iterator[None]:
 def usable(*tensors: Tensor | None) -> bool:
     """Whether a call on ``tensors`` takes its kernel: it is built, they are on the CPU, and nothing looks on that
     follows torch's own operations alone (a transform of ``torch.func``, forward mode, an export)."""
-    if _plain or not LOADED or torch.compiler.is_exporting():
-        return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False
-    return all(x is None or x.device.type == "cpu" for x in tensors)
+    for x in tensors:  # no generator: a step of a stream asks a dozen times a layer
+        if x is not None and not x.is_cpu:
+            return False
+    followed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return LOADED and not _plain and not followed and not torch.compiler.is_exporting()
 
 
 def refusal() -> str | None:

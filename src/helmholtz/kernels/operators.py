@@ -61,6 +61,12 @@ _define(
     lambda dy, dsums, k, signals, *_: _like(k, signals, dsums),
 )
 _define(
+    "rope_table(Tensor positions, int width, float theta) -> (Tensor, Tensor)",
+    lambda positions, width, _: tuple(
+        positions.new_empty(*positions.shape, width, dtype=torch.float32) for _ in range(2)
+    ),
+)
+_define(
     "segment_decays(Tensor log_decay) -> Tensor",
     lambda log_decay: log_decay.new_empty(*log_decay.shape, log_decay.shape[-1]),
 )

@@ -3,34 +3,10 @@
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from helmholtz._once import is_traced
 from helmholtz.ops.rope import rope_table
-
-
-@dataclass(frozen=True, slots=True)
-class Horizon:
-    """How long a stream will become, and what is worked out once for all of its tokens."""
-
-    length: int
-    """Tokens, pads included."""
-    _tables: dict[tuple[int, float, torch.device], tuple[Tensor, Tensor]] = field(
-        default_factory=dict, compare=False, repr=False
-    )
-
-    def rotation(
-        self, positions: Int[Tensor, "*BT"], width: int, theta: float
-    ) -> tuple[Float[Tensor, "*BT K"], Float[Tensor, "*BT K"]]:
-        """The ``rope_table`` of positions below ``length``."""
-        key = (width, theta, positions.device)
-        if key not in self._tables:
-            every = torch.arange(self.length, device=positions.device)
-            self._tables[key] = rope_table(every, width, theta=theta)
-        cos, sin = self._tables[key]
-        return F.embedding(positions, cos), F.embedding(positions, sin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +21,8 @@ class SequenceLayout:
     """Boundaries of the packed sequences, as the caller gave them."""
     positions: Int[Tensor, "*BT"]
     """Position of each token among the real tokens of its sequence: ``T``, or ``B T`` where rows differ."""
-    horizon: Horizon | None = None
-    """Of a stream whose length is known, while it does not exceed it."""
+    capacity: int | None = None
+    """Tokens for which a stream's caches are allocated; None where that is not known."""
     _rotations: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(
         default_factory=dict, compare=False, repr=False
     )
@@ -55,16 +31,8 @@ class SequenceLayout:
         """The ``rope_table`` of these positions, made once for all layers that share the layout."""
         key = (width, theta)
         if key not in self._rotations:
-            if self.horizon is None or is_traced():
-                self._rotations[key] = rope_table(self.positions, width, theta=theta)
-            else:
-                self._rotations[key] = self.horizon.rotation(self.positions, width, theta)
+            self._rotations[key] = rope_table(self.positions, width, theta=theta)
         return self._rotations[key]
-
-    @property
-    def capacity(self) -> int | None:
-        """Tokens for which a stream's caches are allocated; None where that is not known."""
-        return None if self.horizon is None else self.horizon.length
 
     def advance(self, position: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
         """Real tokens seen once this call is over, given those seen before it."""
@@ -81,7 +49,7 @@ def sequence_layout(
     attention_mask: Shaped[Tensor, "..."] | None = None,
     cu_seqlens: Shaped[Tensor, "..."] | None = None,
     position: Int[Tensor, "rows"] | None = None,
-    horizon: Horizon | None = None,
+    capacity: int | None = None,
 ) -> SequenceLayout:
     """Validate the masks of a call and place its tokens.
 
@@ -90,7 +58,7 @@ def sequence_layout(
         attention_mask: bool or integer ``B T``, non-zero where a token is real. Any pattern.
         cu_seqlens: integer ``n+1``, from 0 to T, increasing; then ``B = 1``.
         position: real tokens each row has seen before this call; None at the start of a sequence.
-        horizon: of the stream that the tokens continue.
+        capacity: tokens that the stream will have which these continue, if that is known.
 
     Raises: ValueError naming the argument for a wrong dtype, shape, order or combination.
     """
@@ -98,6 +66,8 @@ def sequence_layout(
     if position is not None and len(position) != batch:
         raise ValueError(f"state: it belongs to {len(position)} rows, the input has {batch}")
     position = None if position is None else position.to(x.device)
+    if time == 1 and position is not None and attention_mask is None and cu_seqlens is None:
+        return SequenceLayout(None, None, None, position.unsqueeze(1), capacity)  # a step of a stream
     index = torch.arange(time, device=x.device)
     if cu_seqlens is not None:
         if attention_mask is not None:
@@ -111,7 +81,7 @@ def sequence_layout(
     positions = index if mask is None else (mask.long().cumsum(-1) - 1).clamp(min=0)
     if position is not None:
         positions = positions + position[:, None]
-    return SequenceLayout(mask, None, None, positions, horizon)
+    return SequenceLayout(mask, None, None, positions, capacity)
 
 
 def _real(mask: Tensor, batch: int, time: int) -> Bool[Tensor, "B T"]:

@@ -1,5 +1,7 @@
 """What a layer remembers between calls: frozen dataclasses of tensors whose first dimension is the batch."""
 
+import itertools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar, final
@@ -39,33 +41,37 @@ class Room:
 
         Cost: O(T), and a copy of ``held`` where this is not its first continuation or the memory is full.
         """
-        before = _length(held[0])
-        after = before + _length(new[0])
+        before, added = _length(held[0]), _length(new[0])
+        after = before + added
         known = capacity if capacity is not None and capacity >= after else None
         in_graph = torch.is_grad_enabled() or is_traced()
         if not before and (in_graph or known is None):
             return new, Room()
-        pairs = list(zip(held, new, strict=True))
         if in_graph:
+            pairs = zip(held, new, strict=True)
             return tuple(torch.cat([h, x], dim=_time(x)) for h, x in pairs), Room()
-        buffers = self._take(held)
-        if buffers is None or not all(_fits(b, x, after) for b, x in zip(buffers, new, strict=True)):
+        buffers = self._take(held, new, after)
+        if buffers is None:
             size = known or 2 * after
-            buffers = tuple(_allocated(h, x, size) for h, x in pairs)
+            buffers = tuple(_allocated(h, x, size) for h, x in zip(held, new, strict=True))
+        parts = []
         for buffer, x in zip(buffers, new, strict=True):
-            buffer.narrow(_time(x), before, after - before).copy_(x)
-        parts = tuple(buffer.narrow(_time(buffer), 0, after) for buffer in buffers)
-        return parts, Room(parts, buffers)
+            dim = _time(x)
+            buffer.narrow(dim, before, added).copy_(x)
+            parts.append(buffer.narrow(dim, 0, after))
+        held = tuple(parts)
+        return held, Room(held, buffers)
 
-    def _take(self, held: Parts) -> Parts | None:
+    def _take(self, held: Parts, new: Parts, after: int) -> Parts | None:
+        """The memory behind ``held``, if nobody has it and it takes ``new``."""
         try:
             owners, buffers = self._free.pop()
         except IndexError:
             return None
-        if len(owners) == len(held) and all(a is b for a, b in zip(owners, held, strict=True)):
-            return buffers
-        self._free.append((owners, buffers))  # of other tensors: those of the state were replaced
-        return None
+        if len(owners) != len(held) or any(map(operator.is_not, owners, held)):
+            self._free.append((owners, buffers))  # of other tensors: those of the state were replaced
+            return None
+        return buffers if all(map(_fits, buffers, new, itertools.repeat(after))) else None
 
 
 def _time(x: Tensor) -> int:
@@ -73,11 +79,12 @@ def _time(x: Tensor) -> int:
 
 
 def _length(x: Tensor) -> int:
-    return x.shape[_time(x)]
+    return x.shape[1 if x.ndim == 2 else -2]
 
 
 def _fits(buffer: Tensor, x: Tensor, after: int) -> bool:
-    wide = buffer.dtype == x.dtype or buffer.dtype == torch.promote_types(buffer.dtype, x.dtype)
+    kept, given = buffer.dtype, x.dtype
+    wide = kept == given or kept == torch.promote_types(kept, given)
     writable = torch.is_inference_mode_enabled() or not buffer.is_inference()
     return wide and writable and buffer.device == x.device and _length(buffer) >= after
 

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from helmholtz.layers.equilibrium import Equilibrium, EquilibriumState
-from helmholtz.layers.sequence import Horizon, SequenceLayout
+from helmholtz.layers.sequence import SequenceLayout
 from helmholtz.layers.state import KEPT, Room, both_masks
 
 
@@ -48,8 +48,8 @@ class LMState:
     """The recurrence that feeds the energy; None of a model without an equilibrium."""
     n_read: int = field(default=0, metadata=KEPT)
     """Tokens read, pads included."""
-    horizon: Horizon | None = field(default=None, metadata=KEPT)
-    """None of a stream whose length is not known."""
+    length: int | None = field(default=None, metadata=KEPT)
+    """Tokens that there will be at most, for which caches are allocated; None where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)

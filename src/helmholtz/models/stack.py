@@ -20,7 +20,7 @@ from helmholtz.layers.mlp import SwiGLU
 from helmholtz.layers.norm import RMSNorm
 from helmholtz.layers.placement import device_of
 from helmholtz.layers.row_draws import number_dropouts
-from helmholtz.layers.sequence import Horizon, SequenceLayout, sequence_layout, zero_pads
+from helmholtz.layers.sequence import SequenceLayout, sequence_layout, zero_pads
 from helmholtz.models.base import ModelConfig, PlanConfig
 from helmholtz.models.outputs import LMOutput, LMState, PlanState
 from helmholtz.models.tied import keep_ties
@@ -122,8 +122,7 @@ class AbstractStack(nn.Module, abc.ABC):
             plan = PlanState(position.new_zeros(batch_size, 0), hidden if encode_again else None, mask=None)
         blocks = tuple(block.init_state(batch_size) for block in self.blocks)
         dynamics = None if self.equilibrium is None else self.equilibrium.init_state(batch_size)
-        horizon = None if length is None else Horizon(length)
-        return LMState(blocks, position, plan, dynamics, horizon=horizon)
+        return LMState(blocks, position, plan, dynamics, length=length)
 
     def _embed(
         self,
@@ -138,11 +137,10 @@ class AbstractStack(nn.Module, abc.ABC):
             raise ValueError(f"tokens: {len(tokens)} rows came, the state is of a batch of {len(position)}")
         packed = state is not None and cu_seqlens is not None
         check(not packed, "cu_seqlens", cu_seqlens, "None with a state: its rows are one sequence each")
-        n_read, horizon = tokens.shape[1], None
+        n_read, length = tokens.shape[1], None
         if state is not None:
-            n_read += state.n_read
-            horizon = state.horizon if state.horizon is not None and n_read <= state.horizon.length else None
-        layout = sequence_layout(tokens, attention_mask, cu_seqlens, position, horizon)
+            n_read, length = n_read + state.n_read, state.length
+        layout = sequence_layout(tokens, attention_mask, cu_seqlens, position, length)
         if n_read > self.config.max_seq_len:  # pads and packed sequences do not count: look at what was read
             check_length(layout, position, self.config.max_seq_len)
         if layout.mask is not None:
@@ -201,7 +199,7 @@ class AbstractStack(nn.Module, abc.ABC):
             return x, None, found
         n_read = before.n_read + x.shape[1]
         position = layout.advance(before.position)
-        return x, LMState(states, position, plan, dynamics, n_read, before.horizon), found
+        return x, LMState(states, position, plan, dynamics, n_read, before.length), found
 
     def _read_out(
         self, x: Float[Tensor, "B T D"], state: LMState | None, found: Equilibrium | None

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from helmholtz import kernels
 from helmholtz._once import is_traced
 from helmholtz.ops._compute import compute_dtype
 
@@ -23,6 +24,9 @@ def rope_table(
         raise ValueError(f"width: a rotary head width must be even and at least 2, got {width}")
     if not theta > 0:
         raise ValueError(f"theta: wanted a positive base, got {theta}")
+    if kernels.usable(positions):
+        table: tuple[Tensor, Tensor] = torch.ops.helmholtz.rope_table(positions, width, theta)
+        return table
     exponent = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
     angles = positions.unsqueeze(-1).to(torch.float32) * theta**-exponent
     cos, sin = angles.cos(), angles.sin()
