@@ -10,6 +10,7 @@ from torch import Tensor
 
 from helmholtz._checks import check_choice, check_integer, check_positive
 from helmholtz._once import DifferentiableOnce
+from helmholtz._values import has_values
 from helmholtz.solvers.base import (
     ON_NONCONVERGENCE,
     AbstractProblem,
@@ -41,7 +42,8 @@ class Implicit(AbstractAdjoint):
     minimum. ``solution.backward`` then holds steps and residuals.
 
     Nothing of the iterations is kept: memory is that of one evaluation. The value is the solver's, bit for bit. The
-    start gets no gradient, as the equilibrium does not move with it.
+    start gets no gradient, as the equilibrium does not move with it. In a compiled graph every system takes
+    ``max_steps`` products, and whether it was solved is not looked at.
 
     Raises: in the backward pass, ConvergenceError if the system of a row is not solved (unless
         ``on_nonconvergence`` says otherwise: the best ``g`` found is used, ``v`` where curvature is negative), and
@@ -89,8 +91,9 @@ class _Implicit(DifferentiableOnce):
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             rows, wide = Rows.of(ctx.problem, z), v.to(z.dtype)
             solved = conjugate_gradients(rows, z, wide, rtol=adjoint.rtol, max_steps=adjoint.max_steps)
-            ctx.solution.backward = BackwardInfo(solved.num_steps, solved.residual)
-            _report(solved, adjoint)
+            if has_values(z):
+                ctx.solution.backward = BackwardInfo(solved.num_steps, solved.residual)
+                _report(solved, adjoint)
             hopeless = solved.indefinite & (solved.num_steps == 1)
             g = torch.where(hopeless.unsqueeze(1), wide, solved.value)
         return g, None, None, None, None

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from helmholtz._values import has_values
 from helmholtz.solvers.base import AbstractProblem, SolverConfig, Status
 
 TINY = 1e-9
@@ -21,36 +22,63 @@ class Counts(NamedTuple):
     products: Int[Tensor, "N"]
 
 
+@dataclass(frozen=True, slots=True)
 class Rows:
-    """Some rows of a problem; counts what is computed for them."""
+    """Some rows of a problem; counts what is computed for those of them that still go on."""
 
-    def __init__(self, problem: AbstractProblem, index: Int[Tensor, "n"], counts: Counts) -> None:
-        self._problem, self._index = problem, index
-        self.counts = counts
-        """Of all rows of the problem."""
-        self._own = problem.take(index)
+    problem: AbstractProblem
+    """Of all rows."""
+    counts: Counts
+    """Of all rows."""
+    index: Int[Tensor, "n"]
+    """Places of these among all."""
+    going: Bool[Tensor, "n"]
+    """Those that are not done. The others are taken along where no values are (``those_left``)."""
+    own: AbstractProblem
+    """Of these rows."""
 
     @classmethod
     def of(cls, problem: AbstractProblem, like: Float[Tensor, "N D"]) -> "Rows":
         """All rows, nothing counted."""
         index = torch.arange(len(like), device=like.device)
-        return cls(problem, index, Counts(torch.zeros_like(index), torch.zeros_like(index)))
+        counts = Counts(torch.zeros_like(index), torch.zeros_like(index))
+        return cls(problem, counts, index, torch.ones_like(index, dtype=torch.bool), problem)
 
     def take(self, rows: Int[Tensor, "m"]) -> "Rows":
         """Some of these rows, counted together with them."""
-        return Rows(self._problem, self._index[rows], self.counts)
+        index = self.index[rows]
+        return Rows(self.problem, self.counts, index, self.going[rows], self.problem.take(index))
+
+    def only(self, going: Bool[Tensor, "n"]) -> "Rows":
+        """The same rows, of which only these go on."""
+        return Rows(self.problem, self.counts, self.index, self.going & going, self.own)
 
     def map(self, z: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
-        self.counts.evaluations[self._index] += 1
-        return self._own.map(z)
+        self.counts.evaluations[self.index] += self.going
+        return self.own.map(z)
 
     def map_and_energy(self, z: Float[Tensor, "n D"]) -> tuple[Float[Tensor, "n D"], Float[Tensor, "n"]]:
-        self.counts.evaluations[self._index] += 1
-        return self._own.map_and_energy(z)
+        self.counts.evaluations[self.index] += self.going
+        return self.own.map_and_energy(z)
 
     def jvp(self, z: Float[Tensor, "n D"], v: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
-        self.counts.products[self._index] += 1
-        return self._own.jvp(z, v)
+        self.counts.products[self.index] += self.going
+        return self.own.jvp(z, v)
+
+
+def those_left(going: Bool[Tensor, "n"]) -> Int[Tensor, "m"] | None:
+    """Places of the rows that go on; None if all do, and where no values are: there every row is taken along to the
+    last step, and nothing is written any more for those that are done."""
+    if not has_values(going) or bool(going.all()):
+        return None
+    return going.nonzero().squeeze(1)
+
+
+def choose(
+    these: Bool[Tensor, "n"], x: Shaped[Tensor, "n *rest"], y: Shaped[Tensor, "n *rest"]
+) -> Shaped[Tensor, "n *rest"]:
+    """These rows of ``x``, the others of ``y``."""
+    return torch.where(these.view(-1, *(1,) * (x.ndim - 1)), x, y)
 
 
 class Point(NamedTuple):
@@ -71,10 +99,10 @@ class Point(NamedTuple):
     def clone(self) -> "Point":
         return Point(*(x.clone() for x in self))
 
-    def put(self, rows: Tensor, values: "Point") -> None:
-        """Overwrite ``rows``."""
+    def put(self, rows: Int[Tensor, "m"], values: "Point", these: Bool[Tensor, "m"]) -> None:
+        """Overwrite ``these`` of the ``rows``."""
         for mine, theirs in zip(self, values, strict=True):
-            mine[rows] = theirs
+            mine[rows] = choose(these, theirs, mine[rows])
 
     def finite(self) -> Bool[Tensor, "n"]:
         return self.residual.isfinite() & ~self.energy.isnan()
@@ -145,27 +173,48 @@ def advance(rows: Rows, rule: AbstractRule, point: Point, step: int, *, energies
     new = evaluate(rows, rule.propose(rows, point, step), point, energies=energies)
     if rule.is_guarded(step):
         refused = ~decreases(point, new)
-        if refused.any():
-            index = refused.nonzero().squeeze(1)
-            old = point.take(index)
-            new.put(index, evaluate(rows.take(index), old.f, old))
-            rule.restart(refused)
+        new = _replaced(rows, point, new, refused)
+        rule.restart(refused)
+    return new
+
+
+def _replaced(rows: Rows, old: Point, new: Point, refused: Bool[Tensor, "n"]) -> Point:
+    """``new``, and one step of the map from ``old`` where it is refused."""
+    index = those_left(refused)
+    if index is None:
+        plain = evaluate(rows.only(refused), old.f, old)
+        return Point(*(choose(refused, *both) for both in zip(plain, new, strict=True)))
+    if len(index):
+        old = old.take(index)
+        new.put(index, evaluate(rows.take(index), old.f, old), refused[index])
     return new
 
 
 class Trace:
-    """What the rows did, step by step."""
+    """What all rows did, step by step. Empty where no values are."""
 
     def __init__(self, *, record: bool) -> None:
         self.record = record
+        self._now: Point | None = None
         self.energy_history: list[float] = []
         self.residual_history: list[float] = []
         self.iterates: list[Tensor] | None = [] if record else None
         self.energies: list[Tensor] | None = [] if record else None
 
-    def add(self, now: Point, *, energies: bool) -> None:
-        """All rows after a step."""
-        if not len(now.z):
+    def begin(self, start: Point) -> None:
+        """All rows before a step."""
+        self._now = start.clone() if has_values(start.z) else None
+
+    def move(self, rows: Int[Tensor, "n"], point: Point, these: Bool[Tensor, "n"], *, energies: bool) -> None:
+        """``these`` of the ``rows`` made a step."""
+        if self._now is not None:
+            self._now.put(rows, point, these)
+            self.add(energies=energies)
+
+    def add(self, *, energies: bool) -> None:
+        """Remember where all rows are."""
+        now = self._now
+        if now is None:
             return
         self.residual_history.append(now.residual.mean().item())
         if energies:
@@ -197,34 +246,32 @@ def iterate(
     """Move every row by ``rule`` until it has converged, is not finite any more or has made ``limit`` steps.
 
     Args:
-        limit: steps of each row at most.
+        limit: steps of each row at most; none is above ``config.max_steps``.
         energies: if false, no energy is evaluated (unless recorded) and the residual alone decides on convergence.
     """
-    answer, now = start.clone(), start.clone()
-    status = torch.full_like(limit, int(Status.MAX_STEPS))
-    status[~start.finite()] = int(Status.NONFINITE)
-    num_steps, step = torch.zeros_like(limit), 0
-    active = (start.finite() & (limit > 0)).nonzero().squeeze(1)
-    rule.take(active)
-    rows, point = rows.take(active) if len(active) else rows, start.take(active)
-    while len(active):
-        point = advance(rows, rule, point, step, energies=energies or trace.record)
-        step += 1
-        num_steps[active] += 1
-        finite = point.finite()
+    answer, point, recorded = start.clone(), start, energies or trace.record
+    num_steps = torch.zeros_like(limit)
+    status = torch.where(start.finite(), int(Status.MAX_STEPS), int(Status.NONFINITE))
+    rows = rows.only(start.finite() & (limit > 0))
+    trace.begin(start)
+    for step in range(config.max_steps):
+        left = those_left(rows.going)
+        if left is not None:
+            if not len(left):
+                break
+            rule.take(left)
+            rows, point = rows.take(left), point.take(left)
+        point = advance(rows, rule, point, step, energies=recorded)
+        index, going, finite = rows.index, rows.going, point.finite()
         converged = finite & (point.residual <= config.rtol)
         if energies:
             converged &= point.change <= config.energy_rtol * (1 + point.energy.abs())
-        status[active[converged]] = int(Status.CONVERGED)
-        status[active[~finite]] = int(Status.NONFINITE)
-        better = converged | (finite & (point.residual < answer.residual[active]))
-        answer.put(active[better], point.take(better))
-        now.put(active[finite], point.take(finite))
-        trace.add(now, energies=energies or trace.record)
-        going = finite & ~converged & (num_steps[active] < limit[active])
-        if not going.all():
-            kept = going.nonzero().squeeze(1)
-            active, point = active[kept], point.take(kept)
-            rule.take(kept)
-            rows = rows.take(kept) if len(kept) else rows
+        num_steps[index] += going
+        ended = torch.where(converged, int(Status.CONVERGED), int(Status.MAX_STEPS))
+        ended = ended.masked_fill(~finite, int(Status.NONFINITE))
+        status[index] = torch.where(going, ended, status[index])
+        better = converged | (finite & (point.residual < answer.residual[index]))
+        answer.put(index, point, going & better)
+        trace.move(index, point, going & finite, energies=recorded)
+        rows = rows.only(finite & ~converged & (num_steps[index] < limit[index]))
     return Outcome(answer, status, num_steps)

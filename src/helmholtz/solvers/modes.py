@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from helmholtz._checks import check
+from helmholtz._values import has_values
 from helmholtz.solvers.anderson import Anderson
 from helmholtz.solvers.base import AbstractProblem, Solution, SolverConfig, Status, warn_or_raise
 from helmholtz.solvers.loop import (
@@ -38,6 +39,10 @@ def solve(
     :math:`(1 + |E_k|)`; it is then frozen. Rows never meet: what others change is a row's place in
     a matrix product, and with it the rounding (``docs/solvers.md`` has the bounds).
 
+    In a compiled or exported graph and on fake tensors, where no values can be looked at, every row makes
+    ``max_steps`` steps, of which those after its end change nothing. Nothing is checked, reported or recorded there,
+    and no saddle is looked for.
+
     Args:
         record: keep iterates and energies of every step.
 
@@ -45,7 +50,8 @@ def solve(
         says; a row that stops being finite is never ignored, it warns at least.
     """
     check(z0.is_floating_point(), "z0", z0.dtype, "of a floating-point dtype")
-    check(bool(z0.isfinite().all()), "z0", "NaN or infinity", "finite")
+    if has_values(z0):
+        check(bool(z0.isfinite().all()), "z0", "NaN or infinity", "finite")
     start = z0.to(torch.promote_types(z0.dtype, torch.float32))
     with torch.no_grad(), torch.autocast(z0.device.type, enabled=False):
         z0 = start.detach()
@@ -69,13 +75,15 @@ def solve(
         iterates=trace.iterates,
         energies=trace.energies,
     )
-    _report(solution, config)
+    if has_values(z0):
+        _report(solution, config)
     return solution
 
 
 def _run(rows: Rows, z0: Float[Tensor, "N D"], config: SolverConfig, trace: Trace) -> Outcome:
     start = evaluate(rows, z0, None)
-    trace.add(start, energies=True)
+    trace.begin(start)
+    trace.add(energies=True)
     if config.mode == "cascade":
         return _cascade(rows, start, config, trace)
     limit = torch.full((len(z0),), config.max_steps, device=z0.device)
@@ -98,7 +106,7 @@ def _cascade(rows: Rows, start: Point, config: SolverConfig, trace: Trace) -> Ou
     first = iterate(rows, start, mixing, config, limit // 2, trace, energies=False)
     middle = evaluate(rows, first.point.z, None)
     uphill = ~(middle.energy <= start.energy)
-    middle.put(uphill, start.take(uphill))
+    middle.put(rows.index, start, uphill)
     descent = Newton(config.newton_cg_steps, plain_steps=1)
     second = iterate(rows, middle, descent, config, limit - first.num_steps, trace)
     return Outcome(second.point, second.status, first.num_steps + second.num_steps)
@@ -112,6 +120,8 @@ def _nothing(z0: Float[Tensor, "0 D"]) -> Outcome:
 def _saddles(rows: Rows, outcome: Outcome) -> Bool[Tensor, "N"]:
     """Slow converged rows at which a Rayleigh quotient of the Jacobian, a lower bound of its norm, is above 1."""
     unstable = torch.zeros_like(outcome.status, dtype=torch.bool)
+    if not has_values(unstable):
+        return unstable
     slow = (outcome.status == int(Status.CONVERGED)) & (outcome.num_steps > SLOW_STEPS)
     index = slow.nonzero().squeeze(1)
     if not len(index):

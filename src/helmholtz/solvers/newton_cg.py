@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from helmholtz.solvers.loop import AbstractRule, Point, Rows, row_dot
+from helmholtz.solvers.loop import AbstractRule, Point, Rows, choose, row_dot, those_left
 
 FORCING = 1e-2
 """Relative residual at which the linear system of a Newton step counts as solved."""
@@ -28,21 +28,27 @@ def conjugate_gradients(
 ) -> LinearSolution:
     """Solve ``(I - J(z)) g = v`` for every row until the residual is ``rtol |v|``; the size of ``v`` does not matter.
 
-    Each row runs on its own and leaves when it is done; a row of zeros needs no step.
+    Each row runs on its own and leaves when it is done; a row of zeros needs no step. Where no values are, all rows
+    make ``max_steps`` steps, of which those after its end change nothing in what is said of a row.
     """
     size = v.abs().amax(1, keepdim=True)
     unit = v / torch.where(size > 0, size, 1)
     value, residual = torch.zeros_like(v), (size.squeeze(1) > 0).to(v.dtype)
     num_steps = torch.zeros(len(v), dtype=torch.long, device=v.device)
     indefinite = torch.zeros_like(num_steps, dtype=torch.bool)
-    active = (residual > 0).nonzero().squeeze(1)
-    left = unit[active]
+    rows, left = rows.only(residual > 0), unit
     g, direction, square = torch.zeros_like(left), left, row_dot(left, left)
-    full, subset = square, rows.take(active) if len(active) < len(v) and len(active) else rows
+    index, full = torch.arange(len(v), device=v.device), square
     for _ in range(max_steps):
-        if not len(active):
-            break
-        image = direction - subset.jvp(z[active], direction)
+        kept = those_left(rows.going)
+        if kept is not None:
+            if not len(kept):
+                break
+            rows = rows.take(kept)
+            index, z, g, left, direction, square, full = (
+                x[kept] for x in (index, z, g, left, direction, square, full)
+            )
+        image = direction - rows.jvp(z, direction)
         curvature = row_dot(direction, image)
         positive = curvature > torch.finfo(v.dtype).eps * row_dot(direction, direction)
         length = torch.where(positive, square / curvature, 0).unsqueeze(1)
@@ -50,14 +56,12 @@ def conjugate_gradients(
         new = row_dot(left, left)
         relative = (new / full).sqrt()
         direction, square = left + (new / square).unsqueeze(1) * direction, new
-        value[active], residual[active] = g, relative
-        num_steps[active] += 1
-        indefinite[active] = ~positive
-        going = positive & (relative > rtol)
-        if not going.all():
-            kept = going.nonzero().squeeze(1)
-            active, subset = active[kept], subset.take(kept) if len(kept) else subset
-            g, left, direction, square, full = (x[kept] for x in (g, left, direction, square, full))
+        going = rows.going
+        value[index] = choose(going, g, value[index])
+        residual[index] = torch.where(going, relative, residual[index])
+        num_steps[index] += going
+        indefinite[index] |= going & ~positive
+        rows = rows.only(positive & (relative > rtol))
     return LinearSolution(value * size, residual, num_steps, indefinite)
 
 
