@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from helmholtz._values import has_values
 from helmholtz.layers.equilibrium_config import EquilibriumConfig
 from helmholtz.layers.hopfield import StoredPatterns
 from helmholtz.layers.init import init_normal
@@ -22,7 +23,7 @@ MAX_CONTRACTION = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Dynamics:
-    """The energies of the real tokens of a call, and where the tokens are."""
+    """The energies of the real tokens of a call, and where the tokens are. Where no values are, pads have one too."""
 
     field: TokenField
     parameters: EnergyParameters
@@ -30,7 +31,9 @@ class Dynamics:
     start: Float[Tensor, "B T D"]
     """Where the iteration starts; also defined at pads."""
     index: Int[Tensor, "N"] | None
-    """Place of each row of ``field`` among the ``B T`` tokens; None if all are real."""
+    """Place of each row of ``field`` among the ``B T`` tokens; None if each token has one."""
+    is_real: Bool[Tensor, "N"] | None
+    """Rows of real tokens, where pads have one too; None: all are."""
     state: Float[Tensor, "B H P S"]
     """The recurrence after the call."""
 
@@ -84,10 +87,15 @@ class TokenDynamics(nn.Module):
         stored: StoredPatterns,
         state: Float[Tensor, "B H P S"] | None = None,
     ) -> Dynamics:
-        """Fields of the real tokens and what their energies share; ``state`` is that of the recurrence before them."""
+        """Fields of the real tokens and what their energies share; ``state`` is that of the recurrence before them.
+
+        Where no values are, as in a compiled graph, all tokens have a row: how many are real is not known.
+        """
         past, gain, state = self.mamba(c, layout, state)
         wide = compute_dtype(c, self.weight)
-        index = None if layout.mask is None else layout.mask.flatten().nonzero().squeeze(1)
+        index, is_real = None, None if layout.mask is None else layout.mask.flatten()
+        if is_real is not None and has_values(is_real):
+            index, is_real = is_real.nonzero().squeeze(1), None
 
         def rows(x: Tensor) -> Tensor:
             x = x.flatten(0, 1)
@@ -96,7 +104,8 @@ class TokenDynamics(nn.Module):
         field = TokenField(
             u=rows(self.u_proj(c)), a=rows(past), gate=rows(self.gate_proj(c)).sigmoid(), delta=rows(gain)
         )
-        return Dynamics(field, self.energy_parameters(stored), self.start_proj(c).to(wide), index, state)
+        start = self.start_proj(c).to(wide)
+        return Dynamics(field, self.energy_parameters(stored), start, index, is_real, state)
 
     def energy_parameters(self, stored: StoredPatterns) -> EnergyParameters:
         """What the energies of all tokens share, given what their memory holds."""

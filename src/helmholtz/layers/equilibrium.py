@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from helmholtz._checks import check
+from helmholtz._values import has_values
 from helmholtz.layers.dynamics import Dynamics, TokenDynamics
 from helmholtz.layers.equilibrium_config import EquilibriumConfig
 from helmholtz.layers.hopfield import HopfieldMemory
@@ -39,7 +40,7 @@ from helmholtz.solvers import (
     Unrolled,
     solve,
 )
-from helmholtz.solvers.loop import relative_residual
+from helmholtz.solvers.loop import choose, relative_residual
 
 
 @final
@@ -71,7 +72,8 @@ class TokenProblem(AbstractProblem):
 class Equilibrium:
     """The equilibria of a call, differentiable, and how they were found.
 
-    What is per row is of the ``N`` real tokens, in the order of batch and time; ``scatter`` brings it to ``B T``.
+    What is per row is of the ``N`` real tokens, in the order of batch and time; ``scatter`` brings it to ``B T``. Where
+    no values are, as in a compiled graph, each token has a row, and ``is_real`` tells pads.
     """
 
     context: Float[Tensor, "B T D"]
@@ -89,7 +91,9 @@ class Equilibrium:
     solution: Solution
     """Per row."""
     index: Int[Tensor, "N"] | None
-    """Place of each row among the ``B T`` tokens; None if all are real."""
+    """Place of each row among the ``B T`` tokens; None if each token has one."""
+    is_real: Bool[Tensor, "N"] | None
+    """Rows of real tokens, where pads have one too; None: all are."""
 
     @property
     def field(self) -> TokenField:
@@ -100,12 +104,12 @@ class Equilibrium:
         return self.problem.parameters
 
     def rows(self, x: Shaped[Tensor, "B T *rest"]) -> Shaped[Tensor, "N *rest"]:
-        """The real tokens of ``x``."""
+        """What ``x`` holds at the tokens that have a row."""
         return _rows(x, self.index)
 
     def scatter(self, x: Shaped[Tensor, "N *rest"], *, pad: float = 0.0) -> Shaped[Tensor, "B T *rest"]:
         """Rows at their places, ``pad`` at pads."""
-        return _scatter(x, self.index, self.z.shape[:2], pad)
+        return _scatter(x, self.index, self.is_real, self.z.shape[:2], pad)
 
     @property
     def status(self) -> Int[Tensor, "B T"]:
@@ -158,7 +162,8 @@ class Equilibrium:
 
     def usage(self) -> Float[Tensor, "K"]:
         """Mean weight of each pattern over the real tokens."""
-        return self.weights().mean(0)
+        weights, real = self.weights(), self.is_real
+        return weights.mean(0) if real is None else weights[real].mean(0)
 
     def certificate(self) -> float:
         """A proven bound of the Lipschitz constant of these tokens' maps; below 1: the equilibria are unique."""
@@ -238,10 +243,10 @@ class EquilibriumLayer(nn.Module):
     def _equilibrium(
         self, c: Float[Tensor, "B T D"], dynamics: Dynamics, z_init: Tensor | None
     ) -> Equilibrium:
-        index, shape = dynamics.index, c.shape[:2]
+        index, places = dynamics.index, (dynamics.index, dynamics.is_real, c.shape[:2])
         start = _rows(dynamics.start if z_init is None else _given_start(z_init, dynamics.start), index)
-        name = "z_init" if z_init is not None else "the context"
-        if not start.isfinite().all():
+        if has_values(start) and not start.isfinite().all():
+            name = "z_init" if z_init is not None else "the context"
             raise NonFiniteInputError(f"{name} must be finite at every real token, got NaN or infinity")
         with full_precision(c.device):
             problem = TokenProblem(dynamics.field, dynamics.parameters)
@@ -253,13 +258,14 @@ class EquilibriumLayer(nn.Module):
         read = self.o_proj(torch.cat([z, retrieved], dim=-1).to(c.dtype))
         return Equilibrium(
             context=c,
-            output=c + _scatter(read, index, shape).to(c.dtype),
-            z=_scatter(z, index, shape),
-            z_init=_scatter(start, index, shape),
-            retrieved=_scatter(retrieved, index, shape),
+            output=c + _scatter(read, *places).to(c.dtype),
+            z=_scatter(z, *places),
+            z_init=_scatter(start, *places),
+            retrieved=_scatter(retrieved, *places),
             problem=problem,
             solution=solution,
             index=index,
+            is_real=dynamics.is_real,
         )
 
 
@@ -284,8 +290,14 @@ def _rows(x: Shaped[Tensor, "B T *rest"], index: Tensor | None) -> Shaped[Tensor
 
 
 def _scatter(
-    x: Shaped[Tensor, "N *rest"], index: Tensor | None, shape: torch.Size, pad: float = 0.0
+    x: Shaped[Tensor, "N *rest"],
+    index: Tensor | None,
+    is_real: Tensor | None,
+    shape: torch.Size,
+    pad: float = 0.0,
 ) -> Shaped[Tensor, "B T *rest"]:
+    if is_real is not None:
+        x = choose(is_real, x, x.new_full(x.shape, pad))
     if index is not None:
         x = x.new_full((shape.numel(), *x.shape[1:]), pad).index_copy(0, index, x)
     return x.unflatten(0, tuple(shape))

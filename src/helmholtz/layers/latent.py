@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from helmholtz._checks import check
+from helmholtz._values import free_to_read
 from helmholtz.layers.block import Block
 from helmholtz.layers.init import STANDARD_DEVIATION, init_normal
 from helmholtz.layers.norm import RMSNorm
@@ -68,7 +69,7 @@ def check_plan(z: Plan, shape: tuple[int, ...], n_latent_bits: int) -> None:
     check(tuple(z.code.shape) == shape, "z.code", tuple(z.code.shape), f"of shape {shape} as the tokens")
     integer = not (z.code.is_floating_point() or z.code.is_complex() or z.code.dtype == torch.bool)
     check(integer, "z.code", z.code.dtype, "of an integer dtype")
-    if z.code.numel():
+    if z.code.numel() and free_to_read(z.code):
         low, high = (int(bound) for bound in z.code.aminmax())
         check(low >= 0 and high < codes, "z.code", f"values from {low} to {high}", f"in [0, {codes})")
     if z.logits is not None:

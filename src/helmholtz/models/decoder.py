@@ -224,6 +224,8 @@ class Decoder(AbstractStack):
         Raises: ValueError without slots, and in evaluation mode without ``in_eval``.
         """
         chosen = equilibrium.solution.converged
+        if equilibrium.is_real is not None:
+            chosen = chosen & equilibrium.is_real
         if mask is not None:
             chosen = chosen & equilibrium.rows(mask)
         return self.memory.write(equilibrium.rows(equilibrium.z), chosen, in_eval=in_eval, warn=False)

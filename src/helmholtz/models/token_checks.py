@@ -1,8 +1,9 @@
-"""Which tokens a decoder can read."""
+"""Which tokens a decoder can read. Values are looked at where that costs nothing: on the CPU, outside graphs."""
 
 import torch
 from torch import Tensor
 
+from helmholtz._values import free_to_read
 from helmholtz.layers.sequence import SequenceLayout
 
 
@@ -16,10 +17,12 @@ def check_tokens(tokens: Tensor) -> None:
 
 def check_length(layout: SequenceLayout, position: Tensor | None, max_seq_len: int) -> None:
     """No sequence is longer, the ``position`` tokens that a stream has seen included."""
-    if layout.cu_seqlens is not None:
-        longest = int(layout.cu_seqlens.diff().max())
-    elif layout.mask is None and position is None:
+    if layout.mask is None and layout.cu_seqlens is None and position is None:
         longest = layout.positions.shape[-1]
+    elif not free_to_read(layout.positions):
+        return
+    elif layout.cu_seqlens is not None:
+        longest = int(layout.cu_seqlens.diff().max())
     else:
         seen = layout.positions.new_zeros(len(layout.positions)) if position is None else position
         longest = max(layout.advance(seen.to(layout.positions.device)).tolist(), default=0)
@@ -29,7 +32,7 @@ def check_length(layout: SequenceLayout, position: Tensor | None, max_seq_len: i
 
 def check_vocabulary(tokens: Tensor, vocab_size: int) -> None:
     """Every id is in the vocabulary."""
-    if not tokens.numel():
+    if not tokens.numel() or not free_to_read(tokens):
         return
     low, high = (int(x) for x in tokens.aminmax())
     if low < 0 or high >= vocab_size:

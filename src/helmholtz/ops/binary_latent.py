@@ -9,6 +9,7 @@ from torch import Tensor
 
 from helmholtz._checks import check, check_integer, check_non_negative
 from helmholtz._once import DifferentiableOnce
+from helmholtz._values import free_to_read
 from helmholtz.ops._compute import compute_dtype, full_precision
 
 MAX_LATENT_BITS = 16
@@ -261,6 +262,6 @@ def _check_code(code: Tensor, n_bits: int) -> None:
 
 
 def _check_range(name: str, x: Tensor, stop: int) -> None:
-    if x.numel() and x.dtype != torch.bool:
+    if x.numel() and x.dtype != torch.bool and free_to_read(x):
         low, high = (int(bound) for bound in x.aminmax())
         check(low >= 0 and high < stop, name, f"values from {low} to {high}", f"in [0, {stop})")
