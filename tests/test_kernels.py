@@ -31,20 +31,41 @@ def compiler_that(folder: Path, script: str) -> str:
     return str(file)
 
 
-def test_without_a_compiler_the_remedy_is_told(cache, monkeypatch, capsys):
-    monkeypatch.setenv("CXX", "no-such-compiler")
+@pytest.mark.parametrize("variable, value", [("CXX", "no-such-compiler -O1"), ("PATH", "/nowhere")])
+def test_without_a_compiler_the_remedy_is_told(cache, monkeypatch, capsys, variable, value):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv(variable, value)
     assert main(["kernels", "build"]) == 2
-    assert "no C++ compiler found" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "no C++ compiler found" in said.err and not said.out
+    assert ("CXX=no-such-compiler -O1" if variable == "CXX" else "CXX names another") in said.err
     assert main(["kernels"]) == 0
     assert "none found" in capsys.readouterr().out
+
+
+def test_the_compiler_may_have_options(cache, tmp_path, monkeypatch):
+    compiler_that(tmp_path, "exit 1")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "compiler --sysroot='/a folder'")
+    assert building.compiler() == [str(tmp_path / "compiler"), "--sysroot=/a folder"]
 
 
 def test_a_build_that_fails_shows_the_last_lines_and_leaves_nothing(cache, tmp_path, monkeypatch, capsys):
     broken = compiler_that(tmp_path, "for i in $(seq 40); do echo line $i >&2; done; exit 3")
     monkeypatch.setenv("CXX", broken)
     assert main(["kernels", "build"]) == 2
+    *lines, error = capsys.readouterr().err.splitlines()
+    assert lines == [f"line {i}" for i in range(29, 41)]
+    assert f"{broken} failed (3); the plain forms are used" in error
+    assert not list(cache.iterdir())
+
+
+def test_what_cannot_be_loaded_is_not_kept(cache, tmp_path, monkeypatch, capsys):
+    """It would end every process at its start."""
+    monkeypatch.setenv("CXX", compiler_that(tmp_path, 'while [ "$1" != -o ]; do shift; done; echo half > $2'))
+    assert main(["kernels", "build"]) == 2
     error = capsys.readouterr().err
-    assert "failed (3)" in error and "line 40" in error and "line 28" not in error
+    assert "file too short" in error and "loading what was built failed" in error
     assert not list(cache.iterdir())
 
 
@@ -53,18 +74,50 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsy
     monkeypatch.setenv("HELMHOLTZ_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setenv("CXX", compiler_that(tmp_path, "exit 0"))
     assert main(["kernels", "build"]) == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "HELMHOLTZ_CACHE names another folder" in line
+
+
+def test_a_cache_that_cannot_be_looked_into_holds_no_kernels(cache, monkeypatch):
+    """As with another user's HOME, whose folders are closed."""
+
+    stat = os.stat
+
+    def refused(path: os.PathLike[str], **options: bool) -> os.stat_result:
+        if cache in Path(path).parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **options)
+
+    cache.mkdir()
+    building.library_file().write_text("no library")
+    assert building.find_library()
+    monkeypatch.setattr(os, "stat", refused)
+    assert not building.load()
+
+
+def test_a_user_without_a_home_has_no_kernels(monkeypatch, capsys):
+    def refused(_: type[Path]) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("HELMHOLTZ_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", classmethod(refused))
+    assert not building.load()
+    assert main(["kernels"]) == 0 and main(["kernels", "build"]) == 2
+    said = capsys.readouterr()
+    assert all("no folder for kernels" in text and "HELMHOLTZ_CACHE" in text for text in said)
 
 
 def test_two_processes_build_at_once(cache, tmp_path):
     """Each makes a whole file; the last one stays."""
-    script = 'while [ "$1" != -o ]; do shift; done; echo half > $2; sleep 0.3; echo whole > $2'
+    whole = Path(torch.__file__).parent / "lib" / "libc10.so"
+    script = f'while [ "$1" != -o ]; do shift; done; echo half > $2; sleep 0.3; cp {whole} $2'
     env = os.environ | {"CXX": compiler_that(tmp_path, script)}
     code = "from helmholtz.kernels import build; print(build.build())"
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=-1, text=True, env=env) for _ in range(2)]
     found = {process.communicate()[0].strip() for process in both}
     (file,) = cache.iterdir()
-    assert found == {str(file)} and file.read_text() == "whole\n"
+    assert found == {str(file)} and file.read_bytes() == whole.read_bytes()
 
 
 def test_another_torch_another_processor_and_other_sources_are_another_file(cache, monkeypatch):
@@ -73,9 +126,13 @@ def test_another_torch_another_processor_and_other_sources_are_another_file(cach
     names.add(building.library_file().name)
     monkeypatch.setattr(torch, "__version__", "1.0")
     names.add(building.library_file().name)
+    monkeypatch.setattr(torch.version, "git_version", "of another build")
+    names.add(building.library_file().name)
+    monkeypatch.setattr(building, "FLAGS", ["-O0"])
+    names.add(building.library_file().name)
     monkeypatch.setattr(building, "SOURCES", Path(building.__file__).parent)
     names.add(building.library_file().name)
-    assert len(names) == 4
+    assert len(names) == 6
 
 
 def test_a_damaged_library_is_an_error_with_the_remedy(cache):
@@ -84,6 +141,8 @@ def test_a_damaged_library_is_an_error_with_the_remedy(cache):
     code = "import helmholtz.ops"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert done.returncode and "remove it and run: helmholtz kernels build" in done.stderr
+    env = os.environ | {"HELMHOLTZ_KERNELS": "plain"}
+    assert not subprocess.run([sys.executable, "-c", code], env=env).returncode
 
 
 @pytest.mark.parametrize("place", ["environment", "context"])

@@ -1,5 +1,7 @@
 """``helmholtz kernels``."""
 
+import sys
+
 from rich.console import Console
 
 from helmholtz._checks import check_choice
@@ -14,22 +16,37 @@ CHOICES = ("show", "build")
 
 def run(arguments: list[str], console: Console) -> int:
     from helmholtz import kernels
-    from helmholtz.kernels.build import build, compiler, library_file
+    from helmholtz.kernels.build import compiler, find_library, library_file
 
     parser = make_parser("kernels", DESCRIPTION)
     parser.add_argument("action", type=str, nargs="?", default="show", help=" or ".join(CHOICES))
     action = parse(parser, arguments)["action"]
     check_choice("action", action, CHOICES)
     if action == "build":
-        there = library_file().is_file()
-        if not there:
-            console.print("compiling, about a minute")
-        console.print(f"{build()}: {'was built before' if there else 'built'}")
-        return 0
-    file, reason = library_file(), kernels.refusal()
-    console.print(f"library    {file}{'' if file.is_file() else ' (not built)'}")
-    console.print(f"compiler   {compiler() or 'none found'}")
+        return _build(console)
+    reason, command = kernels.refusal(), compiler()
+    try:
+        library = f"{library_file()}{'' if find_library() else ' (not built)'}"
+    except ValueError as error:
+        library = str(error)
+    console.print(f"library    {library}")
+    console.print(f"compiler   {' '.join(command) if command else 'none found'}")
     console.print(f"kernels    {', '.join(kernels.NAMES)}")
     console.print(f"CPU        {'the kernels' if reason is None else f'plain forms: {reason}'}")
     console.print("elsewhere  plain forms")
+    return 0
+
+
+def _build(console: Console) -> int:
+    from helmholtz.kernels.build import BuildError, build, compiler, find_library
+
+    there = find_library()
+    if not there and compiler():
+        console.print("compiling, about a minute")
+    try:
+        file = build()
+    except BuildError as error:
+        sys.stderr.write(f"{error.complaint}\n")
+        raise
+    console.print(f"{file}: {'was built before' if there else 'built'}")
     return 0

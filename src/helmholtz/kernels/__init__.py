@@ -16,13 +16,13 @@ from helmholtz._checks import check_choice
 from helmholtz.kernels import operators
 from helmholtz.kernels.build import load
 
-LOADED = load()
-"""Whether the operators have their implementation in this process."""
 SWITCH = "HELMHOLTZ_KERNELS"
 """The environment variable that says ``plain`` for plain forms only."""
 NAMES = operators.NAMES
 check_choice(SWITCH, os.environ.get(SWITCH, "auto"), ("auto", "plain"))
 _plain = os.environ.get(SWITCH) == "plain"
+LOADED = not _plain and load()
+"""Whether the operators have their implementation in this process: the library was there when it started."""
 
 
 @contextlib.contextmanager
@@ -48,9 +48,9 @@ def usable(*tensors: Tensor | None) -> bool:
 
 def refusal() -> str | None:
     """Why no call of this process takes a kernel, or None."""
-    if not LOADED:
-        return "they are not built: helmholtz kernels build"
-    return f"{SWITCH}=plain" if _plain else None
+    if _plain:
+        return f"{SWITCH}=plain"
+    return None if LOADED else "they are not built for this torch and processor: helmholtz kernels build"
 
 
 __all__ = ["LOADED", "NAMES", "SWITCH", "plain_forms", "refusal", "usable"]

@@ -2,96 +2,138 @@
 
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
 SOURCES = Path(__file__).parents[1] / "csrc"
+FLAGS = ["-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 OPTIONS = {"AVX512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "AVX2": ["-march=x86-64-v3"]}
 """Of the compiler, by torch's name of what the processor can do."""
 LAST_LINES = 12
 """Of a compiler's complaint, which say what is wrong."""
+CACHE = "HELMHOLTZ_CACHE"
+TRIAL = "import sys, torch; torch.ops.load_library(sys.argv[1])"
+
+
+class BuildError(OSError):
+    """The compiler's last lines are in ``complaint``."""
+
+    def __init__(self, message: str, complaint: str) -> None:
+        super().__init__(f"{message}; the plain forms are used")
+        self.complaint = "\n".join(complaint.splitlines()[-LAST_LINES:])
 
 
 def cache_folder() -> Path:
-    """Where built kernels are kept: ``HELMHOLTZ_CACHE``, or ``helmholtz`` in the user's cache."""
-    given = os.environ.get("HELMHOLTZ_CACHE")
+    """Where built kernels are kept: ``HELMHOLTZ_CACHE``, or ``helmholtz`` in the user's cache.
+
+    Raises: ValueError if the user has no home folder either.
+    """
+    given = os.environ.get(CACHE)
     if given:
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "helmholtz"
+    caches = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(caches) if caches else Path.home() / ".cache") / "helmholtz"
+    except RuntimeError as error:  # HOME is not set, and the system has no entry of this user
+        raise ValueError(f"no folder for kernels: {error}; {CACHE} names one") from error
 
 
 def library_file() -> Path:
-    """The library of these sources, this torch and this kind of processor; another of any is another file."""
+    """The library of these sources, this torch and this kind of processor; another of any is another file.
+
+    Raises: ValueError if there is no folder for it.
+    """
     capability = torch.backends.cpu.get_cpu_capability()
-    digest = hashlib.sha256()
-    for file in sorted(SOURCES.iterdir()):
+    digest = hashlib.sha256(f"{torch.version.git_version} {_options()}".encode())
+    for file in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     name = f"kernels-torch{torch.__version__}-{capability}-{digest.hexdigest()[:16]}.so"
-    return cache_folder() / name.replace("/", "_")
+    return cache_folder() / name.replace("/", "_").replace(" ", "_")
+
+
+def find_library() -> Path | None:
+    """The library's file if it is there, and can be seen."""
+    try:
+        file = library_file()
+    except ValueError:
+        return None
+    return file if os.path.isfile(file) else None  # Path.is_file would raise for a folder of somebody else
 
 
 def load() -> bool:
     """Load the library if it is built. Raises: OSError with the remedy if it is, but cannot be loaded."""
-    file = library_file()
-    if not file.is_file():
+    file = find_library()
+    if file is None:
         return False
     try:
         torch.ops.load_library(str(file))
     except OSError as error:
-        raise OSError(f"{file}: {error}; remove it and run: helmholtz kernels build") from error
+        remedy = "remove it and run: helmholtz kernels build; HELMHOLTZ_KERNELS=plain goes without it"
+        raise OSError(f"{file}: {error}; {remedy}") from error
     return True
 
 
-def compiler() -> str | None:
-    """The C++ compiler: ``CXX``, or the first of c++, g++ and clang++ that is there."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    return next((found for found in map(shutil.which, names) if found), None)
+def compiler() -> list[str] | None:
+    """The C++ compiler: ``CXX``, which may hold options, or the first of c++, g++ and clang++ that is there."""
+    given = shlex.split(os.environ.get("CXX", ""))
+    for name in given[:1] or ["c++", "g++", "clang++"]:
+        found = shutil.which(name)
+        if found:
+            return [found, *given[1:]]
+    return None
 
 
 def build() -> Path:
-    """Compile, unless that was done; returns the library's file.
+    """Compile, unless that was done; returns the library's file. Processes that run already go on without it.
 
-    The file appears whole or not at all, so that two processes may build at once.
+    The file appears whole or not at all, so that two processes may build at once, and only if it can be loaded.
 
-    Raises: ValueError without a compiler; OSError if it fails, with the compiler's last lines, or if the cache cannot
-        be written.
+    Raises: ValueError without a compiler; BuildError if it fails; OSError if the cache cannot be written.
     """
-    file = library_file()
-    if file.is_file():
-        return file
-    found = compiler()
-    if found is None:
-        raise ValueError(
-            "no C++ compiler found (c++, g++ or clang++; CXX names another): the plain forms are used"
+    done = find_library()
+    if done:
+        return done
+    file, command = library_file(), compiler()
+    if command is None:
+        wanted = (
+            f"CXX={os.environ['CXX']}" if os.environ.get("CXX") else "c++, g++ or clang++; CXX names another"
         )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix="building-") as folder:
-        made = Path(folder) / file.name
-        done = subprocess.run(_command(found, made), capture_output=True, text=True, errors="replace")
-        if done.returncode:
-            last = "\n".join(done.stderr.splitlines()[-LAST_LINES:])
-            raise OSError(
-                f"{found} failed ({done.returncode}); the plain forms are used. Its last lines:\n{last}"
-            )
+        raise ValueError(f"no C++ compiler found ({wanted}): the plain forms are used")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=file.parent, prefix="building-")
+    except OSError as error:
+        raise OSError(f"{error}; {CACHE} names another folder for the kernels") from error
+    with folder:
+        made = Path(folder.name) / file.name
+        _run(command[0], [*command, *_options(), str(SOURCES / "kernels.cpp"), *_torch(), "-o", str(made)])
+        _run("loading what was built", [sys.executable, "-c", TRIAL, str(made)])
         made.replace(file)
     return file
 
 
-def _command(found: str, made: Path) -> list[str]:
-    from torch.utils.cpp_extension import include_paths
+def _run(what: str, command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise BuildError(f"{what} failed ({done.returncode})", done.stderr)
 
-    libraries = Path(torch.__file__).parent / "lib"
-    threads = [
-        str(file) for file in sorted(libraries.glob("libgomp*.so*"))[:1]
-    ]  # torch's own: one pool of threads
+
+def _options() -> list[str]:
+    return [*FLAGS, *OPTIONS.get(torch.backends.cpu.get_cpu_capability(), [])]
+
+
+def _torch() -> list[str]:
+    """Headers and libraries of the torch that is installed, with its own OpenMP: one pool of threads."""
+    root = Path(torch.__file__).parent
+    headers, libraries = root / "include", root / "lib"
+    threads = [str(file) for file in sorted(libraries.glob("libgomp*.so*"))[:1]]
     return [
-        found, "-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
-        *OPTIONS.get(torch.backends.cpu.get_cpu_capability(), []),
-        *(part for folder in include_paths() for part in ("-isystem", folder)),
-        str(SOURCES / "kernels.cpp"), "-o", str(made),
+        "-isystem", str(headers), "-isystem", str(headers / "torch/csrc/api/include"),
         f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10", *threads,
     ]  # fmt: skip
