@@ -1,5 +1,6 @@
 """Looking inside a Free Energy Mixer: which tokens each channel reads, and at which temperature."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from helmholtz.layers.fem import FreeEnergyMixer
+from helmholtz.layers.priors.base import Tilt
 from helmholtz.layers.sequence import sequence_layout
 from helmholtz.ops.free_energy import hidden_temperature, posterior
 
@@ -38,6 +40,17 @@ class Reading:
         return torch.special.entr(self.posterior).sum(-2).exp()
 
 
+class _Places(Tilt):
+    """A signal per token: 1 at its place, 0 elsewhere."""
+
+    __slots__ = ()
+
+    def __call__(self, values: Float[Tensor, "B G T V"]) -> Float[Tensor, "B G T N V"]:
+        steps = values.shape[2]
+        onehots = torch.eye(steps, device=values.device)[:, :, None]
+        return onehots.expand(*values.shape[:3], steps, values.shape[-1])
+
+
 @torch.no_grad()
 def inspect_read(
     mixer: FreeEnergyMixer,
@@ -59,15 +72,7 @@ def inspect_read(
         raise ValueError("mixer: read='mean' has no free energy to inspect")
     layout = sequence_layout(x, attention_mask)
     features, values = mixer.project(x, layout, source)
-    onehots = torch.eye(x.shape[1], device=x.device)[None, None, :, :, None]
-    weights, _ = mixer.prior(
-        features,
-        values,
-        lambda v: onehots.expand(*v.shape[:3], x.shape[1], v.shape[-1]),
-        layout,
-        layout,
-        None,
-    )
+    weights, _ = mixer.prior(features, values, _Places(None, math.inf), layout, layout, None)
     weights, share = weights.double(), c.n_heads // values.shape[1]
     total = weights.sum(-2, keepdim=True)  # 1 up to float32, and 0 for a query that sees nothing
     weights = weights / torch.where(total > 0, total, 1.0)

@@ -18,7 +18,8 @@ Features = Mapping[str, Float[Tensor, "B T W"]]
 
 @dataclass(frozen=True, slots=True)
 class Tilt:
-    """The signals that a prior averages: made by a call, or by a kernel from ``beta`` and ``cap``."""
+    """The signals that a prior averages: made by a call, or by a kernel from ``beta`` and ``cap``. A subclass makes
+    others, by its call alone: a kernel is for ``type(tilt) is Tilt``."""
 
     beta: Float[Tensor, "G V"] | None
     """Inverse temperature per value head and channel; None where the values alone are averaged."""
