@@ -8,12 +8,13 @@ import torch
 from hypothesis import given, strategies
 from torch import Tensor
 
+from helmholtz import kernels
 from helmholtz.layers.latent import Plan
 from helmholtz.layers.state import KVCache, Room
 from helmholtz.models.decoder import Decoder
 from helmholtz.models.generation import generate, generate_planned
 from helmholtz.models.outputs import LMState
-from helmholtz.models.sampling import SamplingSettings, draw, sampling_probabilities
+from helmholtz.models.sampling import SamplingSettings, draw, next_tokens, sampling_probabilities
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5]]
 SETTINGS = SamplingSettings(max_new_tokens=10, temperature=0.8, top_k=12, top_p=0.9, seed=11)
@@ -238,3 +239,31 @@ def test_draws_follow_the_distribution() -> None:
     counts = draw(probabilities.expand(20000, 4).contiguous(), uniform).bincount(minlength=4) / 20000
     assert counts[1] == 0
     assert (counts - probabilities[0]).abs().max() < 0.015  # four standard deviations
+
+
+FILTERS = [
+    {},
+    {"top_k": 1},
+    {"top_k": 5},
+    {"top_k": 99},
+    {"top_p": 0.3},
+    {"top_p": 1.0},
+    {"top_k": 9, "top_p": 0.5},
+]
+
+
+@pytest.mark.skipif(not kernels.LOADED, reason="the kernels are not built")
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 1e-300])
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_the_kernel_draws_the_tokens_of_the_plain_form(filters: dict, temperature: float) -> None:
+    logits = torch.randn(200, 37).mul(3).round()  # so that many are equal
+    logits[3, 5], logits[4] = torch.nan, 0.0
+    logits[5, :36] = -torch.inf
+    uniform = torch.rand(200, 1, dtype=torch.float64)
+    uniform[0], uniform[1] = 0.0, 1 - 2.0**-53
+    settings = SamplingSettings(temperature=temperature, **filters)
+    found = next_tokens(logits, settings, uniform)
+    with kernels.plain_forms():
+        wanted = next_tokens(logits, settings, uniform)
+    assert torch.equal(found, wanted)
+    assert found[3] == -1 and found[5] == 36 and (found == -1).sum() == 1

@@ -4,6 +4,7 @@
 #include "gated_read.h"
 #include "rnn_softmax.h"
 #include "rope_table.h"
+#include "sample.h"
 #include "scan.h"
 #include "segment_decays.h"
 #include "selective_scan.h"
@@ -22,6 +23,7 @@ TORCH_LIBRARY_IMPL(helmholtz, CPU, m) {
   m.impl("rnn_softmax", rnn_softmax_cpu);
   m.impl("rnn_softmax_backward", rnn_softmax_backward_cpu);
   m.impl("rope_table", rope_table_cpu);
+  m.impl("sample", sample_cpu);
   m.impl("segment_decays", segment_decays_cpu);
   m.impl("segment_decays_backward", segment_decays_backward_cpu);
   m.impl("selective_scan", selective_scan_cpu);

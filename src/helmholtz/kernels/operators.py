@@ -67,6 +67,10 @@ _define(
     ),
 )
 _define(
+    "sample(Tensor logits, Tensor uniform, float temperature, int top_k, float top_p) -> Tensor",
+    lambda logits, *_: logits.new_empty(len(logits), dtype=torch.long),
+)
+_define(
     "segment_decays(Tensor log_decay) -> Tensor",
     lambda log_decay: log_decay.new_empty(*log_decay.shape, log_decay.shape[-1]),
 )

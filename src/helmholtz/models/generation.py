@@ -14,7 +14,7 @@ from helmholtz.models.base import evaluation_mode
 from helmholtz.models.decoder import Decoder, PlanOf, require_plan
 from helmholtz.models.outputs import LMState, LowerOutput
 from helmholtz.models.planning import PlanSettings, RowCodes
-from helmholtz.models.sampling import SamplingSettings, check_prompts, draw, sampling_probabilities
+from helmholtz.models.sampling import SamplingSettings, check_prompts, next_tokens
 
 __all__ = ["PlannedRow", "SamplingSettings", "Stream", "TokenCallback", "generate", "generate_planned"]
 
@@ -158,8 +158,10 @@ def _continued(
         uniform = _uniform(len(prompts), settings).to(device)
         logits = stream.prefill(*_left_padded(prompts, device))
         for count in range(settings.max_new_tokens):
-            tokens = _next_tokens(logits, settings, uniform[:, count : count + 1])
+            tokens = next_tokens(logits, settings, uniform[:, count : count + 1])
             for row, token in enumerate(tokens.tolist()):
+                if token < 0:
+                    raise ValueError("model: its logits are NaN; there is nothing to sample from")
                 if row in active and token in settings.stop_tokens:
                     active.remove(row)
                 elif row in active:
@@ -188,13 +190,3 @@ def _left_padded(
         return tokens, None
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     return tokens, torch.arange(longest, device=device) >= longest - lengths.unsqueeze(1)
-
-
-def _next_tokens(
-    logits: Float[Tensor, "B vocab"], settings: SamplingSettings, uniform: Float[Tensor, "B 1"]
-) -> Int[Tensor, "B"]:
-    if logits.isnan().any():
-        raise ValueError("model: its logits are NaN; there is nothing to sample from")
-    if settings.temperature == 0:
-        return logits.argmax(-1)
-    return draw(sampling_probabilities(logits, settings), uniform)

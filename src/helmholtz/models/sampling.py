@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from helmholtz import kernels
 from helmholtz._checks import check, check_integer, check_non_negative
 from helmholtz.models.decoder import Decoder
 
@@ -41,6 +42,23 @@ class SamplingSettings:
         for token in self.stop_tokens:
             check_integer("stop_tokens", token, minimum=0)
         check_integer("seed", self.seed, minimum=0)
+
+
+def next_tokens(
+    logits: Float[Tensor, "B vocab"], settings: SamplingSettings, uniform: Float[Tensor, "B 1"]
+) -> Int[Tensor, "B"]:
+    """A token of each row as ``sampling_probabilities`` and ``draw`` give it; -1 of a row whose logits are NaN.
+
+    Cost: the kernel ranks as many tokens as are kept, the plain form sorts all.
+    """
+    if kernels.usable(logits, uniform):
+        top = settings.top_k or 0, settings.top_p or 0.0
+        tokens: Tensor = torch.ops.helmholtz.sample(logits, uniform, settings.temperature, *top)
+        return tokens
+    if settings.temperature == 0:
+        return logits.argmax(-1).masked_fill(logits.isnan().any(-1), -1)
+    probabilities = sampling_probabilities(logits, settings)
+    return draw(probabilities, uniform).masked_fill(probabilities[:, 0].isnan(), -1)
 
 
 def sampling_probabilities(
