@@ -207,6 +207,10 @@ OPERATORS = {
     "selective_scan": lambda: (
         leaf(2, 40, 2, 3), leaf(2, 40, 3), leaf(3, 4), leaf(2, 40, 4), leaf(2, 40, 4), leaf(2, 2, 3, 4), None,
     ),
+    "rms_norm": lambda: (leaf(2, 5, 3).bfloat16(), leaf(3), 1e-6),
+    "swiglu": lambda: (leaf(3, 2048),),
+    "rope": lambda: (leaf(2, 5, 7, 4), torch.rand(5, 4), torch.rand(5, 4), 3, 2),
+    "cross_entropy": lambda: (leaf(5, 7), torch.tensor([0, 6, -100, 2, 2]), -100),
 }  # fmt: skip
 
 

@@ -6,8 +6,20 @@ import pytest
 
 from helmholtz import kernels
 
-HAVE_KERNELS = ["test_causal_conv", "test_free_energy", "test_linear_attention", "test_rnn_softmax", "test_rope",
-                "test_scan", "test_second_derivatives", "test_selective_scan", "test_ssd"]  # fmt: skip
+HAVE_KERNELS = [
+    "test_causal_conv",
+    "test_free_energy",
+    "test_linear_attention",
+    "test_losses",
+    "test_rms_norm",
+    "test_rnn_softmax",
+    "test_rope",
+    "test_scan",
+    "test_second_derivatives",
+    "test_selective_scan",
+    "test_ssd",
+    "test_swiglu",
+]
 FORMS = ["plain", *(["kernel"] if kernels.LOADED else [])]
 
 

@@ -54,3 +54,25 @@ def test_large_logits_stay_finite() -> None:
     assert loss.item() == pytest.approx(1e4)
     assert torch.autograd.grad(loss, logits)[0].isfinite().all()
     assert cross_entropy(torch.zeros(1, 1, 8), torch.tensor([[3]])).item() == pytest.approx(math.log(8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocabulary", [2, 257, 3001])
+def test_large_logits_of_any_vocabulary_match_the_formula(dtype, vocabulary) -> None:
+    """Rows of a slice; logits of up to 100 and one that is infinitely unlikely."""
+    logits = (30 * torch.randn(2, 6, vocabulary)).to(dtype)
+    logits[0, 2, 0] = -torch.inf
+    logits, targets = logits[:, 1:], torch.randint(1, vocabulary, (2, 5))
+    targets[1, 3] = -100
+    one = [torch.ones((), dtype=torch.float64)]
+    assert_matches("loss", cross_entropy(logits, targets), formula(logits, targets), budget=8)
+    (got,) = grads(lambda x: [cross_entropy(x, targets)], [logits], one)
+    (want,) = grads(lambda x: [formula(x, targets)], [logits], one)
+    assert got.dtype == dtype
+    assert_matches("dlogits", got, want, budget=60)  # of exp at differences of up to 200
+
+
+@pytest.mark.parametrize("target", [5, -1, -100])
+def test_a_target_outside_the_vocabulary_is_an_error(target) -> None:
+    with pytest.raises(IndexError):
+        cross_entropy(torch.zeros(1, 1, 5), torch.tensor([[target]]), ignore_index=-7)

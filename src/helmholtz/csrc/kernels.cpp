@@ -1,13 +1,17 @@
 // The operators of helmholtz on CPU tensors. Their schemas and fake rules are defined in Python (kernels/operators.py).
 // A backward operator has no derivative and says so.
 #include "causal_conv.h"
+#include "cross_entropy.h"
 #include "gated_read.h"
+#include "rms_norm.h"
 #include "rnn_softmax.h"
 #include "rope_table.h"
 #include "sample.h"
+#include "rope.h"
 #include "scan.h"
 #include "segment_decays.h"
 #include "selective_scan.h"
+#include "swiglu.h"
 
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 
@@ -28,6 +32,14 @@ TORCH_LIBRARY_IMPL(helmholtz, CPU, m) {
   m.impl("segment_decays_backward", segment_decays_backward_cpu);
   m.impl("selective_scan", selective_scan_cpu);
   m.impl("selective_scan_backward", selective_scan_backward_cpu);
+  m.impl("rms_norm", rms_norm_cpu);
+  m.impl("rms_norm_backward", rms_norm_backward_cpu);
+  m.impl("swiglu", swiglu_cpu);
+  m.impl("swiglu_backward", swiglu_backward_cpu);
+  m.impl("rope", rope_cpu);
+  m.impl("rope_backward", rope_backward_cpu);
+  m.impl("cross_entropy", cross_entropy_cpu);
+  m.impl("cross_entropy_backward", cross_entropy_backward_cpu);
 }
 
 TORCH_LIBRARY_IMPL(helmholtz, Autograd, m) {
@@ -37,8 +49,22 @@ TORCH_LIBRARY_IMPL(helmholtz, Autograd, m) {
   m.impl("rnn_softmax", rnn_softmax_autograd);
   m.impl("segment_decays", segment_decays_autograd);
   m.impl("selective_scan", selective_scan_autograd);
-  for (const char* name : {"causal_conv_backward", "scan_backward", "gated_read_backward", "rnn_softmax_backward", "segment_decays_backward",
-                           "selective_scan_backward"})
+  m.impl("rms_norm", rms_norm_autograd);
+  m.impl("swiglu", swiglu_autograd);
+  m.impl("rope", rope_autograd);
+  m.impl("cross_entropy", cross_entropy_autograd);
+  for (const char* name : {
+           "causal_conv_backward",
+           "cross_entropy_backward",
+           "gated_read_backward",
+           "rms_norm_backward",
+           "rnn_softmax_backward",
+           "rope_backward",
+           "scan_backward",
+           "segment_decays_backward",
+           "selective_scan_backward",
+           "swiglu_backward",
+       })
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
 }
 

@@ -19,6 +19,8 @@ from helmholtz.kernels.build import load
 SWITCH = "HELMHOLTZ_KERNELS"
 """The environment variable that says ``plain`` for plain forms only."""
 NAMES = operators.NAMES
+STORED = (torch.float32, torch.float64, torch.bfloat16)
+"""What tensors may hold of the kernels that also read and write bf16."""
 check_choice(SWITCH, os.environ.get(SWITCH, "auto"), ("auto", "plain"))
 _plain = os.environ.get(SWITCH) == "plain"
 LOADED = not _plain and load()
@@ -53,4 +55,4 @@ def refusal() -> str | None:
     return None if LOADED else "they are not built for this torch and processor: helmholtz kernels build"
 
 
-__all__ = ["LOADED", "NAMES", "SWITCH", "plain_forms", "refusal", "usable"]
+__all__ = ["LOADED", "NAMES", "STORED", "SWITCH", "plain_forms", "refusal", "usable"]

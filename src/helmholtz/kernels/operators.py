@@ -110,3 +110,54 @@ _define(
     "Tensor? reset, bool silu) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda dy, dlast, x, weight, bias, state, *_: _like(x, weight, bias, state),
 )
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
+    return *_like(x), weight.new_empty(x.shape[:-1])
+
+
+_define("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _rms_norm)
+_define(
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor scales) -> (Tensor, Tensor)",
+    lambda dy, x, weight, scales: _like(x, weight),
+)
+PAGE, LINE = 4096, 64
+"""Bytes."""
+
+
+def _empty_rows(like: Tensor) -> Tensor:
+    """Of the shape of ``like``; rows that would lie whole pages apart are moved: they share one set of each cache."""
+    width = like.shape[-1]
+    apart = 0 if width * like.element_size() % PAGE else LINE // like.element_size()
+    return like.new_empty(*like.shape[:-1], width + apart)[..., :width]
+
+
+_define("swiglu(Tensor gate_up) -> Tensor", lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
+_define("swiglu_backward(Tensor dy, Tensor gate_up) -> Tensor", lambda dy, gate_up: _empty_rows(gate_up))
+
+
+def _rope(joint: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch, time, _, width = joint.shape
+    q, k, v = (joint.new_empty(batch, n, time, width) for n in (heads, groups, groups))
+    return q, k, v
+
+
+_define(
+    "rope(Tensor joint, Tensor cos, Tensor sin, int heads, int groups) -> (Tensor, Tensor, Tensor)", _rope
+)
+_define(
+    "rope_backward(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) -> Tensor",
+    lambda q, k, v, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1] + 2 * k.shape[1], q.shape[3]),
+)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits.new_empty((), dtype=wide), logits.new_empty(len(logits), dtype=wide)
+
+
+_define("cross_entropy(Tensor logits, Tensor targets, int ignored) -> (Tensor, Tensor)", _cross_entropy)
+_define(
+    "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor targets, Tensor totals, int ignored) -> Tensor",
+    lambda dloss, logits, *_: _like(logits)[0],
+)

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from helmholtz._once import DifferentiableOnce, is_traced
+from helmholtz import kernels
+from helmholtz.ops._compute import compute_dtype
 
 
 def cross_entropy(
@@ -16,29 +17,11 @@ def cross_entropy(
     ``targets[:, t]`` belongs to ``logits[:, t]``: the caller has shifted them. Where every target is ``ignore_index``
     the mean is 0 with gradient 0, not 0/0.
 
-    Cost: saves one number per logit; the gradient is made of it in place. Differentiable once.
+    Cost: the kernel reads the logits once forward and once backward, and saves them and a number per token.
+    Raises: IndexError if a target is neither ``ignore_index`` nor in ``[0, vocab)``.
     """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-    flat = targets.flatten()
-    if is_traced():
-        total = F.cross_entropy(wide, flat, ignore_index=ignore_index, reduction="sum")
-    else:
-        counted = flat != ignore_index
-        total = _NegativeLogLikelihood.call(wide, flat.masked_fill(~counted, 0).unsqueeze(1), counted)
-    return total / (targets != ignore_index).sum().clamp(min=1)
-
-
-class _NegativeLogLikelihood(DifferentiableOnce):
-    @staticmethod
-    def forward(ctx, logits, targets, counted):  # type: ignore[no-untyped-def]
-        log_p = logits.log_softmax(-1)
-        total = -log_p.gather(1, targets).squeeze(1).masked_fill(~counted, 0).sum()
-        ctx.save_for_backward(log_p, targets, counted, total)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        log_p, targets, counted, _ = ctx.saved_tensors
-        out = log_p.exp()
-        out.scatter_add_(1, targets, out.new_full((1, 1), -1).expand_as(targets))
-        return out.mul_((counted * grad).unsqueeze(1)), None, None
+    rows, flat = logits.flatten(0, 1), targets.flatten().long()
+    if kernels.usable(rows, flat) and rows.dtype in kernels.STORED:
+        return torch.ops.helmholtz.cross_entropy(rows, flat, ignore_index)[0]
+    total = F.cross_entropy(rows.to(compute_dtype(rows)), flat, ignore_index=ignore_index, reduction="sum")
+    return total / (flat != ignore_index).sum().clamp(min=1)

@@ -5,7 +5,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from helmholtz import kernels
-from helmholtz._once import is_traced
 from helmholtz.ops._compute import compute_dtype
 
 
@@ -42,36 +41,31 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-class _Rotate(torch.autograd.Function):
-    """Rotation of the pairs (i, i + K/2); its transpose is the rotation by the opposite angle."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(cos, sin)
-        wide = x.to(cos.dtype)
-        return turn(wide, cos, sin, torch.empty_like(wide)).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        cos, sin = ctx.saved_tensors
-        return _Rotate.apply(grad, cos, -sin), None, None
-
-
 def rotate(
     x: Float[Tensor, "B H T K"], cos: Float[Tensor, "*BT K"], sin: Float[Tensor, "*BT K"]
 ) -> Float[Tensor, "B H T K"]:
     """Rotate the pairs ``(x_i, x_{i+K/2})`` by the angles of a ``rope_table`` (``T K`` or ``B T K``)."""
+    _check_table(cos, x)
+    if _has_kernel(x, cos):
+        wide = compute_dtype(x)
+        turned, *_ = torch.ops.helmholtz.rope(x.transpose(1, 2), cos.to(wide), sin.to(wide), x.shape[1], 0)
+        return turned
+    return _rotated(x, cos.unsqueeze(-3), sin.unsqueeze(-3))
+
+
+def _check_table(cos: Tensor, x: Tensor) -> None:
     if cos.shape[-1] != x.shape[-1]:
         raise ValueError(f"cos: a table for width {cos.shape[-1]} cannot rotate x of width {x.shape[-1]}")
-    if cos.ndim == 3:
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    wide = compute_dtype(x)
-    if cos.dtype != wide:
-        cos, sin = cos.to(wide), sin.to(wide)
-    if x.requires_grad and not is_traced():
-        return _Rotate.apply(x, cos, sin)
-    y = x.to(wide)
-    return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+
+
+def _has_kernel(x: Tensor, table: Tensor) -> bool:
+    return kernels.usable(x, table) and x.dtype in kernels.STORED
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = x.to(compute_dtype(x))
+    turned = torch.addcmul(wide * cos.to(wide.dtype), wide.roll(x.shape[-1] // 2, -1), sin.to(wide.dtype))
+    return turned.to(x.dtype)
 
 
 def rope(
@@ -100,46 +94,18 @@ def rotate_split(
     Args:
         joint: ``H + 2 G`` heads, one product's output.
 
-    Cost: one sweep over queries and keys; the values are a view. The backward pass writes all three gradients into one
-        tensor, where splitting and rotating apart would join them twice.
-    Raises: ValueError if the heads do not add up.
+    Cost: the kernel makes one sweep forward and one backward, which writes all three gradients into one tensor. It
+        lays each head's rows together; the plain form's values are a view.
+    Raises: ValueError if the heads do not add up, or the table has another width.
     """
     if joint.shape[2] != heads + 2 * groups:
         raise ValueError(f"joint: wanted {heads} + 2 * {groups} heads, got {joint.shape[2]}")
-    cos, sin = cos.unsqueeze(-2).to(compute_dtype(joint)), sin.unsqueeze(-2).to(compute_dtype(joint))
-    if joint.requires_grad and not is_traced():
-        q, k, v = _RotateSplit.apply(joint, cos, sin, heads, groups)
-    else:
-        plain, v = joint.split([heads + groups, groups], dim=2)
-        wide = plain.to(cos.dtype)
-        turned = torch.addcmul(wide * cos, wide.roll(joint.shape[-1] // 2, -1), sin).to(joint.dtype)
-        q, k = turned.split([heads, groups], dim=2)
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-
-class _RotateSplit(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, joint, cos, sin, heads, groups):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(cos, sin)
-        plain, v = joint.split([heads + groups, groups], dim=2)
-        wide = plain.to(cos.dtype)
-        turned = turn(wide, cos, sin, torch.empty_like(wide)).to(joint.dtype)
-        q, k = turned.split([heads, groups], dim=2)
+    _check_table(cos, joint)
+    if _has_kernel(joint, cos):
+        wide = compute_dtype(joint)
+        q, k, v = torch.ops.helmholtz.rope(joint, cos.to(wide), sin.to(wide), heads, groups)
         return q, k, v
-
-    @staticmethod
-    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        cos, sin = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative: with what autograd can follow
-            q, k = (_Rotate.apply(grad, cos, -sin) for grad in grads[:2])
-            return torch.cat([q, k, grads[2]], dim=2), None, None, None, None
-        sizes = [grad.shape[2] for grad in grads]
-        out = grads[0].new_empty(*grads[0].shape[:2], sum(sizes), grads[0].shape[-1])
-        q, k, v = out.split(sizes, dim=2)
-        for grad, into in zip(grads[:2], (q, k), strict=True):
-            if grad.dtype == cos.dtype:
-                turn(grad, cos, -sin, into)
-            else:
-                into.copy_(turn(grad.to(cos.dtype), cos, -sin, torch.empty_like(grad, dtype=cos.dtype)))
-        v.copy_(grads[2])
-        return out, None, None, None, None
+    plain, v = joint.split([heads + groups, groups], dim=2)
+    turned = _rotated(plain, cos.unsqueeze(-2), sin.unsqueeze(-2))
+    q, k = turned.split([heads, groups], dim=2)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
