@@ -71,7 +71,7 @@ quality: $(STAMP) docs  ## lint, format, types, import contracts, spelling, docu
 	$(BIN)/codespell
 
 bench: $(STAMP)  ## correctness gate, then interleaved timings of ops, layers and models
-	for script in $$(find benchmarks -name '[!_]*.py' | sort); do echo "== $$script"; $(BIN)/python "$$script" --threads $(THREADS) --keep-memory; done
+	$(BIN)/python tools/measure.py --threads $(THREADS)
 
 docs: $(STAMP)  ## build the report of all results and the site, into site/ (no network)
 	$(ONE_THREAD) $(BIN)/helmholtz report docs/experiments benchmarks/results --output docs/report/index.html > /dev/null

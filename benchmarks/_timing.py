@@ -1,14 +1,18 @@
 """How every benchmark here measures: check first, interleave, take medians, say on what.
 
 Candidates run in turn within one process and with the same threads, so that a busy machine disturbs all of them alike;
-the figure to read is the ratio of medians.
+the figure to read is the ratio of medians. Beside another commit (``tools/against.py``) two processes take turns, one
+timed run each, and each waits while the other works.
 """
 
 import argparse
+import contextlib
 import ctypes
 import datetime
 import gc
+import importlib
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -58,6 +62,10 @@ def parse_options(what: str, description: str | None, *, rounds: int = 9) -> Opt
     torch.set_num_threads(options.threads)
     if options.keep_memory:
         keep_freed_memory()
+    if TURNS is not None and TURNS[2] == "second":
+        hand_over()
+    elif TURNS is not None:
+        os.read(TURNS[0], 1)
     return options
 
 
@@ -69,15 +77,46 @@ def keep_freed_memory() -> None:
             raise RuntimeError(f"mallopt refused parameter {parameter}")
 
 
-def gate(name: str, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, budget: float) -> None:
-    """Stop with an error unless every tensor is within ``budget`` eps (relative RMS) of its reference."""
+def gate(
+    name: str,
+    actual: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    *,
+    budget: float,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Stop with an error unless every tensor is within ``budget`` eps (relative RMS) of its reference.
+
+    Args:
+        dtype: what was computed in, if it is not the dtype of the tensors.
+    """
     if actual.keys() != expected.keys():
         raise RuntimeError(f"{name}: {sorted(actual)} against {sorted(expected)}")
     for key, value in actual.items():
         want = expected[key].double()
         error = (value.double() - want).square().mean().sqrt() / want.square().mean().sqrt()
-        if not error <= budget * torch.finfo(value.dtype).eps:
+        if not error <= budget * torch.finfo(dtype or value.dtype).eps:
             raise RuntimeError(f"{name}: {key} is wrong by {error:.3g}; no timing of a wrong result")
+
+
+def _turns() -> tuple[int, int, str] | None:
+    if "BENCHMARK_TURNS" not in os.environ:
+        return None
+    read, write, place = os.environ["BENCHMARK_TURNS"].split()
+    return int(read), int(write), place
+
+
+TURNS = _turns()
+"""Pipes from and to the process that measures another commit, and whether this one is the first or the second."""
+
+
+def hand_over() -> None:
+    """Let the other process go on, and wait until it hands over or has ended."""
+    if TURNS is None:
+        return
+    with contextlib.suppress(BrokenPipeError):
+        os.write(TURNS[1], b".")
+    os.read(TURNS[0], 1)
 
 
 def interleave(
@@ -89,8 +128,10 @@ def interleave(
         for name, run in candidates.items():
             start = time.perf_counter()
             run()
+            taken = time.perf_counter() - start
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
+            hand_over()
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -122,10 +163,25 @@ def environment(options: Options) -> dict[str, Any]:
         "logical_cpus": len(model),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": _git("rev-parse", "--short", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "src", "benchmarks")),
+        "kernels": _kernels(),
+        **commit(),
         **{key: value for key, value in asdict(options).items() if key != "output"},
     }
+
+
+def _kernels() -> str:
+    """Which forms of the operations run, ``none`` for a package that has one form only."""
+    try:
+        kernels = importlib.import_module("helmholtz.kernels")
+    except ImportError:
+        return "none"
+    return "plain forms" if kernels.refusal() else "built"
+
+
+def commit() -> dict[str, Any]:
+    """Of this tree, and whether it is what is measured."""
+    changes = _git("status", "--porcelain", "--", "src", "benchmarks", ":!benchmarks/results")
+    return {"commit": _git("rev-parse", "--short", "HEAD"), "uncommitted_changes": bool(changes)}
 
 
 def _cpuinfo() -> list[str]:

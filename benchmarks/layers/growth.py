@@ -46,7 +46,7 @@ def main() -> None:
         layer = mixer(prior)
         for time in LENGTHS:
             x, cotangent = torch.randn(1, time, D_MODEL), torch.randn(1, time, D_MODEL)
-            run = partial(step, layer, x, cotangent)
+            run = partial(step, layer, x, cotangent, torch.float32)
             seconds = interleave({prior: run}, rounds=options.rounds, warmup=1)
             rows.append(
                 {

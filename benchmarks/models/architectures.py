@@ -4,7 +4,8 @@
     python tools/against.py 252ba62 benchmarks/models/architectures.py --threads 2     # beside another commit
 
 Models of ``configs/demo`` (0.8 M parameters beside the embedding). A training step is loss, backward, clipping and
-AdamW on 8 x 128 tokens; decoding continues a prompt of 64 tokens by 64 at batch 1, by ``generate``, as users do.
+AdamW on 8 x 128 tokens; decoding continues a prompt of 64 tokens by 64 at batch 1, by ``generate``, as users do, and by
+calls of ``step`` alone, greedily.
 
 Floor: a step multiplies 6 weights per parameter and token, 6 GFLOP; a decoded token reads each weight once, 4 MB.
 """
@@ -66,6 +67,22 @@ def training_step(model: nn.Module) -> Callable[[], None]:
     return run
 
 
+def stepping(model: nn.Module, prompt: list[int]) -> Callable[[], list[int]]:
+    """The prompt and ``NEW`` steps, each of the token that is likeliest after the last."""
+
+    @torch.no_grad()
+    def run() -> list[int]:
+        model.eval()
+        tokens, state, found = torch.tensor([prompt]), model.init_state(1), []
+        for _ in range(NEW):
+            output = model.step(tokens, state)
+            tokens, state = output.logits[:, -1:].argmax(-1), output.state
+            found.append(int(tokens))
+        return found
+
+    return run
+
+
 def check(model: nn.Module) -> None:
     """Steps give the logits of the whole; a Free Transformer draws plans, so its own test holds it."""
     if getattr(model, "encoder", None) is not None:
@@ -83,18 +100,26 @@ def main() -> None:
     for model in models.values():
         check(model)
     prompt, settings = list(range(1, PROMPT + 1)), SamplingSettings(max_new_tokens=NEW)
-    step = interleave({name: training_step(model) for name, model in models.items()}, rounds=options.rounds)
+    training = interleave(
+        {name: training_step(model) for name, model in models.items()}, rounds=options.rounds
+    )
     decode = interleave(
         {name: lambda model=model: generate(model, [prompt], settings) for name, model in models.items()},
         rounds=options.rounds,
+        warmup=1,
+    )
+    steps = interleave(
+        {name: stepping(model, prompt) for name, model in models.items()}, rounds=options.rounds, warmup=1
     )
     rows = [
         {
             "model": name,
-            "training_ms": 1e3 * step[name],
-            "train_tokens_per_s": BATCH * TIME / step[name],
+            "training_ms": 1e3 * training[name],
+            "train_tokens_per_s": BATCH * TIME / training[name],
             "decode_ms_per_token": 1e3 * decode[name] / NEW,
             "decode_tokens_per_s": NEW / decode[name],
+            "step_ms_per_token": 1e3 * steps[name] / NEW,
+            "step_tokens_per_s": NEW / steps[name],
         }
         for name in models
     ]

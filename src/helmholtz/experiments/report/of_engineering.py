@@ -8,12 +8,21 @@ from helmholtz.experiments.report.nodes import Node, number
 
 SPEED_TABLES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str, str], ...]]] = {
     "layers_speed": (
-        "Mixers beside attention, forward and backward", ("mixer", "B", "T"),
+        "Mixers beside attention, forward and backward", ("mixer", "dtype", "B", "T"),
         (("milliseconds", "ms", ".0f"), ("attention_milliseconds", "attention, ms", ".0f"), ("ratio", "ratio", ".2f")),
     ),
     "layers_decode": (
         "Microseconds per decoded token after so many", ("mixer",),
-        tuple((f"microseconds_at_{n}", f"{n:,}", ",.0f") for n in (64, 1024, 4096, 16384)),
+        tuple((f"microseconds_at_{n}", f"{n:,}", ",.0f") for n in (64, 1024, 4096)),
+    ),
+    "kernels": (
+        "Native kernels, forward and backward", ("op", "dtype"),
+        (("ms", "ms", ".2f"), ("to_floor", "of the floor", ".1f"),
+         ("plain_to_kernel", "times the plain form's speed", ".1f")),
+    ),
+    "mad": (
+        "Training of the MAD study", ("model",),
+        (("training_ms", "step, ms", ".0f"), ("to_attention", "of attention", ".2f")),
     ),
     "layers_growth": (
         "Growth with the length", ("mixer", "T"),
@@ -31,14 +40,12 @@ SPEED_TABLES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str, str], 
         (("forward_backward_s", "forward and backward, s", ".2f"), ("tokens_per_s", "tokens/s", ",.0f"),
          ("steps", "steps", ".2f"), ("evaluations", "evaluations", ".2f")),
     ),
-    "ssd": (
-        "State-space duality", ("B", "T", "N"),
-        (("ms", "ms", ".1f"), ("loop ms", "loop, ms", ".0f"), ("loop / ssd", "ratio", ".1f")),
-    ),
-    "recurrences": (
-        "Recurrences", ("op", "B", "T"),
-        (("ms", "ms", ".1f"), ("us/token", "microseconds per token", ".2f"), ("of loop", "of a loop", ".2f"),
-         ("of softmax", "of softmax attention", ".2f")),
+    "architectures": (
+        "The demo's models", ("model",),
+        (("training_ms", "training step, ms", ".0f"), ("train_tokens_per_s", "tokens/s", ",.0f"),
+         ("train_tokens_per_s_ratio", "training, times 252ba62", ".2f"),
+         ("decode_tokens_per_s", "decoded tokens/s", ",.0f"),
+         ("decode_tokens_per_s_ratio", "decoding, times 252ba62", ".2f")),
     ),
 }  # fmt: skip
 """By file: caption, what names a row, and measures with their words and formats."""
@@ -75,14 +82,16 @@ def _speed_files(folders: Sequence[Path], where: str) -> dict[str, Node] | None:
 @parts.section(
     "Speed and memory",
     "What do the layers and models cost beside attention and beside each other?",
-    "make bench",
+    "python tools/measure.py --renew",
     "benchmarks/results/*.json",
     find=_speed_files,
 )
 def speed(found: dict[str, Node]) -> parts.Found:
     figures = []
     if "layers_speed" in found:
-        ratios = [(_row_name(row, ("mixer", "B", "T")), [row]) for row in found["layers_speed"]["rows"]]
+        ratios = [
+            (_row_name(row, ("mixer", "dtype", "B", "T")), [row]) for row in found["layers_speed"]["rows"]
+        ]
         figures.append(
             parts.dots("Time of a mixer over that of attention of equal size.", ratios, "ratio", x="ratio")
         )
@@ -108,4 +117,8 @@ def _row_name(row: Node, keys: Sequence[str]) -> str:
     first, *rest = keys
     named = first in ("mixer", "model", "op")
     parts = [str(row[first].value).replace("_", " ")] if named else [f"{first} = {row[first].value:,}"]
-    return ", ".join(parts + [f"{key} = {row[key].value:,}" for key in rest])
+    return ", ".join(parts + [_named(key, row[key].value) for key in rest])
+
+
+def _named(key: str, value: str | int) -> str:
+    return value if isinstance(value, str) else f"{key} = {value:,}"
