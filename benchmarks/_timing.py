@@ -190,10 +190,8 @@ def _cpuinfo() -> list[str]:
 
 
 def _git(*arguments: str) -> str:
-    here = Path(__file__).parent
-    return subprocess.run(
-        ["git", *arguments], cwd=here, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    found = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return found.stdout.strip()
 
 
 def write_results(options: Options, rows: list[dict[str, Any]]) -> None:
@@ -205,10 +203,13 @@ def write_results(options: Options, rows: list[dict[str, Any]]) -> None:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Aligned columns; every row has the same keys."""
-    cells = [list(rows[0])] + [
-        [f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows
-    ]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    """Aligned columns, empty where a row has no such value."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    cells = [list(keys)] + [[_cell(row.get(key, "")) for key in keys] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(keys))]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _cell(x: object) -> str:
+    return f"{x:.3g}" if isinstance(x, float) else str(x)

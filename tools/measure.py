@@ -37,10 +37,10 @@ class Part:
 
 PARTS = {
     "layers_speed": Part("layers/speed.py", 7, keep_memory=True, against=True),
-    "kernels": Part("ops/kernels.py", 7, keep_memory=True),
+    "kernels": Part("ops/kernels.py", 11, keep_memory=True),
     "layers_decode": Part("layers/decode.py", 9, against=True),
     "architectures": Part("models/architectures.py", 7, against=True),
-    "mad": Part("models/mad.py", 7, against=True),
+    "mad": Part("models/mad.py", 5, against=True),
     "free_transformer": Part("models/planned.py", 9),
     "layers_speed_default_allocator": Part("layers/speed.py", 5, against=True),
     "layers_growth": Part("layers/growth.py", 3, keep_memory=True),

@@ -125,10 +125,10 @@ def architectures() -> str:
 
 
 def mad() -> str:
-    header = "model | a training step | of attention | `252ba62` | of attention"
+    header = "task | model | a training step | of attention | `252ba62` | of attention"
     lines = (
         (
-            row["model"], f"{row['training_ms']:.0f} ms", f"{row['to_attention']:.2f}",
+            row["task"], row["model"], f"{row['training_ms']:.0f} ms", f"{row['to_attention']:.2f}",
             f"{row['training_ms_other']:.0f} ms", f"{row.get('to_attention_other', 1.0):.2f}",
         )
         for row in rows("mad")

@@ -2,8 +2,8 @@
 
     python benchmarks/ops/kernels.py --threads 2 --keep-memory
 
-Operations of a layer of 512 channels, 2 x 1024 tokens, and the draw of one token. The floor is the larger of two times: a
-copy of as many bytes as have to move (inputs read and outputs written once, in backward inputs and their gradients
+Operations of a layer of 512 channels, 2 x 1024 tokens, and the draw of one token. The floor is the larger of two times:
+a copy of as many bytes as have to move (inputs read and outputs written once, in backward inputs and their gradients
 too), timed in turn with the operation, and its FLOPs at the rate of a product of matrices of 1024 x 1024. Exponentials
 count only where FLOPs are given for them, 20 each.
 
@@ -50,6 +50,8 @@ class Case:
     """Inputs that stay float32 among bf16 ones, as parameters do."""
     flops: Callable[[int, int], tuple[float, float]] = lambda b, t: (0.0, 0.0)
     """Of forward and of backward, where products or exponentials weigh more than memory."""
+    products: bool = True
+    """Whether these are of matrix products, which have a higher rate in bf16; all else is computed in float32."""
 
     def cast(self, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """Floating inputs in that dtype, the wide ones only to float64."""
@@ -122,7 +124,7 @@ CASES: dict[str, Case] = {
         inputs=lambda b, t: (
             torch.randn(b, t, 3, D_MODEL // 2), torch.rand(b, t, D_MODEL // 2), -torch.rand(D_MODEL // 2, 16),
             torch.randn(b, t, 16), torch.randn(b, t, 16),
-        ), wide=(2,), flops=scan_flops,
+        ), wide=(2,), flops=scan_flops, products=False,
     ),
     "linear_attention": Case(
         call=lambda *x: ops.linear_attention(*x)[0], inputs=linear, flops=linear_flops,
@@ -283,12 +285,12 @@ def main() -> None:
     if missing := set(kernels.NAMES) - {kernel for names in found.values() for kernel in names}:
         sys.exit(f"no operation of this benchmark calls {', '.join(sorted(missing))}")
     names = [name for name in CASES if found[name]]
-    rows = []
+    rates, rows = {name: product_rate(dtype) for name, dtype in DTYPES.items()}, []
     for dtype in DTYPES:
-        rate = product_rate(DTYPES[dtype])
-        print(f"{dtype}: {rate / 1e9:.0f} GFLOP/s")
+        print(f"products in {dtype}: {rates[dtype] / 1e9:.0f} GFLOP/s")
         for name in names:
             check(name, DTYPES[dtype])
+            rate = rates[dtype if CASES[name].products else "float32"]
             rows.append(measure(name, dtype, rate, options.rounds))
     print_table(rows)
     write_results(options, rows)

@@ -21,7 +21,7 @@ SPEED_TABLES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str, str], 
          ("plain_to_kernel", "times the plain form's speed", ".1f")),
     ),
     "mad": (
-        "Training of the MAD study", ("model",),
+        "Training of the MAD study", ("model", "task"),
         (("training_ms", "step, ms", ".0f"), ("to_attention", "of attention", ".2f")),
     ),
     "layers_growth": (
