@@ -203,7 +203,10 @@ OPERATORS = {
     "rnn_softmax": lambda: (leaf(2, 5, 3), leaf(2, 5, 2, 3), torch.zeros(2, 3), leaf(2, 3, 3), torch.rand(2, 5) < 0.5),
     "rope_table": lambda: (torch.tensor([[0, 3], [7, 1000]]).T, 6, 100.0),
     "sample": lambda: (torch.randn(3, 7), torch.rand(3, 1, dtype=torch.float64), 0.5, 4, 0.9),
-    "segment_decays": lambda: (leaf(2, 8, 3).transpose(1, 2),),
+    "linear_attention": lambda: (
+        leaf(2, 70, 3, 4).transpose(1, 2), leaf(2, 1, 70, 4).expand(-1, 3, -1, -1), leaf(2, 3, 70, 5), -leaf(2, 3, 70),
+        leaf(2, 3, 4, 6), False, True,
+    ),
     "selective_scan": lambda: (
         leaf(2, 40, 2, 3), leaf(2, 40, 3), leaf(3, 4), leaf(2, 40, 4), leaf(2, 40, 4), leaf(2, 2, 3, 4), None,
     ),

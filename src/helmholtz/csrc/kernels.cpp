@@ -3,13 +3,13 @@
 #include "causal_conv.h"
 #include "cross_entropy.h"
 #include "gated_read.h"
+#include "linear_attention.h"
 #include "rms_norm.h"
 #include "rnn_softmax.h"
 #include "rope_table.h"
 #include "sample.h"
 #include "rope.h"
 #include "scan.h"
-#include "segment_decays.h"
 #include "selective_scan.h"
 #include "swiglu.h"
 
@@ -24,12 +24,12 @@ TORCH_LIBRARY_IMPL(helmholtz, CPU, m) {
   m.impl("scan_backward", scan_backward_cpu);
   m.impl("gated_read", gated_read_cpu);
   m.impl("gated_read_backward", gated_read_backward_cpu);
+  m.impl("linear_attention", linear_attention_cpu);
+  m.impl("linear_attention_backward", linear_attention_backward_cpu);
   m.impl("rnn_softmax", rnn_softmax_cpu);
   m.impl("rnn_softmax_backward", rnn_softmax_backward_cpu);
   m.impl("rope_table", rope_table_cpu);
   m.impl("sample", sample_cpu);
-  m.impl("segment_decays", segment_decays_cpu);
-  m.impl("segment_decays_backward", segment_decays_backward_cpu);
   m.impl("selective_scan", selective_scan_cpu);
   m.impl("selective_scan_backward", selective_scan_backward_cpu);
   m.impl("rms_norm", rms_norm_cpu);
@@ -46,8 +46,8 @@ TORCH_LIBRARY_IMPL(helmholtz, Autograd, m) {
   m.impl("causal_conv", causal_conv_autograd);
   m.impl("scan", scan_autograd);
   m.impl("gated_read", gated_read_autograd);
+  m.impl("linear_attention", linear_attention_autograd);
   m.impl("rnn_softmax", rnn_softmax_autograd);
-  m.impl("segment_decays", segment_decays_autograd);
   m.impl("selective_scan", selective_scan_autograd);
   m.impl("rms_norm", rms_norm_autograd);
   m.impl("swiglu", swiglu_autograd);
@@ -57,11 +57,11 @@ TORCH_LIBRARY_IMPL(helmholtz, Autograd, m) {
            "causal_conv_backward",
            "cross_entropy_backward",
            "gated_read_backward",
+           "linear_attention_backward",
            "rms_norm_backward",
            "rnn_softmax_backward",
            "rope_backward",
            "scan_backward",
-           "segment_decays_backward",
            "selective_scan_backward",
            "swiglu_backward",
        })

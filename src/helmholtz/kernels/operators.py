@@ -70,14 +70,6 @@ _define(
     "sample(Tensor logits, Tensor uniform, float temperature, int top_k, float top_p) -> Tensor",
     lambda logits, *_: logits.new_empty(len(logits), dtype=torch.long),
 )
-_define(
-    "segment_decays(Tensor log_decay) -> Tensor",
-    lambda log_decay: log_decay.new_empty(*log_decay.shape, log_decay.shape[-1]),
-)
-_define(
-    "segment_decays_backward(Tensor dweights, Tensor weights) -> Tensor",
-    lambda dweights, weights: weights.new_empty(weights.shape[:-1]),
-)
 BLOCK, KEPT = 16, 32
 """Channels that the selective scan works on at once, and steps from one state that it keeps to the next."""
 
@@ -160,4 +152,40 @@ _define("cross_entropy(Tensor logits, Tensor targets, int ignored) -> (Tensor, T
 _define(
     "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor targets, Tensor totals, int ignored) -> Tensor",
     lambda dloss, logits, *_: _like(logits)[0],
+)
+CHUNK = 64
+"""Steps of linear attention from one state that is kept to the next."""
+
+
+def _of_heads(like: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    batch, heads, steps, _ = like.shape
+    return like.new_empty(batch, steps, heads, width, dtype=dtype).transpose(1, 2)
+
+
+def _linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, g: object, state: Tensor, strict: bool, normalize: bool
+) -> tuple[Tensor, ...]:
+    (batch, heads, steps, width), dtype = v.shape, state.dtype
+    starts = state.new_empty(batch, heads, -(-steps // CHUNK), *state.shape[2:])
+    mass = state.new_empty(batch, heads, steps if normalize else 0)
+    return _of_heads(v, width, dtype), *_like(state), starts, mass
+
+
+def _linear_attention_backward(
+    dout: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, *_: object
+) -> tuple[Tensor, ...]:
+    grads = (_of_heads(x, x.shape[3], x.dtype) for x in (q, k, v))
+    return *grads, state.new_empty(0) if g is None else g.new_empty(g.shape), *_like(state)
+
+
+_define(
+    "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor state, bool strict, bool normalize) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _linear_attention,
+)
+_define(
+    "linear_attention_backward(Tensor dout, Tensor dlast, Tensor q, Tensor k, Tensor v, Tensor? log_decay, "
+    "Tensor state, Tensor out, Tensor starts, Tensor mass, bool strict, bool normalize) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _linear_attention_backward,
 )

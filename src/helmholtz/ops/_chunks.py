@@ -1,8 +1,5 @@
 """Decayed causal sums over a matrix-valued state: products inside chunks, a state between them."""
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,12 +23,19 @@ def chunked_sums(
     chunk: int,
     strict: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``(out: B H T V, state after: B H K V)`` of ``linear_attention``, all chunks at once.
+    """``(out: B H T V, state after: B H K V)`` of ``linear_attention`` in the dtype of ``state``, all chunks at once.
 
     Args:
+        q, k, v: as ``state``, or bfloat16.
         log_decay: ``B H T E`` with one decay per step (``E = 1``) or per key channel (``E = K``).
         strict: leave the pairs ``i = j`` out.
     """
+    by_channel = log_decay is not None and log_decay.shape[-1] > 1
+    if kernels.usable(q, k, v, log_decay, state) and not by_channel:
+        q, k = (x.expand(-1, v.shape[1], -1, -1) for x in (q, k))
+        decays = None if log_decay is None else log_decay.squeeze(-1).expand(v.shape[:3])
+        return torch.ops.helmholtz.linear_attention(q, k, v, decays, state, strict, False)[:2]
+    q, k, v = (x.to(state.dtype) for x in (q, k, v))
     num_steps = v.shape[2]
     length = min(chunk, 1 << (num_steps - 1).bit_length())
     pad = -num_steps % length
@@ -42,11 +46,9 @@ def chunked_sums(
             reads, writes = q, k
         else:
             log_decay = F.pad(log_decay, (0, 0, 0, pad)).unflatten(2, (-1, length))
-            of: Callable[..., tuple[Tensor, Tensor, Tensor]]
-            of = _step_scores if log_decay.shape[-1] == 1 else _channel_scores
-            if not kernels.usable(q, log_decay):  # the plain form would keep four squares of a chunk
-                of = partial(recomputed, of)
-            scores, since, until = of(q, k, log_decay, strict)
+            of = _channel_scores if by_channel else _step_scores
+            # kept, it would be four squares of a chunk, or log2 L copies of q and k
+            scores, since, until = recomputed(of, q, k, log_decay, strict)
             reads, writes, total = q * since, k * until, since[..., -1, :].unsqueeze(-1)
         starts, last = _carry(writes.mT @ v, total, state)
         out = scores @ v + reads @ starts
@@ -63,9 +65,6 @@ def _step_scores(q: Tensor, k: Tensor, log_decay: Tensor, strict: bool) -> tuple
 
 def _decays(log_decay: Tensor) -> Tensor:
     """What decays from step j to step i, ``... i j``; 0 for ``i < j``."""
-    if kernels.usable(log_decay):
-        weights: Tensor = torch.ops.helmholtz.segment_decays(log_decay)
-        return weights
     length = log_decay.shape[-1]
     sums = log_decay.unsqueeze(-1).expand(*log_decay.shape, length).tril(-1).cumsum(-2)  # over j < s <= i
     return sums.exp().tril()

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from helmholtz import kernels
 from helmholtz._checks import check
 from helmholtz.ops import _linear_fla
 from helmholtz.ops._chunks import chunked_sums
@@ -51,9 +52,9 @@ def _torch(
     *,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    if v.shape[2] == 1:  # a step of a stream
+    if v.shape[2] == 1 and not kernels.usable(q, k, v, log_decay, state):  # a step of a stream
         return recurrent_linear_attention(q, k, v, log_decay, state=state, reset=reset)
-    compute = compute_dtype(q, k, v, log_decay, state)
+    compute, dtype = compute_dtype(q, k, v, log_decay, state), v.dtype
     if state is None:
         state = v.new_zeros((*k.shape[:2], k.shape[3], v.shape[3]))
     if v.shape[2] == 0:
@@ -63,9 +64,11 @@ def _torch(
     if reset is not None:
         decays = v.new_zeros(1, dtype=compute) if log_decay is None else log_decay
         log_decay = torch.where(reset[:, None, :, None], -torch.inf, decays)
-    q, k, wide = (x.to(compute) for x in (q, k, v))
-    out, last = chunked_sums(q, k, wide, log_decay, state.to(compute), chunk=chunk_size)
-    return out.to(v.dtype), last
+    q, k, v = (
+        x if x.dtype == torch.bfloat16 and compute == torch.float32 else x.to(compute) for x in (q, k, v)
+    )
+    out, last = chunked_sums(q, k, v, log_decay, state.to(compute), chunk=chunk_size)
+    return out.to(dtype), last
 
 
 _BACKENDS = (
