@@ -10,6 +10,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .PHONY: setup demo generate-data generate-data-small train-baseline train-free train-baseline-fsdp train-free-fsdp compare test learn quality bench docs clean help
+.PHONY: test-subset test-oldest
 .PHONY: docker-build docker-build-cpu docker-demo docker-run-cpu docker-interactive
 
 setup: $(STAMP)  ## make .venv and install everything the other targets need (they call it themselves)
@@ -59,6 +60,20 @@ test: $(STAMP)  ## import contracts, then all tests: with shape checks, then the
 	$(BIN)/lint-imports
 	$(ONE_THREAD) $(BIN)/pytest -n 2 -m "not compile and not fuzz and not gpu and not learn" --durations=15
 	$(ONE_THREAD) SHAPE_CHECKS=0 $(BIN)/pytest -n 2 -m "compile or fuzz" --durations=5
+
+SUBSET = tests/ops tests/solvers tests/layers tests/models tests/properties tests/test_kernels.py tests/test_hardware.py \
+  tests/training/test_checkpoints.py
+test-subset:  ## what has to pass with every torch that pyproject.toml admits; BIN=folder: with an environment's programs
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 $(SUBSET) -m "not compile and not gpu and not learn and not slow"
+
+TORCH ?= 2.9.1
+OLDEST = .venv-torch$(TORCH)
+test-oldest:  ## test-subset with the oldest torch, in an environment of its own (7 GB); TORCH=2.11.0 takes another
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@grep -v '^torch==' constraints.txt > $(OLDEST)/constraints.txt
+	@$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -c $(OLDEST)/constraints.txt torch==$(TORCH) -e '.[dev]'
+	@$(OLDEST)/bin/helmholtz kernels build || true
+	@$(MAKE) test-subset BIN=$(OLDEST)/bin
 
 learn: $(STAMP)  ## train what the tests only touch: the learning tables, long runs of two processes (about an hour)
 	$(ONE_THREAD) $(BIN)/pytest -n 2 -m learn

@@ -145,6 +145,14 @@ def test_a_damaged_library_is_an_error_with_the_remedy(cache):
     assert not subprocess.run([sys.executable, "-c", code], env=env).returncode
 
 
+def test_a_part_of_a_library_is_an_error_and_no_crash(cache):
+    cache.mkdir()
+    whole = (Path(torch.__file__).parent / "lib" / "libc10.so").read_bytes()
+    building.library_file().write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(OSError, match="the file is not whole; remove it and run"):
+        building.load()
+
+
 @pytest.mark.parametrize("place", ["environment", "context"])
 def test_kernels_are_switched_off(place, monkeypatch):
     if place == "environment":

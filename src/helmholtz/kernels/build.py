@@ -4,6 +4,7 @@ import hashlib
 import os
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -72,11 +73,22 @@ def load() -> bool:
     if file is None:
         return False
     try:
+        _check_length(file)
         torch.ops.load_library(str(file))
     except OSError as error:
         remedy = "remove it and run: helmholtz kernels build; HELMHOLTZ_KERNELS=plain goes without it"
-        raise OSError(f"{file}: {error}; {remedy}") from error
+        raise OSError(f"{file}: {error.__cause__ or error}; {remedy}") from error
     return True
+
+
+def _check_length(file: Path) -> None:
+    """An ELF library ends with its table of sections. Reading a part of one would end the process without a word."""
+    with file.open("rb") as opened:
+        head = opened.read(64)
+    if head.startswith(b"\x7fELF\x02\x01") and len(head) == 64:
+        (table,), (size, count) = struct.unpack_from("<Q", head, 40), struct.unpack_from("<HH", head, 58)
+        if file.stat().st_size < table + size * count:
+            raise OSError("the file is not whole")
 
 
 def compiler() -> list[str] | None:
