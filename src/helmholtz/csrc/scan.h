@@ -22,7 +22,7 @@ void scan_forward(const T* a, const T* x, const T* start, T* h, T* last, int64_t
       for (int64_t c = 0; c < n; ++c) h[at + c] = carry[c] = a[at + c] * carry[c] + x[at + c];
     }
     std::copy_n(carry, n, last + row * width + first);
-  });
+  }, steps * SCAN_BLOCK);
 }
 
 template <typename T>

@@ -83,7 +83,7 @@ void selective_forward(ScanInputs<T> x, const T* start, T* y, T* last, T* kept, 
       for (int64_t c = 0; c < n; ++c)
         for (int64_t j = 0; j < z.states; ++j)
           last[((row * z.signals + s) * z.width + first + c) * z.states + j] = h[(j * z.signals + s) * SCAN_BLOCK + c];
-  });
+  }, z.steps * block * 4);
 }
 
 template <typename T>
