@@ -58,8 +58,8 @@ def test_a_checkpoint_is_validated_on_a_text(capsys, checkpoint):
 def test_what_fails_is_named_and_the_exit_code_is_1(capsys, monkeypatch):
     original = TokenDynamics.energy_parameters
 
-    def stronger(self, memory):
-        parameters = original(self, memory)
+    def stronger(self, *held):
+        parameters = original(self, *held)
         return parameters._replace(strength=3 * parameters.strength)
 
     monkeypatch.setattr(TokenDynamics, "energy_parameters", stronger)

@@ -142,8 +142,8 @@ def test_nan_is_on_no_side_of_a_limit():
 def test_a_memory_three_times_too_strong_is_no_certified_contraction(monkeypatch):
     original = TokenDynamics.energy_parameters
 
-    def stronger(self, memory):
-        parameters = original(self, memory)
+    def stronger(self, *held):
+        parameters = original(self, *held)
         return parameters._replace(strength=3 * parameters.strength)
 
     monkeypatch.setattr(TokenDynamics, "energy_parameters", stronger)

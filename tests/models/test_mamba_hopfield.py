@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from decoder_cases import tokens_of
 from equilibrium_cases import MODES, make_model
+from helmholtz.layers import dynamics
 from helmholtz.layers.equilibrium import Equilibrium
 from helmholtz.models import MODELS
 from helmholtz.models.checkpoint import load_checkpoint, save_checkpoint
@@ -317,3 +318,16 @@ def test_sequences_of_period_four_are_learnt() -> None:
         loss.backward()
         optimizer.step()
     assert loss < 0.05
+
+
+def test_the_weights_norm_is_bounded_once_per_stream_and_at_every_call_with_gradients(monkeypatch) -> None:
+    model, tokens, calls = make_model(), torch.randint(37, (1, 4)), []
+    bound = dynamics.spectral_norm_bound
+    monkeypatch.setattr(dynamics, "spectral_norm_bound", lambda weight: calls.append(1) or bound(weight))
+    for gradients, wanted in ((False, 1), (True, 4)):
+        calls.clear()
+        with torch.set_grad_enabled(gradients):
+            state = model.init_state(1)
+            for token in tokens.split(1, dim=1):
+                state = model.step(token, state).state
+        assert len(calls) == wanted

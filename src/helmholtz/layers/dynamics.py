@@ -36,6 +36,8 @@ class Dynamics:
     """Rows of real tokens, where pads have one too; None: all are."""
     state: Float[Tensor, "B H P S"]
     """The recurrence after the call."""
+    bound: Float[Tensor, "1"] | None
+    """Of the weight's spectral norm, in the contractive regime."""
 
 
 @final
@@ -86,8 +88,11 @@ class TokenDynamics(nn.Module):
         layout: SequenceLayout,
         stored: StoredPatterns,
         state: Float[Tensor, "B H P S"] | None = None,
+        bound: Float[Tensor, "1"] | None = None,
     ) -> Dynamics:
         """Fields of the real tokens and what their energies share; ``state`` is that of the recurrence before them.
+
+        ``bound`` is that of an earlier call; None works it out.
 
         Where no values are, as in a compiled graph, all tokens have a row: how many are real is not known.
         """
@@ -105,17 +110,22 @@ class TokenDynamics(nn.Module):
             u=rows(self.u_proj(c)), a=rows(past), gate=rows(self.gate_proj(c)).sigmoid(), delta=rows(gain)
         )
         start = self.start_proj(c).to(wide)
-        return Dynamics(field, self.energy_parameters(stored), start, index, is_real, state)
+        if bound is None and self.config.stability == "contractive":
+            with full_precision(c.device):
+                bound = spectral_norm_bound(self.weight)
+        return Dynamics(field, self.energy_parameters(stored, bound), start, index, is_real, state, bound)
 
-    def energy_parameters(self, stored: StoredPatterns) -> EnergyParameters:
-        """What the energies of all tokens share, given what their memory holds."""
+    def energy_parameters(
+        self, stored: StoredPatterns, bound: Float[Tensor, "1"] | None = None
+    ) -> EnergyParameters:
+        """What the energies of all tokens share, given what their memory holds; ``bound`` as of ``forward``."""
         wide = compute_dtype(self.weight)
         with full_precision(self.weight.device):
             weight = self.weight.to(wide)
             if self.config.stability == "contractive":
                 kappa, strength = (MAX_CONTRACTION * self.theta.to(wide).softmax(0))[:2].split(1)
                 strength = strength / (stored.beta * stored.radius**2)
-                bound = spectral_norm_bound(weight)
+                bound = spectral_norm_bound(weight) if bound is None else bound.to(weight)
                 weight = weight / torch.where(bound > 0, bound, 1)
             else:
                 kappa, strength = self.log_strengths.to(wide).exp().split(1)

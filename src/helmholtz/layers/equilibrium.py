@@ -1,7 +1,7 @@
 """The equilibrium of every token: the layer that solves for it, and what it tells about the solution."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
@@ -15,6 +15,7 @@ from helmholtz.layers.equilibrium_config import EquilibriumConfig
 from helmholtz.layers.hopfield import HopfieldMemory
 from helmholtz.layers.init import init_normal
 from helmholtz.layers.sequence import SequenceLayout
+from helmholtz.layers.state import KEPT
 from helmholtz.ops._compute import full_precision
 from helmholtz.ops.hopfield import hopfield_weights
 from helmholtz.ops.token_energy import (
@@ -176,6 +177,8 @@ class EquilibriumState:
 
     recurrence: Float[Tensor, "B H P S"] | None
     """None before the first token."""
+    bound: Float[Tensor, "1"] | None = field(default=None, metadata=KEPT)
+    """Of the spectral norm of the dynamics' weight, worked out once per stream where no gradients are taken."""
 
 
 @final
@@ -232,9 +235,12 @@ class EquilibriumLayer(nn.Module):
 
         Raises: ValueError for a ``z_init`` of another shape, and if it or the context is not finite at a real token.
         """
-        dynamics = self.dynamics(c, layout, self.memory(), None if state is None else state.recurrence)
+        recurrence, bound = (None, None) if state is None else (state.recurrence, state.bound)
+        dynamics = self.dynamics(c, layout, self.memory(), recurrence, bound)
         found = self._equilibrium(c, dynamics, z_init)
-        return found if state is None else (found, EquilibriumState(dynamics.state))
+        if state is None:
+            return found
+        return found, EquilibriumState(dynamics.state, None if torch.is_grad_enabled() else dynamics.bound)
 
     def init_state(self, batch_size: int) -> EquilibriumState:
         """The state before the first token."""

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helmholtz._once import is_traced
+
 _NODES, _WEIGHTS = ((x + s) / 2 for x, s in zip(np.polynomial.legendre.leggauss(10), (1.0, 0.0), strict=True))
 """Gauss-Legendre on [0, 1]: exact to 1e-16 for the derivative's integrand where ``|x| <= 1``."""
 
@@ -24,6 +26,10 @@ def log_cosh_quotient(a: Tensor, delta: Tensor, w: Tensor) -> Tensor:
     The first derivatives are as accurate. Second derivatives exist too, those that involve delta lose digits as
     delta shrinks.
     """
+    if (
+        not torch.is_grad_enabled() and not is_traced()
+    ):  # a call of the function costs as much as what it computes
+        return _Quotient.forward(a, delta, w)
     return _Quotient.apply(a, delta, w)
 
 
