@@ -76,9 +76,9 @@ def linear_flops(
     return forward, 2 * forward
 
 
-def attention_flops(batch: int, time: int) -> tuple[float, float]:
-    pairs = batch * HEADS * time**2
-    return pairs * (WIDTH + 2 * WIDTH), pairs * (3 * WIDTH + 4 * WIDTH)
+def attention_flops(batch: int, time: int, *, signals: int = 1) -> tuple[float, float]:
+    pairs = batch * HEADS * time**2 * WIDTH  # half of the pairs, a multiplication and an addition
+    return pairs * (1 + signals), pairs * (3 + 2 * signals)
 
 
 def scan_flops(batch: int, time: int) -> tuple[float, float]:
@@ -147,7 +147,10 @@ CASES: dict[str, Case] = {
     "free_energy_read": Case(
         call=ops.free_energy_read,
         inputs=lambda b, t: (*(heads(b, t) for _ in range(3)), torch.rand(HEADS, WIDTH) + 0.5), wide=(3,),
-        flops=attention_flops,
+        flops=partial(attention_flops, signals=2),
+    ),
+    "softmax_attention": Case(
+        call=ops.softmax_attention, inputs=lambda b, t: [heads(b, t) for _ in range(3)], flops=attention_flops,
     ),
     "rms_norm": Case(
         call=rms_norm, inputs=lambda b, t: (torch.randn(b, t, D_MODEL), torch.rand(D_MODEL)), wide=(1,),
@@ -158,6 +161,11 @@ CASES: dict[str, Case] = {
     ),
     "cross_entropy": Case(
         call=ops.cross_entropy, inputs=lambda b, t: (torch.randn(b, t, 8192), torch.randint(8192, (b, t))),
+    ),
+    "code_lookup": Case(
+        call=ops.code_lookup,
+        inputs=lambda b, t: (torch.randn(256, D_MODEL), torch.randint(256, (b, t)), torch.randn(b, t, 8)), wide=(0,),
+        flops=lambda b, t: (0.0, 2.0 * b * t * 256 * D_MODEL),
     ),
     "next_tokens": Case(
         call=lambda logits, uniform: next_tokens(logits, SAMPLING, uniform),
