@@ -39,10 +39,14 @@ def table(header: str, lines: Iterable[Iterable[object]]) -> str:
     return "\n".join([f"| {header} |", "|" + "---|" * len(columns), *body])
 
 
-def environment(name: str) -> str:
+def environment(name: str) -> Row:
+    found: Row = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["environment"]
+    return found
+
+
+def conditions(name: str) -> str:
     """Hardware, versions and commit, in a sentence's words."""
-    path = ROOT / "benchmarks" / "results" / f"{name}.json"
-    e = json.loads(path.read_text())["environment"]
+    e = environment(name)
     beside = f", in turn with `{e['against']}`" if "against" in e else ""
     allocator = "memory kept" if e["keep_memory"] else "default allocator"
     built = {"built": "native kernels"}.get(e["kernels"], e["kernels"])
@@ -54,7 +58,7 @@ def environment(name: str) -> str:
 
 def layers_speed() -> str:
     header = "mixer | dtype | B, T | time | attention | ratio | wanted | `252ba62` | attention there"
-    plain = {_place(row): row for row in rows("layers_speed_default_allocator")} if _has_default() else {}
+    plain = {_place(row): row for row in _with_the_default_allocator()}
     lines = [
         (
             MIXERS.get(row["mixer"], row["mixer"]), row["dtype"], f"{row['B']}, {row['T']:,}",
@@ -68,9 +72,11 @@ def layers_speed() -> str:
     return table(header + (" | default allocator" if plain else ""), lines)
 
 
-def _has_default() -> bool:
-    path = ROOT / "benchmarks" / "results" / "layers_speed_default_allocator.json"
-    return path.exists() and "dtype" in rows(path.stem)[0]
+def _with_the_default_allocator() -> list[Row]:
+    """The same measurements, if they are of the same commit."""
+    name = "layers_speed_default_allocator"
+    same = environment(name)["commit"] == environment("layers_speed")["commit"]
+    return rows(name) if same and len(rows(name)) == len(rows("layers_speed")) else []
 
 
 def _place(row: Row) -> tuple[Any, ...]:
@@ -190,7 +196,7 @@ def demo() -> str:
         (
             words, f"{trained[name]['parameters']:,}",
             ("≤ " if trained[name]["kind"] != "exact" else "") + f"{trained[name]['validation_bits_per_byte']:.3f}",
-            f"{speed[name]['train_tokens_per_s']:,.0f}", f"{speed[name]['decode_tokens_per_s']:,.0f}",
+            *(f"{round(speed[name][f'{what}_tokens_per_s'], -1):,.0f}" for what in ("train", "decode")),
         )
         for name, words in ARCHITECTURES.items()
     )  # fmt: skip
@@ -205,8 +211,7 @@ def demo_speed() -> str:
 
 
 def demo_commit() -> str:
-    path = ROOT / "benchmarks" / "results" / "architectures.json"
-    return f"`{json.loads(path.read_text())['environment']['commit']}`"
+    return f"`{environment('architectures')['commit']}`"
 
 
 FROM: dict[str, Callable[[], str]] = {
@@ -216,7 +221,7 @@ FROM: dict[str, Callable[[], str]] = {
         free_transformer_ratios, demo, demo_speed, demo_commit,
     )
 } | {
-    f"on_{name}": lambda name=name: environment(name)
+    f"on_{name}": lambda name=name: conditions(name)
     for name in (
         "layers_speed", "kernels", "layers_decode", "architectures", "mad", "layers_growth", "free_transformer",
     )
