@@ -147,7 +147,7 @@ def layers_growth() -> str:
     lines = (
         (
             row["mixer"], f"{row['T']:,}", f"{row['microseconds_per_token']:.0f}",
-            f"{row['peak_bytes_per_token']:,}", f"{row['state_bytes']:,}",
+            f"{row['peak_bytes_per_token']:,.0f}", f"{row['state_bytes']:,}",
         )
         for row in rows("layers_growth")
     )  # fmt: skip

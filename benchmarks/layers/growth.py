@@ -5,6 +5,7 @@ depend on the length; the state that a stream carries is constant for them and g
 head and token for softmax.
 
     python benchmarks/layers/growth.py --threads 2 --keep-memory
+    HELMHOLTZ_KERNELS=plain python tools/against.py 252ba62 benchmarks/layers/growth.py    # memory of the plain forms
 """
 
 import sys
@@ -53,7 +54,7 @@ def main() -> None:
                     "mixer": prior,
                     "T": time,
                     "microseconds_per_token": 1e6 * seconds[prior] / time,
-                    "peak_bytes_per_token": peak_bytes(run) // time,
+                    "peak_bytes_per_token": peak_bytes(run) / time,
                     "state_bytes": stream_bytes(prior, time),
                 }
             )

@@ -27,7 +27,7 @@ SPEED_TABLES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str, str], 
     "layers_growth": (
         "Growth with the length", ("mixer", "T"),
         (("microseconds_per_token", "microseconds per token", ",.0f"),
-         ("peak_bytes_per_token", "peak bytes per token", ",d"),
+         ("peak_bytes_per_token", "peak bytes per token", ",.0f"),
          ("state_bytes", "bytes of state", ",d")),
     ),
     "free_transformer": (
