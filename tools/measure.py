@@ -9,6 +9,7 @@ With ``--renew`` it also writes the tables of README.md and docs/ anew (tools/ta
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -19,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 import tables  # noqa: E402
 from _timing import COMMITTED, commit  # noqa: E402
+
+from helmholtz import kernels  # noqa: E402
 
 BEFORE = "252ba62"
 """The last commit without native kernels."""
@@ -64,15 +67,18 @@ def main() -> None:
         return print("\n".join(PARTS))
     if unknown := set(options.parts) - PARTS.keys():
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if (refusal := kernels.refusal()) and kernels.SWITCH not in os.environ:
+        sys.exit(f"the native kernels do not run: {refusal}")
     folder = COMMITTED if options.renew else ROOT / "results" / "benchmarks"
     failed = []
     for name in options.parts or PARTS:
         output, start = folder / f"{name}.json", time.perf_counter()
-        if _is_done(output):
+        rounds = options.rounds or PARTS[name].rounds
+        if _is_done(output, rounds):
             print(f"== {name}: measured at this commit", flush=True)
             continue
         print(f"== {name}", flush=True)
-        if subprocess.run(_command(PARTS[name], output, options), cwd=ROOT).returncode:
+        if subprocess.run(_command(PARTS[name], output, options.threads, rounds), cwd=ROOT).returncode:
             failed.append(name)
         print(f"== {name}: {time.perf_counter() - start:.0f} s", flush=True)
     if options.renew:
@@ -81,16 +87,16 @@ def main() -> None:
         sys.exit(f"failed: {', '.join(failed)}")
 
 
-def _is_done(output: Path) -> bool:
+def _is_done(output: Path, rounds: int) -> bool:
     if not output.exists():
         return False
     environment = json.loads(output.read_text())["environment"]
-    now = commit()
+    now = commit() | {"rounds": rounds}
     return not now["uncommitted_changes"] and all(environment.get(key) == now[key] for key in now)
 
 
-def _command(part: Part, output: Path, options: argparse.Namespace) -> list[str]:
-    arguments = [f"--threads={options.threads}", f"--rounds={options.rounds or part.rounds}"]
+def _command(part: Part, output: Path, threads: int, rounds: int) -> list[str]:
+    arguments = [f"--threads={threads}", f"--rounds={rounds}"]
     if part.keep_memory:
         arguments.append("--keep-memory")
     script = f"benchmarks/{part.script}"
