@@ -206,8 +206,10 @@ OPERATORS = {
     "scan": lambda: (leaf(2, 5, 3), leaf(2, 5, 3), leaf(2, 3)),
     "gated_read": lambda: (
         leaf(2, 3, 5, 2, 4).transpose(1, 2), leaf(3, 4), leaf(2, 5, 24)[..., :12].unflatten(-1, (3, 4)),
-        leaf(2, 5, 3, 4), 1e-6,
+        leaf(2, 5, 3, 4), None, 1e-6,
     ),
+    "modulate": lambda: (leaf(2, 5, 6), leaf(2, 5, 6), [1, 3, 2]),
+    "tilt": lambda: (leaf(2, 5, 24)[..., 4:16].unflatten(-1, (3, 4)), leaf(3, 4), 0.5, True),
     "rnn_softmax": lambda: (leaf(2, 5, 3), leaf(2, 5, 2, 3), torch.zeros(2, 3), leaf(2, 3, 3), torch.rand(2, 5) < 0.5),
     "rope_table": lambda: (torch.tensor([[0, 3], [7, 1000]]).T, 6, 100.0),
     "sample": lambda: (torch.randn(3, 7), torch.rand(3, 1, dtype=torch.float64), 0.5, 4, 0.9),

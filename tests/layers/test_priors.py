@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fem_cases import difference, make_mixer, prior_features, tokens
+from fem_cases import Given, difference, make_mixer, prior_features, tokens
 from fem_oracle import prior_weights
 from helmholtz.layers.fem_config import PRIORS
 from helmholtz.layers.sequence import sequence_layout
@@ -29,7 +29,7 @@ def build(case, **options):
 def average(mixer, features, signals, layout):
     """What the prior makes of ``B G T S V``."""
     values = signals.new_zeros(signals.shape[0], signals.shape[1], signals.shape[2], signals.shape[-1])
-    return mixer.prior(features, values, lambda _: signals, layout, layout, None)[0]
+    return mixer.prior(features, values, Given(signals), layout, layout, None)[0]
 
 
 def one_hots(mixer, batch, time):

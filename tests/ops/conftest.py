@@ -11,6 +11,7 @@ HAVE_KERNELS = [
     "test_free_energy",
     "test_linear_attention",
     "test_losses",
+    "test_modulate",
     "test_rms_norm",
     "test_rnn_softmax",
     "test_rope",

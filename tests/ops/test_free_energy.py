@@ -69,15 +69,18 @@ def test_gradcheck_of_the_read():
 
 
 @every_dtype
-def test_the_tilt_is_the_value_and_its_exponential(dtype):
-    v, beta = torch.randn(2, 3, 7, 5).to(dtype), torch.rand(3, 5).to(dtype) + 0.5
+@pytest.mark.parametrize("signals_first", [False, True])
+@pytest.mark.parametrize("time", [1, 7, 33])
+def test_the_tilt_is_the_value_and_its_exponential(dtype, signals_first, time):
+    v, beta = torch.randn(2, time, 22).to(dtype)[..., 3:18], torch.rand(3, 5).to(dtype) + 0.5
+    v = v.unflatten(-1, (3, 5)).transpose(1, 2)
 
     def twin(v, beta):
         v, beta = v.double(), beta.double().unsqueeze(1)
         return [torch.stack([v, (beta * v).clamp(-1.0, 1.0).exp()], dim=-2)]
 
     def op(v, beta):
-        return [tilt_values(v, beta, cap=1.0)]
+        return [tilt_values(v, beta, cap=1.0, signals_first=signals_first)]
 
     assert_op_matches(op, twin, (v, beta), ["v", "beta"], budget=4)
     assert op(v, beta)[0].dtype == torch.promote_types(dtype, torch.float32)
@@ -116,24 +119,42 @@ GATED = [(1, 1, 1, 3), (2, 63, 3, 5), (1, 1, 4, 5), (3, 1, 1, 2), (1, 900, 8, 32
 
 @every_dtype
 @pytest.mark.parametrize("shape", GATED, ids=str)
-@pytest.mark.parametrize("gates", ["both", "inner", "outer", "none"])
-def test_the_gated_read_matches_the_reference(shape, dtype, gates):
+@pytest.mark.parametrize("gates", ["inner outer own", "inner", "outer", "own", ""])
+@pytest.mark.parametrize("read", ["free energy", "mean"])
+def test_the_gated_read_matches_the_reference(shape, dtype, gates, read):
     batch, time, heads, width = shape
-    mixed, inner, outer = (
-        torch.rand(batch, time, heads, 2, width) + 0.2,
-        torch.randn(shape),
-        torch.randn(shape),
-    )
-    inputs = {"mixed": mixed, "beta": torch.rand(heads, width) + 0.5}
-    inputs |= {"inner": inner} if gates in ("both", "inner") else {}
-    inputs |= {"outer": outer} if gates in ("both", "outer") else {}
+    inputs = {"mixed": torch.rand(batch, time, heads, 2, width) + 0.2, "beta": torch.rand(heads, width) + 0.5}
+    inputs |= {name: torch.randn(shape) for name in gates.split()}
+    if read == "mean":
+        inputs["mixed"] = inputs["mixed"][..., :1, :]
+        del inputs["beta"]
+        inputs.pop("inner", None)
     names = list(inputs)
 
     def call(fn):
-        return lambda *args: [fn(**dict(zip(names, args, strict=True)))]
+        return lambda *args: [fn(**{"beta": None, **dict(zip(names, args, strict=True))})]
 
     tensors = tuple(x.to(dtype) for x in inputs.values())
     assert_op_matches(call(gated_read), call(reference.gated_read), tensors, names, budget=16)
+
+
+@pytest.mark.parametrize("signals_first", [False, True])
+def test_the_gated_read_takes_bf16_gates_beside_float32_averages(signals_first):
+    """Gates as slices of one projection, averages in either layout, a head that saw nothing; rounded once."""
+    mixed = (
+        torch.rand(2, 21, 2, 3, 5).transpose(2, 3)
+        if signals_first
+        else torch.rand(2, 3, 21, 2, 5).transpose(1, 2)
+    )
+    mixed[1, 4, 2] = 0
+    joint = torch.randn(2, 21, 50).bfloat16()
+    gates = [joint[..., i : i + 15].unflatten(-1, (3, 5)) for i in (1, 16, 34)]
+    inputs = (mixed, torch.rand(3, 5) + 0.5, *gates)
+    read = gated_read(*inputs)
+    assert read.dtype == torch.bfloat16
+    names = ["mixed", "beta", "inner", "outer", "own"]
+    calls = [lambda *args, fn=fn: [fn(*args)] for fn in (gated_read, reference.gated_read)]
+    assert_op_matches(*calls, inputs, names, budget=16)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 3), (1, 1, 4, 3), (2, 5, 2, 3)], ids=str)

@@ -21,6 +21,7 @@ from helmholtz.ops.causal_conv import causal_conv
 from helmholtz.ops.free_energy import tilt_values
 from helmholtz.ops.gated_read import gated_read
 from helmholtz.ops.losses import cross_entropy
+from helmholtz.ops.modulate import modulated_split
 from helmholtz.ops.rms_norm import rms_norm
 from helmholtz.ops.rnn_softmax import RNNSoftmaxState, rnn_softmax
 from helmholtz.ops.rope import rope_table, rotate, rotate_split
@@ -61,8 +62,11 @@ def cases() -> dict[str, Case]:
         "binary_latent._CodeLookup": Case(
             lambda table, logits: ops.code_lookup(table, CODES, logits), [normal(4, 3), normal(1, 3, 2)]
         ),
-        "free_energy._Tilt": Case(
+        "tilt_values": Case(
             lambda v, beta: tilt_values(v, beta, cap=40.0), [normal(1, 2, 3, 2), positive(2, 2)]
+        ),
+        "modulated_split": Case(
+            lambda x, s: tuple(modulated_split(x, s, [1, 3])), [normal(1, 3, 4), normal(1, 3, 4)]
         ),
         "rotary_attention._ShortAttention": Case(
             lambda x: rotary_attention(x, *TABLE, 2, 1), [normal(1, 3, 4, 4)]
@@ -157,6 +161,7 @@ KERNELS = {
     "cross_entropy",
     "gated_read",
     "linear_attention",
+    "modulated_split",
     "rms_norm",
     "rnn_softmax",
     "rotate",
@@ -165,6 +170,7 @@ KERNELS = {
     "selective_scan",
     "ssd",
     "swiglu",
+    "tilt_values",
 }
 """What is refused by a kernel and right in its plain form."""
 REFUSED = {name for name, cls in FUNCTIONS.items() if issubclass(cls, DifferentiableOnce)} | {
@@ -175,7 +181,7 @@ REFUSED = {name for name, cls in FUNCTIONS.items() if issubclass(cls, Differenti
 def test_every_function_with_a_backward_pass_of_its_own_is_tried() -> None:
     elsewhere = {"adjoint._Implicit"}  # tests/solvers/test_adjoint.py
     assert FUNCTIONS.keys() - elsewhere <= CASES.keys(), "second derivatives are right or refused: add a case"
-    assert FUNCTIONS.keys() >= elsewhere | {"free_energy._Tilt"}
+    assert FUNCTIONS.keys() >= elsewhere | {"binary_latent._CodeLookup"}
 
 
 def weighted(case: Case) -> Callable[..., Tensor]:

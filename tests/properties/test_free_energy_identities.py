@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies
 
-from fem_cases import make_mixer, prior_features
+from fem_cases import Given, make_mixer, prior_features
 from helmholtz.layers.fem_config import PRIORS
 from helmholtz.layers.sequence import sequence_layout
 from helmholtz.ops.free_energy import free_energy_from_mixed, hidden_temperature, posterior, tilt_values
@@ -32,7 +32,7 @@ class Read:
 
     def average(self, signals):
         """What the prior makes of ``B H S N V``."""
-        return self.mixer.prior(self.features, self.v, lambda _: signals, self.layout, self.layout, None)[0]
+        return self.mixer.prior(self.features, self.v, Given(signals), self.layout, self.layout, None)[0]
 
     def read(self, v=None, beta=None):
         """``(mean, free)`` through the ops."""

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from helmholtz.layers.fem import FreeEnergyMixer
 from helmholtz.layers.fem_config import PRIORS, FreeEnergyMixerConfig
+from helmholtz.layers.priors.base import Tilt
 
 LINEAR_TIME_PRIORS = [prior for prior in PRIORS if prior != "softmax"]
 """Priors whose decode state has a constant size."""
@@ -78,3 +79,14 @@ class LargestTensor(TorchDispatchMode):
         sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
         self.elements = max([self.elements, *sizes])
         return out
+
+
+class Given(Tilt):
+    """Signals that are given, whatever the values are."""
+
+    def __init__(self, signals):
+        super().__init__(beta=None, cap=40.0)
+        object.__setattr__(self, "signals", signals)
+
+    def __call__(self, values, *, signals_first=False):
+        return self.signals

@@ -1,206 +1,245 @@
-// The two-level gated read: logarithm, temperature gate and outer gate, a row of V channels at a time. Floor: 4 numbers
-// in and 1 out per channel forward, 5 in and 4 out backward.
+// The two-level gated read: logarithm, temperature gate, outer gate and a prior's own gate, a token with all its heads
+// at a time. Floor: 5 numbers in and 1 out per channel forward, 6 in and 5 out backward; gates and the result are of
+// the gates' dtype.
 #pragma once
 
-#include "common.h"
+#include "rows.h"
 
 namespace helmholtz {
 
-// Rows of one tensor B T H ...: the last dimensions lie side by side, the first three anywhere.
+// 1 in every channel of a head that saw nothing, all of whose averages are 0; else 0.
 template <typename T>
-struct Rows {
-  T* data;
-  int64_t b, t, h;
-  T* at(int64_t i, int64_t j, int64_t k) const { return data == nullptr ? nullptr : data + i * b + j * t + k * h; }
-};
-
-template <typename T>
-Rows<const T> rows_of(const Tensor& x) {
-  if (!x.defined()) return {nullptr, 0, 0, 0};
-  return {x.const_data_ptr<T>(), x.stride(0), x.stride(1), x.stride(2)};
-}
-
-template <typename T>
-Rows<T> new_rows(const Tensor& x) {
-  if (!x.defined()) return {nullptr, 0, 0, 0};
-  return {x.mutable_data_ptr<T>(), x.stride(0), x.stride(1), x.stride(2)};
-}
-
-inline Tensor with_whole_rows(const Tensor& x) {
-  if (!x.defined()) return x;
-  int64_t apart = 1;
-  bool whole = true;
-  for (int64_t d = x.dim() - 1; d > 2; apart *= x.size(d--)) whole = whole && x.stride(d) == apart;
-  return whole ? x : x.contiguous();
-}
-
-// 0 where a row saw nothing, all of whose averages are 0; else 1.
-template <typename T>
-INLINE T saw_something(const T* partition, int64_t width) {
-  T top = 0;
+void find_blind(const T* partition, HeadSizes heads, T* blind) {
+  for (int64_t h = 0; h < heads.count; ++h) {
+    T top = 0;
 #pragma omp simd reduction(max : top)
-  for (int64_t v = 0; v < width; ++v) top = std::max(top, partition[v]);
-  return top > T(0) ? T(1) : T(0);
+    for (int64_t v = h * heads.width; v < (h + 1) * heads.width; ++v) top = std::max(top, partition[v]);
+    std::fill_n(blind + h * heads.width, heads.width, top > T(0) ? T(0) : T(1));
+  }
 }
 
-// u / rms(u), u = softplus(raw) + eps; returns 1 / rms(u).
+// u / sqrt(mean over the head of u^2 + floor), u = softplus(raw) + eps; `scale` is the factor of each head.
 template <typename T>
-INLINE T outer_gate(const T* raw, T eps, T* gate, int64_t width) {
-  T squares = 0;
+void unit_gate(const T* raw, T eps, T floor, HeadSizes heads, T* gate, T* scale) {
+#pragma omp simd
+  for (int64_t c = 0; c < heads.padded(); ++c) gate[c] = softplus_of(raw[c]) + eps;
+  for (int64_t h = 0; h < heads.count; ++h, gate += heads.width) {
+    T squares = 0;
 #pragma omp simd reduction(+ : squares)
-  for (int64_t v = 0; v < width; ++v) {
-    gate[v] = softplus_of(raw[v]) + eps;
-    squares += gate[v] * gate[v];
-  }
-  const T scale = T(1) / std::sqrt(squares / T(width));
+    for (int64_t v = 0; v < heads.width; ++v) squares += gate[v] * gate[v];
+    scale[h] = T(1) / std::sqrt(squares / T(heads.width) + floor);
 #pragma omp simd
-  for (int64_t v = 0; v < width; ++v) gate[v] *= scale;
-  return scale;
+    for (int64_t v = 0; v < heads.width; ++v) gate[v] *= scale[h];
+  }
 }
 
+// The gradient of `raw` in place of that of the gate.
 template <typename T>
-void read_row(const T* mixed, const T* beta, const T* inner, const T* outer, T eps, T* y, T* gate, int64_t width) {
-  const T *mean = mixed, *partition = mixed + width;
-  const T seen = saw_something(partition, width);
-  if (inner != nullptr) {
-#pragma omp simd
-    for (int64_t v = 0; v < width; ++v) {
-      const T free = log_of(partition[v] + (T(1) - seen)) / beta[v];
-      y[v] = mean[v] + sigmoid_of(inner[v]) * (free - mean[v]);
-    }
-  } else {
-#pragma omp simd
-    for (int64_t v = 0; v < width; ++v) y[v] = log_of(partition[v] + (T(1) - seen)) / beta[v];
-  }
-  if (outer == nullptr) return;
-  outer_gate(outer, eps, gate, width);
-#pragma omp simd
-  for (int64_t v = 0; v < width; ++v) y[v] *= gate[v];
-}
-
-template <typename T>
-void read_row_backward(const T* dy, const T* mixed, const T* beta, const T* inner, const T* outer, T eps, T* dmixed,
-                       T* dbeta, T* dinner, T* douter, T* scratch, int64_t width) {
-  const T *mean = mixed, *partition = mixed + width;
-  T *gate = scratch, *g = scratch + width, *dmean = dmixed, *dpartition = dmixed + width;
-  const T seen = saw_something(partition, width);
-  std::copy_n(dy, width, g);
-  if (outer != nullptr) {
-    const T scale = outer_gate(outer, eps, gate, width);
+void unit_gate_backward(const T* raw, HeadSizes heads, const T* gate, const T* scale, T* grad) {
+  for (int64_t h = 0; h < heads.count; ++h) {
+    const int64_t first = h * heads.width, last = first + heads.width;
     T along = 0;
 #pragma omp simd reduction(+ : along)
-    for (int64_t v = 0; v < width; ++v) {
-      const T free = log_of(partition[v] + (T(1) - seen)) / beta[v];
-      const T read = inner == nullptr ? free : mean[v] + sigmoid_of(inner[v]) * (free - mean[v]);
-      douter[v] = dy[v] * read;
-      along += douter[v] * gate[v];
-      g[v] = dy[v] * gate[v];
-    }
-    along /= T(width);
+    for (int64_t c = first; c < last; ++c) along += grad[c] * gate[c];
+    along /= T(heads.width);
 #pragma omp simd
-    for (int64_t v = 0; v < width; ++v) douter[v] = (douter[v] - gate[v] * along) * scale * sigmoid_of(outer[v]);
+    for (int64_t c = first; c < last; ++c) grad[c] = (grad[c] - gate[c] * along) * scale[h];
   }
 #pragma omp simd
-  for (int64_t v = 0; v < width; ++v) {
-    const T z = partition[v] + (T(1) - seen), free = log_of(z) / beta[v];
-    const T lam = inner == nullptr ? T(1) : sigmoid_of(inner[v]);
-    const T dfree = g[v] * lam, scaled = dfree / beta[v];
-    dmean[v] = inner == nullptr ? T(0) : g[v] - dfree;
-    dpartition[v] = seen * scaled / z;
-    dbeta[v] -= scaled * free;
-    if (dinner != nullptr) dinner[v] = dfree * (T(1) - lam) * (free - mean[v]);
-  }
+  for (int64_t c = 0; c < heads.padded(); ++c) grad[c] *= sigmoid_of(raw[c]);
 }
 
-constexpr int64_t READ_ROWS = 16;  // time steps of a piece of work
+constexpr int64_t READ_STEPS = 16;  // tokens of a piece of work
 
+// What is read, of the averages and of the gates; `T` is computed in, `S` the dtype of gates and result.
+template <typename T, typename S>
+struct Read {
+  Rows<const T> mean, partition;  // no partition: the mean alone is read
+  Rows<const S> inner, gates[2];  // the second is normalised with a floor, as torch's rms_norm
+  const T* beta;
+  T eps;
+  HeadSizes heads;
+  int64_t batch, steps;
+
+  Read(const Tensor& mixed, const Tensor& rate, const Tensor& in_gate, const Tensor& outer, const Tensor& own,
+       double little)
+      : mean(rows_of<T>(mixed.select(3, 0))),
+        partition(rate.defined() ? rows_of<T>(mixed.select(3, 1)) : rows_of<T>(Tensor())),
+        inner(rows_of<S>(in_gate)),
+        gates{rows_of<S>(outer), rows_of<S>(own)},
+        beta(in<T>(rate)),
+        eps(T(little)),
+        heads{mixed.size(2), mixed.size(4)},
+        batch(mixed.size(0)),
+        steps(mixed.size(1)) {}
+
+  int64_t pieces() const { return (steps + READ_STEPS - 1) / READ_STEPS; }
+};
+
+// A token's numbers while it is worked on; what lies beyond the channels is harmless.
 template <typename T>
-void read_all(const Tensor& mixed, const Tensor& beta, const Tensor& inner, const Tensor& outer, double eps,
-              const Tensor& y) {
-  const int64_t steps = mixed.size(1), heads = mixed.size(2), width = mixed.size(4);
-  const int64_t pieces = (steps + READ_ROWS - 1) / READ_ROWS;
-  const auto m = rows_of<T>(mixed), in_gate = rows_of<T>(inner), out_gate = rows_of<T>(outer);
-  const auto to = new_rows<T>(y);
-  const T* rate = in<T>(beta);
-  each(mixed.size(0) * pieces, [&](int64_t part) {
-    std::vector<T> gate(width);
-    const int64_t b = part / pieces, first = part % pieces * READ_ROWS, last = std::min(first + READ_ROWS, steps);
-    for (int64_t t = first; t < last; ++t)
-      for (int64_t h = 0; h < heads; ++h)
-        read_row<T>(m.at(b, t, h), rate + h * width, in_gate.at(b, t, h), out_gate.at(b, t, h), T(eps), to.at(b, t, h),
-                    gate.data(), width);
+struct Token {
+  std::vector<T> memory, scale;
+  T *beta, *mean, *partition, *blind, *raw_inner, *lam, *free, *read, *raw[2], *gate[2], *grad[2], *dy, *d[4];
+
+  Token(HeadSizes heads, const T* rate) : memory(19 * heads.padded()), scale(2 * heads.count) {
+    T* next = memory.data();
+    for (T** x : {&beta, &mean, &partition, &blind, &raw_inner, &lam, &free, &read, &raw[0], &raw[1], &gate[0],
+                  &gate[1], &grad[0], &grad[1], &dy, &d[0], &d[1], &d[2], &d[3]}) {
+      *x = next;
+      next += heads.padded();
+    }
+    for (T* ones : {beta, blind, gate[0], gate[1]}) std::fill_n(ones, heads.padded(), T(1));
+    if (rate != nullptr) std::copy_n(rate, heads.channels(), beta);
+  }
+
+  template <typename S>
+  void take(const Read<T, S>& of, int64_t b, int64_t t) {
+    const HeadSizes heads = of.heads;
+    wide_heads(of.mean, b, t, heads, mean);
+    if (of.beta == nullptr) {
+      std::copy_n(mean, heads.padded(), read);
+    } else {
+      wide_heads(of.partition, b, t, heads, partition);
+      find_blind(partition, heads, blind);
+      if (of.inner.data != nullptr) wide_heads(of.inner, b, t, heads, raw_inner);
+      const bool mixes = of.inner.data != nullptr;
+#pragma omp simd
+      for (int64_t c = 0; c < heads.padded(); ++c) {
+        lam[c] = mixes ? sigmoid_of(raw_inner[c]) : T(1);
+        free[c] = log_of(partition[c] + blind[c]) / beta[c];
+        read[c] = mixes ? mean[c] + lam[c] * (free[c] - mean[c]) : free[c];
+      }
+    }
+    for (int i = 0; i < 2; ++i) {
+      if (of.gates[i].data == nullptr) continue;
+      wide_heads(of.gates[i], b, t, heads, raw[i]);
+      const T floor = i == 0 ? T(0) : std::numeric_limits<T>::epsilon();
+      unit_gate(raw[i], of.eps, floor, heads, gate[i], scale.data() + i * heads.count);
+    }
+  }
+};
+
+template <typename T, typename S>
+void read_all(const Read<T, S>& of, const Tensor& y) {
+  const auto to = new_rows<S>(y);
+  each(of.batch * of.pieces(), [&](int64_t part) {
+    Token<T> token(of.heads, of.beta);
+    const int64_t b = part / of.pieces(), first = part % of.pieces() * READ_STEPS;
+    for (int64_t t = first; t < std::min(first + READ_STEPS, of.steps); ++t) {
+      token.take(of, b, t);
+#pragma omp simd
+      for (int64_t c = 0; c < of.heads.padded(); ++c) token.read[c] *= token.gate[0][c] * token.gate[1][c];
+      narrow_heads(token.read, to, b, t, of.heads);
+    }
   });
 }
 
-template <typename T>
-void read_all_backward(const Tensor& dy, const Tensor& mixed, const Tensor& beta, const Tensor& inner,
-                       const Tensor& outer, double eps, const Tensor& dmixed, const Tensor& dbeta, const Tensor& dinner,
-                       const Tensor& douter) {
-  const int64_t steps = mixed.size(1), heads = mixed.size(2), width = mixed.size(4);
-  const int64_t pieces = (steps + READ_ROWS - 1) / READ_ROWS, parts = mixed.size(0) * pieces;
-  const auto g = rows_of<T>(dy), m = rows_of<T>(mixed), in_gate = rows_of<T>(inner), out_gate = rows_of<T>(outer);
-  const auto to = new_rows<T>(dmixed), to_in = new_rows<T>(dinner), to_out = new_rows<T>(douter);
-  const T* rate = in<T>(beta);
-  Tensor sums = at::zeros({parts, heads, width}, mixed.options());
+template <typename T, typename S>
+void read_all_backward(const Read<T, S>& of, const Tensor& dy, const Tensor& dmixed, const Tensor& dbeta,
+                       const Tensor& dinner, const Tensor& douter, const Tensor& down) {
+  const auto from = rows_of<S>(dy);
+  const auto to_mean = new_rows<T>(dmixed.select(3, 0)),
+             to_partition = new_rows<T>(of.beta == nullptr ? Tensor() : dmixed.select(3, 1));
+  const auto to_inner = new_rows<S>(dinner);
+  const Rows<S> to_gates[2] = {new_rows<S>(douter), new_rows<S>(down)};
+  const int64_t parts = of.batch * of.pieces(), n = of.heads.padded();
+  Tensor sums = at::zeros({parts, of.heads.channels()}, dmixed.options());
   T* all = out<T>(sums);
   each(parts, [&](int64_t part) {
-    std::vector<T> scratch(2 * width);
-    const int64_t b = part / pieces, first = part % pieces * READ_ROWS, last = std::min(first + READ_ROWS, steps);
-    for (int64_t t = first; t < last; ++t)
-      for (int64_t h = 0; h < heads; ++h)
-        read_row_backward<T>(g.at(b, t, h), m.at(b, t, h), rate + h * width, in_gate.at(b, t, h), out_gate.at(b, t, h),
-                             T(eps), to.at(b, t, h), all + (part * heads + h) * width, to_in.at(b, t, h),
-                             to_out.at(b, t, h), scratch.data(), width);
+    Token<T> token(of.heads, of.beta);
+    T *dmean = token.d[0], *dpartition = token.d[1], *dlogit = token.d[2], *drate = token.d[3], *g = token.dy;
+    const int64_t b = part / of.pieces(), first = part % of.pieces() * READ_STEPS;
+    for (int64_t t = first; t < std::min(first + READ_STEPS, of.steps); ++t) {
+      token.take(of, b, t);
+      wide_heads(from, b, t, of.heads, g);
+#pragma omp simd
+      for (int64_t c = 0; c < n; ++c) {
+        const T along = g[c] * token.read[c];
+        token.grad[0][c] = along * token.gate[1][c];
+        token.grad[1][c] = along * token.gate[0][c];
+        g[c] *= token.gate[0][c] * token.gate[1][c];
+      }
+      for (int i = 0; i < 2; ++i) {
+        if (to_gates[i].data == nullptr) continue;
+        unit_gate_backward(token.raw[i], of.heads, token.gate[i], token.scale.data() + i * of.heads.count,
+                           token.grad[i]);
+        narrow_heads(token.grad[i], to_gates[i], b, t, of.heads);
+      }
+      if (of.beta == nullptr) {
+        narrow_heads(g, to_mean, b, t, of.heads);
+        continue;
+      }
+#pragma omp simd
+      for (int64_t c = 0; c < n; ++c) {
+        const T lam = token.lam[c], dfree = g[c] * lam, scaled = dfree / token.beta[c];
+        dmean[c] = g[c] - dfree;
+        dpartition[c] = (T(1) - token.blind[c]) * scaled / (token.partition[c] + token.blind[c]);
+        drate[c] -= scaled * token.free[c];
+        dlogit[c] = dfree * (T(1) - lam) * (token.free[c] - token.mean[c]);
+      }
+      narrow_heads(dmean, to_mean, b, t, of.heads);
+      narrow_heads(dpartition, to_partition, b, t, of.heads);
+      if (to_inner.data != nullptr) narrow_heads(dlogit, to_inner, b, t, of.heads);
+    }
+    std::copy_n(drate, of.heads.channels(), all + part * of.heads.channels());
   });
-  dbeta.copy_(sums.sum(0));
+  if (dbeta.defined()) dbeta.copy_(sums.sum(0).view(dbeta.sizes()));
 }
 
-inline Tensor gated_read_cpu(const Tensor& mixed, const Tensor& beta, const Maybe& inner, const Maybe& outer,
-                             double eps) {
-  const Tensor m = with_whole_rows(mixed), i = with_whole_rows(defined(inner)), o = with_whole_rows(defined(outer));
-  const Tensor rate = beta.contiguous();
-  Tensor y = at::empty({m.size(0), m.size(1), m.size(2), m.size(4)}, m.options());
-  FLOATING(m, T, read_all<T>(m, rate, i, o, eps, y));
+// The dtype of gates and result: bf16, or that of the averages.
+inline at::ScalarType stored_as(const Tensor& mixed, const Tensor& inner, const Tensor& outer, const Tensor& own) {
+  for (const Tensor& gate : {inner, outer, own})
+    if (gate.defined()) return gate.scalar_type();
+  return mixed.scalar_type();
+}
+
+inline Tensor gated_read_cpu(const Tensor& mixed, const Maybe& beta, const Maybe& inner, const Maybe& outer,
+                             const Maybe& own, double eps) {
+  const Tensor m = with_whole_rows(mixed), i = with_whole_rows(defined(inner)), o = with_whole_rows(defined(outer)),
+               w = with_whole_rows(defined(own)), rate = beta ? beta->contiguous() : Tensor();
+  const auto stored = stored_as(m, i, o, w);
+  Tensor y = at::empty({m.size(0), m.size(1), m.size(2), m.size(4)}, m.options().dtype(stored));
+  COMPUTED(m, stored, T, S, read_all(Read<T, S>(m, rate, i, o, w, eps), y));
   return y;
 }
 
-inline std::tuple<Tensor, Tensor, Tensor, Tensor> gated_read_backward_cpu(const Tensor& dy, const Tensor& mixed,
-                                                                          const Tensor& beta, const Maybe& inner,
-                                                                          const Maybe& outer, double eps) {
-  const Tensor g = dy.contiguous(), rate = beta.contiguous();
-  const Tensor m = with_whole_rows(mixed), i = with_whole_rows(defined(inner)), o = with_whole_rows(defined(outer));
-  const auto like = [](const Tensor& x, const Tensor& other) {
-    return x.defined() ? at::empty(x.sizes(), x.options()) : at::empty({0}, other.options());
-  };
-  // heads before time, as the mixed signals came from attention or a recurrence: no copy on the way back
-  Tensor dmixed = at::empty({m.size(0), m.size(2), m.size(1), 2, m.size(4)}, m.options()).transpose(1, 2);
-  Tensor dbeta = at::empty_like(rate), dinner = like(i, m), douter = like(o, m);
-  FLOATING(m, T, read_all_backward<T>(g, m, rate, i, o, eps, dmixed, dbeta, i.defined() ? dinner : i,
-                                      o.defined() ? douter : o));
-  return {dmixed, dbeta, dinner, douter};
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_read_backward_cpu(
+    const Tensor& dy, const Tensor& mixed, const Maybe& beta, const Maybe& inner, const Maybe& outer, const Maybe& own,
+    double eps) {
+  const Tensor m = with_whole_rows(mixed), i = with_whole_rows(defined(inner)), o = with_whole_rows(defined(outer)),
+               w = with_whole_rows(defined(own)), rate = beta ? beta->contiguous() : Tensor(), g = dy.contiguous();
+  const auto like = [](const Tensor& x) { return x.defined() ? at::empty(x.sizes(), x.options()) : Tensor(); };
+  Tensor dmixed = at::empty_like(m), dbeta = like(rate), di = like(i), dout = like(o), down = like(w);
+  const auto stored = stored_as(m, i, o, w);
+  COMPUTED(m, stored, T, S, read_all_backward(Read<T, S>(m, rate, i, o, w, eps), g, dmixed, dbeta, di, dout, down));
+  const auto none = [&](const Tensor& x) { return x.defined() ? x : at::empty({0}, m.options()); };
+  return {dmixed, none(dbeta), none(di), none(dout), none(down)};
 }
 
 struct GatedRead : torch::autograd::Function<GatedRead> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& mixed, const Tensor& beta, const Maybe& inner,
-                        const Maybe& outer, double eps) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& mixed, const Maybe& beta, const Maybe& inner,
+                        const Maybe& outer, const Maybe& own, double eps) {
     at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = OPERATOR("gated_read", decltype(gated_read_cpu));
-    ctx->save_for_backward({mixed, beta, defined(inner), defined(outer)});
+    ctx->save_for_backward({mixed, defined(beta), defined(inner), defined(outer), defined(own)});
     ctx->saved_data["eps"] = eps;
-    return op.call(mixed, beta, inner, outer, eps);
+    return op.call(mixed, beta, inner, outer, own, eps);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = OPERATOR("gated_read_backward", decltype(gated_read_backward_cpu));
     const auto s = ctx->get_saved_variables();
-    const Maybe inner = s[2].defined() ? Maybe(s[2]) : std::nullopt, outer = s[3].defined() ? Maybe(s[3]) : std::nullopt;
-    auto [dmixed, dbeta, dinner, douter] = op.call(grads[0], s[0], s[1], inner, outer, ctx->saved_data["eps"].toDouble());
-    return {dmixed, dbeta, inner ? dinner : Tensor(), outer ? douter : Tensor(), Tensor()};
+    const auto maybe = [](const Tensor& x) { return x.defined() ? Maybe(x) : std::nullopt; };
+    auto [dmixed, dbeta, dinner, douter, down] =
+        op.call(grads[0], s[0], maybe(s[1]), maybe(s[2]), maybe(s[3]), maybe(s[4]), ctx->saved_data["eps"].toDouble());
+    const auto of = [](const Tensor& x, const Tensor& grad) { return x.defined() ? grad : Tensor(); };
+    return {dmixed, of(s[1], dbeta), of(s[2], dinner), of(s[3], douter), of(s[4], down), Tensor()};
   }
 };
 
-inline Tensor gated_read_autograd(const Tensor& mixed, const Tensor& beta, const Maybe& inner, const Maybe& outer,
-                                  double eps) {
-  return GatedRead::apply(mixed, beta, inner, outer, eps);
+inline Tensor gated_read_autograd(const Tensor& mixed, const Maybe& beta, const Maybe& inner, const Maybe& outer,
+                                  const Maybe& own, double eps) {
+  return GatedRead::apply(mixed, beta, inner, outer, own, eps);
 }
 
 }  // namespace helmholtz

@@ -4,6 +4,7 @@
 #include "cross_entropy.h"
 #include "gated_read.h"
 #include "linear_attention.h"
+#include "modulate.h"
 #include "rms_norm.h"
 #include "rnn_softmax.h"
 #include "rope_table.h"
@@ -12,6 +13,7 @@
 #include "scan.h"
 #include "selective_scan.h"
 #include "swiglu.h"
+#include "tilt.h"
 
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 
@@ -26,6 +28,10 @@ TORCH_LIBRARY_IMPL(helmholtz, CPU, m) {
   m.impl("gated_read_backward", gated_read_backward_cpu);
   m.impl("linear_attention", linear_attention_cpu);
   m.impl("linear_attention_backward", linear_attention_backward_cpu);
+  m.impl("modulate", modulate_cpu);
+  m.impl("modulate_backward", modulate_backward_cpu);
+  m.impl("tilt", tilt_cpu);
+  m.impl("tilt_backward", tilt_backward_cpu);
   m.impl("rnn_softmax", rnn_softmax_cpu);
   m.impl("rnn_softmax_backward", rnn_softmax_backward_cpu);
   m.impl("rope_table", rope_table_cpu);
@@ -47,6 +53,8 @@ TORCH_LIBRARY_IMPL(helmholtz, Autograd, m) {
   m.impl("scan", scan_autograd);
   m.impl("gated_read", gated_read_autograd);
   m.impl("linear_attention", linear_attention_autograd);
+  m.impl("modulate", modulate_autograd);
+  m.impl("tilt", tilt_autograd);
   m.impl("rnn_softmax", rnn_softmax_autograd);
   m.impl("selective_scan", selective_scan_autograd);
   m.impl("rms_norm", rms_norm_autograd);
@@ -58,12 +66,14 @@ TORCH_LIBRARY_IMPL(helmholtz, Autograd, m) {
            "cross_entropy_backward",
            "gated_read_backward",
            "linear_attention_backward",
+           "modulate_backward",
            "rms_norm_backward",
            "rnn_softmax_backward",
            "rope_backward",
            "scan_backward",
            "selective_scan_backward",
            "swiglu_backward",
+           "tilt_backward",
        })
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
 }

@@ -1,44 +1,51 @@
 // Running softmax averages per channel (AFT), in units of the largest key so far. Floor: S + 1 numbers in, S + 1 out per
-// step and channel forward; 2 S + 2 in, S + 1 out backward.
+// step and channel forward; 2 S + 2 in, S + 1 out backward; keys and their gradients may be bf16. Forward also writes the
+// maximum and the mass of the weights, which backward reads.
 #pragma once
 
-#include "scan.h"
+#include "rows.h"
 
 namespace helmholtz {
 
-// `top` is the running maximum; sums are S signals and, last, the weights. A reset forgets what is before it.
+constexpr int64_t SOFTMAX_BLOCK = 64;  // channels of a piece: a whole step of fewer would be too short a run of memory
+
+// What a step does to the sums before it, and the weight of what it adds. One of the two factors is 1, as the maximum is
+// the key or what it was before, so they share an exponential. `floor` is finite: a row without any weight subtracts to
+// 0 and not to NaN.
 template <typename T>
-void softmax_forward(const T* k, const T* x, const T* top0, const T* sums0, const bool* reset, T* y, T* top, T* inverse,
+INLINE void weigh(T key, T before, bool fresh, T floor, T& decay, T& weight) {
+  const T from = fresh ? floor : before, e = exp_of(key > from ? from - key : key - from);
+  decay = fresh ? T(0) : key > from ? e : T(1);
+  weight = key <= floor ? T(0) : key > from ? T(1) : e;
+}
+
+// `top` is the running maximum; sums are S signals and, last, the weights. A reset forgets what is before it.
+template <typename T, typename S>
+void softmax_forward(const S* k, const T* x, const T* top0, const T* sums0, const bool* reset, T* y, T* top, T* inverse,
                      T* last, int64_t batch, int64_t steps, int64_t signals, int64_t width) {
-  const int64_t blocks = (width + SCAN_BLOCK - 1) / SCAN_BLOCK;
-  const T floor = std::numeric_limits<T>::lowest();  // finite: a row without any weight subtracts to 0, not to NaN
+  const int64_t blocks = (width + SOFTMAX_BLOCK - 1) / SOFTMAX_BLOCK;
+  const T floor = std::numeric_limits<T>::lowest();
   each(batch * blocks, [&](int64_t part) {
-    const int64_t row = part / blocks, first = part % blocks * SCAN_BLOCK;
-    const int64_t n = std::min(SCAN_BLOCK, width - first);
-    std::vector<T> sums((signals + 1) * SCAN_BLOCK);
-    T m[SCAN_BLOCK], decay[SCAN_BLOCK], weight[SCAN_BLOCK];
+    const int64_t row = part / blocks, first = part % blocks * SOFTMAX_BLOCK;
+    const int64_t n = std::min(SOFTMAX_BLOCK, width - first);
+    std::vector<T> sums((signals + 1) * SOFTMAX_BLOCK);
+    T m[SOFTMAX_BLOCK], decay[SOFTMAX_BLOCK], weight[SOFTMAX_BLOCK], *mass = sums.data() + signals * SOFTMAX_BLOCK;
     for (int64_t c = 0; c < n; ++c) m[c] = std::max(top0[row * width + first + c], floor);
     for (int64_t s = 0; s <= signals; ++s)
-      std::copy_n(sums0 + (row * (signals + 1) + s) * width + first, n, sums.data() + s * SCAN_BLOCK);
+      std::copy_n(sums0 + (row * (signals + 1) + s) * width + first, n, sums.data() + s * SOFTMAX_BLOCK);
     for (int64_t t = 0; t < steps; ++t) {
       const int64_t step = row * steps + t, at = step * width + first;
       const bool fresh = reset != nullptr && reset[step];
 #pragma omp simd
       for (int64_t c = 0; c < n; ++c) {
-        const T key = std::max(k[at + c], floor), before = fresh ? floor : m[c];
-        const T now = key > before ? key : before;
-        decay[c] = fresh ? T(0) : exp_of(before - now);
-        weight[c] = k[at + c] <= floor ? T(0) : exp_of(k[at + c] - now);
-        m[c] = top[at + c] = now;
-      }
-      T* mass = sums.data() + signals * SCAN_BLOCK;
-#pragma omp simd
-      for (int64_t c = 0; c < n; ++c) {
+        const T raw = wide(k[at + c]), key = raw > floor ? raw : floor;
+        weigh(key, m[c], fresh, floor, decay[c], weight[c]);
+        m[c] = top[at + c] = fresh || key > m[c] ? key : m[c];
         mass[c] = mass[c] * decay[c] + weight[c];
         inverse[at + c] = mass[c] > T(0) ? T(1) / mass[c] : T(0);
       }
       for (int64_t s = 0; s < signals; ++s) {
-        T* sum = sums.data() + s * SCAN_BLOCK;
+        T* sum = sums.data() + s * SOFTMAX_BLOCK;
         const int64_t of = (step * signals + s) * width + first;
 #pragma omp simd
         for (int64_t c = 0; c < n; ++c) {
@@ -48,36 +55,36 @@ void softmax_forward(const T* k, const T* x, const T* top0, const T* sums0, cons
       }
     }
     for (int64_t s = 0; s <= signals; ++s)
-      std::copy_n(sums.data() + s * SCAN_BLOCK, n, last + (row * (signals + 1) + s) * width + first);
+      std::copy_n(sums.data() + s * SOFTMAX_BLOCK, n, last + (row * (signals + 1) + s) * width + first);
   });
 }
 
-template <typename T>
-void softmax_reverse(const T* dy, const T* dlast, const T* k, const T* x, const T* top0, const bool* reset, const T* y,
-                     const T* top, const T* inverse, T* dk, T* dx, T* dsums0, int64_t batch, int64_t steps,
+template <typename T, typename S>
+void softmax_reverse(const T* dy, const T* dlast, const S* k, const T* x, const T* top0, const bool* reset, const T* y,
+                     const T* top, const T* inverse, S* dk, T* dx, T* dsums0, int64_t batch, int64_t steps,
                      int64_t signals, int64_t width) {
-  const int64_t blocks = (width + SCAN_BLOCK - 1) / SCAN_BLOCK;
+  const int64_t blocks = (width + SOFTMAX_BLOCK - 1) / SOFTMAX_BLOCK;
   const T floor = std::numeric_limits<T>::lowest();
   each(batch * blocks, [&](int64_t part) {
-    const int64_t row = part / blocks, first = part % blocks * SCAN_BLOCK;
-    const int64_t n = std::min(SCAN_BLOCK, width - first);
-    std::vector<T> carry((signals + 1) * SCAN_BLOCK);
-    T weight[SCAN_BLOCK], decay[SCAN_BLOCK], total[SCAN_BLOCK];
+    const int64_t row = part / blocks, first = part % blocks * SOFTMAX_BLOCK;
+    const int64_t n = std::min(SOFTMAX_BLOCK, width - first);
+    std::vector<T> carry((signals + 1) * SOFTMAX_BLOCK);
+    T weight[SOFTMAX_BLOCK], decay[SOFTMAX_BLOCK], total[SOFTMAX_BLOCK];
+    T* mass = carry.data() + signals * SOFTMAX_BLOCK;
     for (int64_t s = 0; s <= signals; ++s)
-      std::copy_n(dlast + (row * (signals + 1) + s) * width + first, n, carry.data() + s * SCAN_BLOCK);
+      std::copy_n(dlast + (row * (signals + 1) + s) * width + first, n, carry.data() + s * SOFTMAX_BLOCK);
     for (int64_t t = steps - 1; t >= 0; --t) {
       const int64_t step = row * steps + t, at = step * width + first;
       const bool fresh = reset != nullptr && reset[step];
       const T* before = t > 0 ? top + at - width : top0 + row * width + first;
-      T* mass = carry.data() + signals * SCAN_BLOCK;
 #pragma omp simd
       for (int64_t c = 0; c < n; ++c) {
-        weight[c] = k[at + c] <= floor ? T(0) : exp_of(k[at + c] - top[at + c]);
-        decay[c] = fresh ? T(0) : exp_of(std::max(before[c], floor) - top[at + c]);
+        const T raw = wide(k[at + c]), key = raw > floor ? raw : floor;
+        weigh(key, before[c] > floor ? before[c] : floor, fresh, floor, decay[c], weight[c]);
         total[c] = 0;
       }
       for (int64_t s = 0; s < signals; ++s) {
-        T* sum = carry.data() + s * SCAN_BLOCK;
+        T* sum = carry.data() + s * SOFTMAX_BLOCK;
         const int64_t of = (step * signals + s) * width + first;
 #pragma omp simd
         for (int64_t c = 0; c < n; ++c) {
@@ -91,12 +98,12 @@ void softmax_reverse(const T* dy, const T* dlast, const T* k, const T* x, const 
       }
 #pragma omp simd
       for (int64_t c = 0; c < n; ++c) {
-        dk[at + c] = (total[c] + mass[c]) * weight[c];
+        dk[at + c] = narrow<S>((total[c] + mass[c]) * weight[c]);
         mass[c] *= decay[c];
       }
     }
     for (int64_t s = 0; s <= signals; ++s)
-      std::copy_n(carry.data() + s * SCAN_BLOCK, n, dsums0 + (row * (signals + 1) + s) * width + first);
+      std::copy_n(carry.data() + s * SOFTMAX_BLOCK, n, dsums0 + (row * (signals + 1) + s) * width + first);
   });
 }
 
@@ -105,10 +112,11 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> rnn_softmax_cpu(const Tensor& 
                                                                   const Tensor& sums0, const Maybe& reset) {
   const Tensor key = k.contiguous(), u = x.contiguous(), m = top0.contiguous(), start = sums0.contiguous();
   const Tensor fresh = reset ? reset->contiguous() : Tensor();
-  Tensor y = at::empty_like(u), top = at::empty_like(key), inverse = at::empty_like(key), last = at::empty_like(start);
-  FLOATING(u, T, softmax_forward<T>(in<T>(key), in<T>(u), in<T>(m), in<T>(start), in<bool>(fresh), out<T>(y),
-                                    out<T>(top), out<T>(inverse), out<T>(last), u.size(0), u.size(1), u.size(2),
-                                    u.size(3)));
+  Tensor y = at::empty_like(u), top = at::empty(key.sizes(), u.options()), inverse = at::empty_like(top);
+  Tensor last = at::empty_like(start);
+  COMPUTED(u, key.scalar_type(), T, S,
+           softmax_forward<T>(in<S>(key), in<T>(u), in<T>(m), in<T>(start), in<bool>(fresh), out<T>(y), out<T>(top),
+                              out<T>(inverse), out<T>(last), u.size(0), u.size(1), u.size(2), u.size(3)));
   return {y, last, top, inverse};
 }
 
@@ -119,9 +127,10 @@ inline std::tuple<Tensor, Tensor, Tensor> rnn_softmax_backward_cpu(const Tensor&
   const Tensor g = dy.contiguous(), carry = dlast.contiguous(), key = k.contiguous(), u = x.contiguous();
   const Tensor m = top0.contiguous(), fresh = reset ? reset->contiguous() : Tensor();
   Tensor dk = at::empty_like(key), dx = at::empty_like(u), dsums = at::empty_like(carry);
-  FLOATING(u, T, softmax_reverse<T>(in<T>(g), in<T>(carry), in<T>(key), in<T>(u), in<T>(m), in<bool>(fresh), in<T>(y),
-                                    in<T>(top), in<T>(inverse), out<T>(dk), out<T>(dx), out<T>(dsums), u.size(0),
-                                    u.size(1), u.size(2), u.size(3)));
+  COMPUTED(u, key.scalar_type(), T, S,
+           softmax_reverse<T>(in<T>(g), in<T>(carry), in<S>(key), in<T>(u), in<T>(m), in<bool>(fresh), in<T>(y),
+                              in<T>(top), in<T>(inverse), out<S>(dk), out<T>(dx), out<T>(dsums), u.size(0), u.size(1),
+                              u.size(2), u.size(3)));
   return {dk, dx, dsums};
 }
 

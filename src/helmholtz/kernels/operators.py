@@ -4,6 +4,7 @@ Each has a backward operator beside it, which has no derivative of its own: aski
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,26 +35,55 @@ _define(
 )
 
 
-def _gated_read_backward(
-    dy: Tensor, mixed: Tensor, beta: Tensor, inner: Tensor | None, outer: Tensor | None, eps: float
-) -> tuple[Tensor, ...]:
-    dmixed = _like(mixed.transpose(1, 2))[0].transpose(1, 2)
-    gates = (x.new_empty(x.shape) if x is not None else mixed.new_empty(0) for x in (inner, outer))
-    return dmixed, beta.new_empty(beta.shape), *gates
-
-
 _define(
-    "gated_read(Tensor mixed, Tensor beta, Tensor? inner, Tensor? outer, float eps) -> Tensor",
-    lambda mixed, beta, inner, outer, eps: _like(mixed[:, :, :, 0])[0],
+    "modulate(Tensor joint, Tensor scale, int[] widths) -> Tensor[]",
+    lambda joint, scale, widths: [joint.new_empty(*joint.shape[:-1], width) for width in widths],
 )
 _define(
-    "gated_read_backward(Tensor dy, Tensor mixed, Tensor beta, Tensor? inner, Tensor? outer, float eps) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "modulate_backward(Tensor[] grads, Tensor joint, Tensor scale) -> (Tensor, Tensor)",
+    lambda grads, joint, scale: _like(joint, scale),
+)
+
+
+def _tilt(v: Tensor, beta: Tensor, cap: float, apart: bool) -> Tensor:
+    batch, steps, groups, width = v.shape
+    if apart:
+        return beta.new_empty(batch, steps, 2, groups, width).transpose(2, 3)
+    return beta.new_empty(batch, steps, groups, 2, width)
+
+
+_define("tilt(Tensor v, Tensor beta, float cap, bool apart) -> Tensor", _tilt)
+_define(
+    "tilt_backward(Tensor dsignals, Tensor v, Tensor beta, float cap) -> (Tensor, Tensor)",
+    lambda dsignals, v, beta, cap: _like(v, beta),
+)
+
+
+def _gated_read(mixed: Tensor, beta: object, *gates_and_eps: object) -> Tensor:
+    stored = next((x.dtype for x in gates_and_eps if isinstance(x, Tensor)), mixed.dtype)
+    return mixed.new_empty(*mixed.shape[:3], mixed.shape[4], dtype=stored)
+
+
+def _gated_read_backward(dy: Tensor, mixed: Tensor, *inputs_and_eps: Any) -> tuple[Tensor, ...]:
+    others = (mixed.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs_and_eps[:-1])
+    return torch.empty_like(mixed), *others
+
+
+_define(
+    "gated_read(Tensor mixed, Tensor? beta, Tensor? inner, Tensor? outer, Tensor? own, float eps) -> Tensor",
+    _gated_read,
+)
+_define(
+    "gated_read_backward(Tensor dy, Tensor mixed, Tensor? beta, Tensor? inner, Tensor? outer, Tensor? own, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _gated_read_backward,
 )
 _define(
     "rnn_softmax(Tensor k, Tensor signals, Tensor max, Tensor sums, Tensor? reset) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda k, signals, max, sums, reset: _like(signals, sums, k, k),
+    lambda k, signals, max, sums, reset: (
+        *_like(signals, sums),
+        *(signals.new_empty(k.shape) for _ in range(2)),
+    ),
 )
 _define(
     "rnn_softmax_backward(Tensor daveraged, Tensor dsums, Tensor k, Tensor signals, Tensor max, Tensor? reset, "

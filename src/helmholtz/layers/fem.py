@@ -19,7 +19,8 @@ from helmholtz.layers.priors.base import Tilt, split_heads
 from helmholtz.layers.row_draws import RowDropout
 from helmholtz.layers.sequence import SequenceLayout, sequence_layout, zero_pads
 from helmholtz.layers.time_decay_conv import TimeDecayConditioning
-from helmholtz.ops.gated_read import gated_read, outer_gate
+from helmholtz.ops.gated_read import gated_read
+from helmholtz.ops.modulate import modulated_split
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +173,8 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
         prior_state = None if state is None else state.prior
         tilt = Tilt(None if self.config.read == "mean" else self.beta_max, self.config.cap)
         mixed, prior_state = self.prior(features, values, tilt, layout, key_layout, prior_state)
-        read = self._read(mixed, tilt.beta, features).flatten(2)
         gate = self.prior.output_gate(features, layout)
-        if gate is not None:
-            read = read * gate
+        read = self._read(mixed, tilt.beta, features, gate).flatten(2)
         y = self.dropout(self.o_proj(read.to(features["v"].dtype)))
         seen = x.new_zeros(len(x), dtype=torch.long) if state is None else state.position.to(x.device)
         return y, MixerState(layout.advance(seen), prior_state, tdc, tdc_source)
@@ -208,27 +207,27 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
         """The joint projection of one stream, scaled by the conditioning and taken apart by name."""
         widths = {**self.query_widths, **self.key_widths}
         joint: Tensor = self.in_proj(x)
-        if self.tdc is not None:
-            features, state = self.tdc(x, layout, state)
-            joint = torch.addcmul(joint, joint, self.tdc.out_proj(features))
-        return dict(zip(widths, joint.split(list(widths.values()), dim=-1), strict=True)), state
+        if self.tdc is None:
+            return dict(zip(widths, joint.split(list(widths.values()), dim=-1), strict=True)), state
+        features, state = self.tdc(x, layout, state)
+        parts = modulated_split(joint, self.tdc.out_proj(features), list(widths.values()))
+        return dict(zip(widths, parts, strict=True)), state
 
     def _read(
         self,
         mixed: Float[Tensor, "B H T N V"],
         beta: Float[Tensor, "G V"] | None,
         features: Mapping[str, Tensor],
+        gate: Float[Tensor, "B T C"] | None,
     ) -> Float[Tensor, "B T H V"]:
-        c, mixed = self.config, mixed.transpose(1, 2)
-        inner, outer = (
-            features[name].unflatten(-1, (c.n_heads, -1)) if name in features else None
-            for name in ("inner", "outer")
+        c = self.config
+        inner, outer, own = (
+            None if x is None else x.unflatten(-1, (c.n_heads, -1))
+            for x in (features.get("inner"), features.get("outer"), gate)
         )
-        if beta is None:
-            read = mixed.squeeze(-2)
-            return read if outer is None else read * outer_gate(outer.to(read.dtype), eps=c.eps)
-        beta = beta.repeat_interleave(c.n_heads // beta.shape[0], dim=0)
-        return gated_read(mixed, beta, inner, outer, eps=c.eps)
+        if beta is not None and len(beta) != c.n_heads:
+            beta = beta.repeat_interleave(c.n_heads // len(beta), dim=0)
+        return gated_read(mixed.transpose(1, 2), beta, inner, outer, own, eps=c.eps)
 
     def _check_context(
         self,

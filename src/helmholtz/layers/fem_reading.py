@@ -45,7 +45,9 @@ class _Places(Tilt):
 
     __slots__ = ()
 
-    def __call__(self, values: Float[Tensor, "B G T V"]) -> Float[Tensor, "B G T N V"]:
+    def __call__(
+        self, values: Float[Tensor, "B G T V"], *, signals_first: bool = False
+    ) -> Float[Tensor, "B G T N V"]:
         steps = values.shape[2]
         onehots = torch.eye(steps, device=values.device)[:, :, None]
         return onehots.expand(*values.shape[:3], steps, values.shape[-1])

@@ -33,6 +33,7 @@ from helmholtz.ops.hopfield import (
 from helmholtz.ops.linear_attention import linear_attention, recurrent_linear_attention
 from helmholtz.ops.losses import cross_entropy
 from helmholtz.ops.masked_free_energy import masked_free_energy
+from helmholtz.ops.modulate import modulated_split
 from helmholtz.ops.rms_norm import rms_norm
 from helmholtz.ops.rnn_softmax import RNNSoftmaxState, rnn_softmax
 from helmholtz.ops.rope import rope
@@ -84,6 +85,7 @@ __all__ = [
     "kl_per_token",
     "linear_attention",
     "masked_free_energy",
+    "modulated_split",
     "posterior",
     "recurrent_linear_attention",
     "pattern_margins",

@@ -6,44 +6,31 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from helmholtz._once import DifferentiableOnce
+from helmholtz import kernels
 from helmholtz.ops._compute import compute_dtype
 from helmholtz.ops.attention import softmax_attention
 
 
 def tilt_values(
-    v: Float[Tensor, "B G T V"], beta: Float[Tensor, "G V"], *, cap: float
+    v: Float[Tensor, "B G T V"], beta: Float[Tensor, "G V"], *, cap: float, signals_first: bool = False
 ) -> Float[Tensor, "B G T 2 V"]:
     r"""The two signals that a prior averages for a free-energy read: :math:`v` and :math:`e^{\beta v}`.
 
     The exponent is clipped to ``[-cap, cap]`` nats, in the exponential signal alone: the mean stays linear in ``v``.
-    Computed in at least float32. Time lies before heads in memory, as attention wants it. Differentiable once.
+    Computed in at least float32.
+
+    Args:
+        signals_first: the kernel lays the signals out as ``B T 2 G V``, as recurrences over all heads at once want
+            them; without it as ``B T G 2 V``, as attention does.
     """
     wide = compute_dtype(v)
-    return _Tilt.call(v.to(wide), beta.to(wide), cap)
-
-
-class _Tilt(DifferentiableOnce):
-    @staticmethod
-    def forward(ctx, v, beta, cap):  # type: ignore[no-untyped-def]
-        v = v.transpose(1, 2)
-        signals = v.new_empty(*v.shape[:-1], 2, v.shape[-1])
-        value, tilt = signals.unbind(-2)
-        value.copy_(v)
-        tilt.copy_((v * beta).clamp_(-cap, cap).exp_())
-        signals = signals.transpose(1, 2)
-        ctx.save_for_backward(signals, beta)
-        ctx.cap = cap
-        return signals
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        signals, beta = ctx.saved_tensors
-        v, tilt = (x.contiguous() for x in signals.transpose(1, 2).unbind(-2))
-        d_value, d_tilt = grad.transpose(1, 2).unbind(-2)
-        d_exponent = (d_tilt * tilt).mul_((v * beta).abs_() < ctx.cap)
-        d_beta = (d_exponent * v).sum((0, 1))
-        return d_exponent.mul_(beta).add_(d_value).transpose(1, 2), d_beta, None
+    rates, heads_last = beta.to(wide), v.transpose(1, 2)
+    if kernels.usable(v):
+        signals: Tensor = torch.ops.helmholtz.tilt(heads_last, rates, cap, signals_first)
+    else:
+        heads_last = heads_last.to(wide)
+        signals = torch.stack([heads_last, (rates * heads_last).clamp(-cap, cap).exp()], dim=-2)
+    return signals.transpose(1, 2)
 
 
 def free_energy_from_mixed(

@@ -10,10 +10,11 @@ from helmholtz.ops._compute import compute_dtype
 
 
 def gated_read(
-    mixed: Float[Tensor, "B T H 2 V"],
-    beta: Float[Tensor, "H V"],
+    mixed: Float[Tensor, "B T H N V"],
+    beta: Float[Tensor, "H V"] | None,
     inner: Float[Tensor, "B T H V"] | None = None,
     outer: Float[Tensor, "B T H V"] | None = None,
+    own: Float[Tensor, "B T H V"] | None = None,
     *,
     eps: float = 1e-6,
 ) -> Float[Tensor, "B T H V"]:
@@ -26,30 +27,50 @@ def gated_read(
     A row that saw nothing (average 0 of a positive signal) reads 0 with gradient 0: its logarithm is never taken.
 
     Args:
+        mixed: averages of the two signals.
+        beta: None reads the mean, the only signal then.
         inner: gate logits; None reads ``F`` itself.
         outer: gate pre-activations; None leaves the read unscaled. The gate is positive, with mean square 1 per head.
+        own: pre-activations of a second factor, made as the outer gate, but with ``rms_norm``'s small floor.
 
-    Returns: in the dtype of ``mixed``.
+    Returns: in the dtype of the gates, or of ``mixed`` if there are none.
+    Accuracy: computed in at least float32, one rounding to the dtype.
     Cost: the kernel makes one pass forward and one backward.
     Source: Lu & Yang 2026, two-level gated FEM. Reference: ``helmholtz.reference.gated_read``.
     """
-    wide = compute_dtype(mixed)
-    signals, rates = mixed.to(wide), beta.to(wide)
-    inner, outer = (None if x is None else x.to(wide) for x in (inner, outer))
-    of = torch.ops.helmholtz.gated_read if kernels.usable(signals, rates, inner, outer) else _plain
-    read: Tensor = of(signals, rates, inner, outer, eps)
-    return read.to(mixed.dtype)
+    wide, gates = compute_dtype(mixed), (inner, outer, own)
+    dtypes = {x.dtype for x in gates if x is not None}
+    stored = torch.bfloat16 if dtypes == {torch.bfloat16} and wide == torch.float32 else wide
+    signals, rates = mixed.to(wide), None if beta is None else beta.to(wide)
+    of, stored = (torch.ops.helmholtz.gated_read, stored) if kernels.usable(signals) else (_plain, wide)
+    inner, outer, own = (None if x is None else x.to(stored) for x in gates)
+    read: Tensor = of(signals, rates, inner, outer, own, eps)
+    return read.to(next(iter(dtypes), mixed.dtype))
 
 
-def _plain(mixed: Tensor, beta: Tensor, inner: Tensor | None, outer: Tensor | None, eps: float) -> Tensor:
-    mean, partition = mixed.unbind(-2)
-    nothing = partition.amax(-1, keepdim=True) <= 0
-    free = partition.masked_fill(nothing, 1).log() / beta
-    read = free if inner is None else torch.lerp(mean, free, inner.sigmoid())
-    return read if outer is None else read * outer_gate(outer, eps=eps)
+def _plain(
+    mixed: Tensor,
+    beta: Tensor | None,
+    inner: Tensor | None,
+    outer: Tensor | None,
+    own: Tensor | None,
+    eps: float,
+) -> Tensor:
+    mean = read = mixed[..., 0, :]
+    if beta is not None:
+        partition = mixed[..., 1, :]
+        nothing = partition.amax(-1, keepdim=True) <= 0
+        free = partition.masked_fill(nothing, 1).log() / beta
+        read = free if inner is None else torch.lerp(mean, free, inner.sigmoid())
+    if outer is not None:
+        read = read * outer_gate(outer, eps=eps)
+    return read if own is None else read * F.rms_norm(_softplus(own) + eps, own.shape[-1:])
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return F.softplus(x, threshold=40)  # beyond torch's threshold of 20 the softplus is x, e^-20 off
 
 
 def outer_gate(x: Float[Tensor, "*batch V"], *, eps: float = 1e-6) -> Float[Tensor, "*batch V"]:
     """``u / rms(u)`` along the last dimension, ``u = softplus(x) + eps``: positive, with mean square 1."""
-    u = F.softplus(x, threshold=40) + eps  # beyond torch's threshold of 20 the softplus is x, e^-20 off
-    return F.normalize(u, dim=-1) * x.shape[-1] ** 0.5
+    return F.normalize(_softplus(x) + eps, dim=-1) * x.shape[-1] ** 0.5

@@ -107,11 +107,12 @@ def rnn_softmax(
         )
     if num_steps == 0:
         return signals, state
-    inputs = k.to(compute), signals.to(compute), state.max.to(compute), state.sums.to(compute)
-    if kernels.usable(*inputs):
-        averaged, sums, top, _ = torch.ops.helmholtz.rnn_softmax(*inputs, reset)
+    others = signals.to(compute), state.max.to(compute), state.sums.to(compute)
+    if kernels.usable(k, *others):
+        keys = k if k.dtype == torch.bfloat16 and compute == torch.float32 else k.to(compute)
+        averaged, sums, top, _ = torch.ops.helmholtz.rnn_softmax(keys, *others, reset)
     else:
-        averaged, sums, top = _plain(*inputs, reset)
+        averaged, sums, top = _plain(k.to(compute), *others, reset)
     last = top[:, -1]
     last = torch.where(last > torch.finfo(compute).min, last, -torch.inf)
     return averaged.to(signals.dtype), RNNSoftmaxState(max=last, sums=sums)

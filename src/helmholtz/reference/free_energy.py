@@ -1,6 +1,7 @@
 """Attention, rotation and the free-energy read in float64, one query at a time, from the equations."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -161,21 +162,34 @@ def free_energy_posterior(
 
 
 def gated_read(
-    mixed: Float[Tensor, "B T H 2 V"],
-    beta: Float[Tensor, "H V"],
+    mixed: Float[Tensor, "B T H N V"],
+    beta: Float[Tensor, "H V"] | None,
     inner: Float[Tensor, "B T H V"] | None = None,
     outer: Float[Tensor, "B T H V"] | None = None,
+    own: Float[Tensor, "B T H V"] | None = None,
     *,
     eps: float = 1e-6,
 ) -> Float[Tensor, "B T H V"]:
     """((1 - lambda) mean + lambda log(average) / beta) u / rms(u), 0 where the average of the exponential is 0."""
-    mean, average = mixed.double().unbind(-2)
-    seen = average > 0
-    read = torch.where(seen, torch.where(seen, average, 1).log() / beta.double(), 0)
-    if inner is not None:
-        gate = 1 / (1 + (-inner.double()).exp())
-        read = (1 - gate) * mean + gate * read
-    if outer is not None:
-        u = (1 + outer.double().exp()).log() + eps
-        read = read * u / u.square().mean(-1, keepdim=True).sqrt()
+    mean = read = mixed[..., 0, :].double()
+    if beta is not None:
+        average = mixed[..., 1, :].double()
+        seen = average > 0
+        read = torch.where(seen, torch.where(seen, average, 1).log() / beta.double(), 0)
+        if inner is not None:
+            gate = 1 / (1 + (-inner.double()).exp())
+            read = (1 - gate) * mean + gate * read
+    for raw, floor in ((outer, 0), (own, torch.finfo(torch.promote_types(mixed.dtype, torch.float32)).eps)):
+        if raw is not None:
+            u = (1 + raw.double().exp()).log() + eps
+            read = read * u / (u.square().mean(-1, keepdim=True) + floor).sqrt()
     return read
+
+
+def modulated_split(
+    joint: Float[Tensor, "B T W"], scale: Float[Tensor, "B T W"], widths: Sequence[int]
+) -> list[Float[Tensor, "B T _"]]:
+    """joint (1 + scale), in parts of these widths."""
+    ends = torch.tensor(widths).cumsum(0).tolist()
+    scaled = joint.double() * (1 + scale.double())
+    return [scaled[..., end - width : end] for end, width in zip(ends, widths, strict=True)]

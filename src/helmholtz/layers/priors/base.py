@@ -25,8 +25,12 @@ class Tilt:
     """Inverse temperature per value head and channel; None where the values alone are averaged."""
     cap: float
 
-    def __call__(self, values: Float[Tensor, "B G T V"]) -> Float[Tensor, "B G T N V"]:
-        return values.unsqueeze(-2) if self.beta is None else tilt_values(values, self.beta, cap=self.cap)
+    def __call__(
+        self, values: Float[Tensor, "B G T V"], *, signals_first: bool = False
+    ) -> Float[Tensor, "B G T N V"]:
+        if self.beta is None:
+            return values.unsqueeze(-2)
+        return tilt_values(values, self.beta, cap=self.cap, signals_first=signals_first)
 
 
 class AbstractPrior(nn.Module, abc.ABC):
@@ -68,7 +72,7 @@ class AbstractPrior(nn.Module, abc.ABC):
         """State before the first token, given the stream's position."""
 
     def output_gate(self, features: Features, layout: SequenceLayout) -> Float[Tensor, "B T C"] | None:
-        """A factor on the read, after the logarithm; None where the prior has none."""
+        """Pre-activations of a factor on the read, after the logarithm; None where the prior has none."""
         return None
 
 

@@ -1,7 +1,6 @@
 """Attention-free softmax over time (AFT, a normalised linear RNN) as a prior: one weight per channel and token."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -39,15 +38,15 @@ class RNNSoftmaxPrior(AbstractPrior):
         key_layout: SequenceLayout,
         state: RNNSoftmaxState | None,
     ) -> tuple[Float[Tensor, "B H T N V"], RNNSoftmaxState | None]:
-        k = self._rotated(features["k"], layout).to(compute_dtype(values))
+        k = self._rotated(features["k"], layout)
         if layout.mask is not None:
             k = k.masked_fill(~layout.mask.unsqueeze(-1), -torch.inf)
-        signals = tilt(values).to(k.dtype).permute(0, 2, 3, 1, 4)
+        signals = tilt(values, signals_first=True).to(compute_dtype(values)).permute(0, 2, 3, 1, 4)
         with torch.autocast(k.device.type, enabled=False):
             if self.causal:
                 averaged, state = rnn_softmax(k, signals.flatten(-2), state=state, reset=layout.reset)
             else:
-                averaged = self._whole(k, signals.flatten(-2), layout)
+                averaged = self._whole(k.to(signals.dtype), signals.flatten(-2), layout)
         return averaged.unflatten(-1, (self.n_heads, -1)).permute(0, 3, 1, 2, 4), state
 
     def _whole(self, k: Tensor, signals: Tensor, layout: SequenceLayout) -> Tensor:
@@ -58,8 +57,7 @@ class RNNSoftmaxPrior(AbstractPrior):
         return _global_average(k, signals)
 
     def output_gate(self, features: Features, layout: SequenceLayout) -> Float[Tensor, "B T C"]:
-        gate = F.softplus(self._rotated(features["q"], layout)) + self.eps
-        return F.rms_norm(gate.unflatten(-1, (self.n_heads, -1)), (self.d_head,)).flatten(-2)
+        return self._rotated(features["q"], layout)
 
     def _rotated(self, x: Tensor, layout: SequenceLayout) -> Tensor:
         if not self.rope_theta:
