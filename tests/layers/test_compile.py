@@ -1,15 +1,36 @@
-"""Compiled layers: traced by Dynamo, differentiated by AOTAutograd, run eagerly (no C++ compiler is needed)."""
+"""Compiled layers: one graph, traced by Dynamo, differentiated by AOTAutograd, run eagerly (needs no C++ compiler)."""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from decoder_cases import codes_of, make_free, tokens_of
+from helmholtz import kernels
 from helmholtz.layers import Attention, FreeEnergyMixer, FreeEnergyMixerConfig, MambaMixer
-from helmholtz.layers.latent import Plan
+from helmholtz.layers.fem_config import PRIORS
 
 # the compiler itself warns about what it does
 pytestmark = [pytest.mark.compile, pytest.mark.filterwarnings("ignore")]
+
+D = 32
+LAYERS = {
+    "attention": lambda: Attention(D, 4, n_kv_heads=2),
+    "mamba": lambda: MambaMixer(D, d_inner=64, d_state=8, d_head=16),
+    **{f"fem-{prior}": lambda prior=prior: _mixer(prior) for prior in PRIORS},
+}
+MASK = torch.tensor([[0] * 3 + [1] * 15, [1] * 12 + [0] * 6])
+CALLS = {
+    "masked": lambda: {"attention_mask": MASK, "source": torch.randn(2, 18, D)},
+    "packed": lambda: {"cu_seqlens": torch.tensor([0, 5, 18])},
+}
+
+
+def _mixer(prior: str) -> FreeEnergyMixer:
+    layer = FreeEnergyMixer(FreeEnergyMixerConfig(d_model=D, n_heads=4, prior=prior, tdc_width=8))
+    assert layer.tdc is not None
+    nn.init.normal_(layer.tdc.out_proj.weight, std=0.1)
+    return layer
 
 
 @pytest.fixture(autouse=True)
@@ -19,44 +40,20 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def outputs_and_gradients(layer: nn.Module, run: nn.Module, x: Tensor) -> list[Tensor]:
-    y = run(x)
+def outputs_and_gradients(layer: nn.Module, run: nn.Module, x: Tensor, options: dict[str, Tensor]) -> list[Tensor]:
+    y = run(x, **options)
     return [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
 
 
-def assert_compiled_equals_eager(layer: nn.Module, *, fullgraph: bool) -> None:
-    x = torch.randn(2, 20, 32, requires_grad=True)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=fullgraph)
-    for actual, expected in zip(
-        outputs_and_gradients(layer, compiled, x), outputs_and_gradients(layer, layer, x), strict=True
-    ):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
-
-
-def test_attention_compiles_to_one_graph_with_its_dispatch():
-    assert_compiled_equals_eager(Attention(32, 4, n_kv_heads=2), fullgraph=True)
-
-
-@pytest.mark.parametrize("prior", ["softmax", "gla"])
-def test_a_mixer_compiles_with_its_own_gradients_beside_the_graph(prior):
-    layer = FreeEnergyMixer(FreeEnergyMixerConfig(d_model=32, n_heads=4, prior=prior))
-    assert layer.tdc is not None
-    nn.init.normal_(layer.tdc.out_proj.weight, std=0.1)
-    assert_compiled_equals_eager(layer, fullgraph=False)
-
-
-def test_a_mamba_mixer_compiles_with_its_own_gradients_beside_the_graph():
-    layer = MambaMixer(32, d_inner=64, d_state=8, d_head=16)
-    assert_compiled_equals_eager(layer, fullgraph=False)
-
-
-def test_a_free_transformer_compiles_under_a_given_plan():
-    model, tokens = make_free(n_layers=2), tokens_of(2, 12)
-    bits = torch.randn(2, 12, 5, requires_grad=True)
-    plan, leaves = Plan(codes_of(2, 12), bits), [bits, model.embed.weight, model.post_sampler.weight]
-    results = []
-    for run in (torch.compile(model, backend="aot_eager"), model):
-        logits = run(tokens, z=plan).logits
-        results.append([logits, *torch.autograd.grad(logits.square().mean(), leaves)])
-    for actual, expected in zip(*results, strict=True):
+@pytest.mark.parametrize(
+    ("name", "call"), [*((name, "masked") for name in LAYERS), ("fem-gla", "packed"), ("mamba", "packed")]
+)
+def test_a_mixer_is_one_graph(name, call):
+    """With kernels, which stay calls in it, where a mask is; in plain forms where sequences are packed."""
+    layer, options = LAYERS[name](), CALLS[call]()
+    x = torch.randn(2 if call == "masked" else 1, 18, D, requires_grad=True)
+    with nullcontext() if call == "masked" else kernels.plain_forms():
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        both = [outputs_and_gradients(layer, run, x, options) for run in (compiled, layer)]
+    for actual, expected in zip(*both, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)

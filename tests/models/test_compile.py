@@ -1,0 +1,80 @@
+"""Compiled and exported decoders: one graph from ids to logits, forward and backward, and its plain forms in a file."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, export
+
+from decoder_cases import codes_of, tokens_of
+from every_decoder import DECODERS
+from helmholtz import kernels
+from helmholtz.layers.latent import Plan
+from helmholtz.models import Decoder
+from helmholtz.solvers import Implicit, SolverConfig
+
+# the compiler itself warns about what it does
+pytestmark = [pytest.mark.compile, pytest.mark.filterwarnings("ignore")]
+ADJOINT = Implicit(max_steps=3, on_nonconvergence="ignore")
+COMPILED = ["transformer", "fem-hybrid", "free", "mamba", "mamba-hopfield", "hybrid"]
+"""Every preset, and what joins a plan, FEM and an equilibrium. The mixers have tests of their own."""
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def decoder(name: str) -> Decoder:
+    """With few steps of the solver, that it may be traced in a second."""
+    model = DECODERS[name]().eval()
+    if model.equilibrium is not None:
+        model.solver = SolverConfig(max_steps=3, on_nonconvergence="ignore")
+        model.equilibrium.adjoint = ADJOINT
+    return model
+
+
+def logits_and_gradients(model: Decoder, run: nn.Module, tokens: Tensor, mask: Tensor) -> list[Tensor]:
+    plan, leaves = None, [x for x in model.parameters() if x.requires_grad]
+    if model.plan is not None:
+        torch.manual_seed(0)
+        plan = Plan(codes_of(*tokens.shape), torch.randn(*tokens.shape, 5))
+    logits = run(tokens, attention_mask=mask, z=plan).logits
+    gradients = torch.autograd.grad(logits.square().mean(), leaves, allow_unused=True)
+    return [logits, *(x for x in gradients if x is not None)]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_decoder_is_one_graph(name):
+    model, tokens = decoder(name), tokens_of(2, 9)
+    mask = torch.arange(9) >= torch.tensor([[0], [4]])
+    with nullcontext() if name in ("hybrid", "transformer", "mamba") else kernels.plain_forms():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        both = [logits_and_gradients(model, run, tokens, mask) for run in (compiled, model)]
+    for actual, expected in zip(*both, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+class Logits(nn.Module):
+    """What is exported: an output of tensors alone."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, code: Tensor | None = None) -> Tensor:
+        return self.model(tokens, z=None if code is None else Plan(code)).logits
+
+
+@pytest.mark.parametrize("name", ["transformer", "fem-hybrid", "free", "mamba", "mamba-hopfield", "hybrid"])
+def test_a_decoder_is_exported_in_plain_forms(name):
+    model = Logits(decoder(name))
+    tokens, more = ((tokens_of(n, 9), *([codes_of(n, 9)] if model.model.plan else [])) for n in (2, 3))
+    program = export(model, tokens, dynamic_shapes=({0: Dim("batch", min=2, max=64)},) * len(tokens))
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert names and not [name for name in names if "helmholtz" in name]
+    for given in (tokens, more):
+        torch.testing.assert_close(program.module()(*given), model(*given), rtol=1e-4, atol=1e-5)
