@@ -40,7 +40,9 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def outputs_and_gradients(layer: nn.Module, run: nn.Module, x: Tensor, options: dict[str, Tensor]) -> list[Tensor]:
+def outputs_and_gradients(
+    layer: nn.Module, run: nn.Module, x: Tensor, options: dict[str, Tensor]
+) -> list[Tensor]:
     y = run(x, **options)
     return [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
 

@@ -16,9 +16,9 @@ from helmholtz.solvers import Implicit, SolverConfig
 
 # the compiler itself warns about what it does
 pytestmark = [pytest.mark.compile, pytest.mark.filterwarnings("ignore")]
-ADJOINT = Implicit(max_steps=3, on_nonconvergence="ignore")
-COMPILED = ["transformer", "fem-hybrid", "free", "mamba", "mamba-hopfield", "hybrid"]
-"""Every preset, and what joins a plan, FEM and an equilibrium. The mixers have tests of their own."""
+ADJOINT = Implicit(max_steps=2, on_nonconvergence="ignore")
+COMPILED = ["transformer", "free", "mamba", "mamba-hopfield", "hybrid"]
+"""What joins attention, FEM, Mamba, a plan and an equilibrium is the last. Mixers have tests of their own."""
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def decoder(name: str) -> Decoder:
     """With few steps of the solver, that it may be traced in a second."""
     model = DECODERS[name]().eval()
     if model.equilibrium is not None:
-        model.solver = SolverConfig(max_steps=3, on_nonconvergence="ignore")
+        model.solver = SolverConfig(max_steps=2, on_nonconvergence="ignore")
         model.equilibrium.adjoint = ADJOINT
     return model
 
@@ -44,7 +44,7 @@ def logits_and_gradients(model: Decoder, run: nn.Module, tokens: Tensor, mask: T
         plan = Plan(codes_of(*tokens.shape), torch.randn(*tokens.shape, 5))
     logits = run(tokens, attention_mask=mask, z=plan).logits
     gradients = torch.autograd.grad(logits.square().mean(), leaves, allow_unused=True)
-    return [logits, *(x for x in gradients if x is not None)]
+    return [logits, *(torch.zeros(()) if x is None else x.norm() + x.sum() for x in gradients)]
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -69,7 +69,7 @@ class Logits(nn.Module):
         return self.model(tokens, z=None if code is None else Plan(code)).logits
 
 
-@pytest.mark.parametrize("name", ["transformer", "fem-hybrid", "free", "mamba", "mamba-hopfield", "hybrid"])
+@pytest.mark.parametrize("name", ["transformer", "free", "mamba", "mamba-hopfield"])
 def test_a_decoder_is_exported_in_plain_forms(name):
     model = Logits(decoder(name))
     tokens, more = ((tokens_of(n, 9), *([codes_of(n, 9)] if model.model.plan else [])) for n in (2, 3))

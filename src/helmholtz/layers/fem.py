@@ -176,7 +176,7 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
         gate = self.prior.output_gate(features, layout)
         read = self._read(mixed, tilt.beta, features, gate).flatten(2)
         y = self.dropout(self.o_proj(read.to(features["v"].dtype)))
-        seen = x.new_zeros(len(x), dtype=torch.long) if state is None else state.position.to(x.device)
+        seen = x.new_zeros(x.shape[0], dtype=torch.long) if state is None else state.position.to(x.device)
         return y, MixerState(layout.advance(seen), prior_state, tdc, tdc_source)
 
     def _features(

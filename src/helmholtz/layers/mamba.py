@@ -157,7 +157,7 @@ class MambaMixer(_Recomputed, AbstractMixer[MambaState]):
             x = x.expand_as(source)
         conv, ssm = (None, None) if state is None else (state.conv, state.ssm)
         y, conv, ssm = self._call(self._scan, x, source, conv, ssm, layout)
-        seen = x.new_zeros(len(x), dtype=torch.long) if state is None else state.position.to(x.device)
+        seen = x.new_zeros(x.shape[0], dtype=torch.long) if state is None else state.position.to(x.device)
         return y, MambaState(layout.advance(seen), conv, ssm)
 
     def _scan(

@@ -44,7 +44,7 @@ def causal_conv(
     """
     compute = compute_dtype(x, weight, bias, state)
     if state is None:
-        state = x.new_zeros((len(x), weight.shape[1] - 1, x.shape[2]), dtype=compute)
+        state = x.new_zeros((x.shape[0], weight.shape[1] - 1, x.shape[2]), dtype=compute)
     if x.shape[1] == 0:
         return x, state.to(compute)
     shift = weight.new_zeros(len(weight)) if bias is None else bias

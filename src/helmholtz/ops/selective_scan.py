@@ -38,7 +38,7 @@ def _plain(
 
 def _chunks(x: Tensor, length: int) -> Tensor:
     """``B n L ...``, filled with zeros."""
-    pad = x.new_zeros(len(x), -x.shape[1] % length, *x.shape[2:])
+    pad = x.new_zeros(x.shape[0], -x.shape[1] % length, *x.shape[2:])
     return torch.cat([x, pad], dim=1).unflatten(1, (-1, length))
 
 

@@ -40,7 +40,7 @@ class Rows:
     @classmethod
     def of(cls, problem: AbstractProblem, like: Float[Tensor, "N D"]) -> "Rows":
         """All rows, nothing counted."""
-        index = torch.arange(len(like), device=like.device)
+        index = torch.arange(like.shape[0], device=like.device)
         counts = Counts(torch.zeros_like(index), torch.zeros_like(index))
         return cls(problem, counts, index, torch.ones_like(index, dtype=torch.bool), problem)
 
@@ -110,9 +110,9 @@ class Point(NamedTuple):
 
 def evaluate(rows: Rows, z: Float[Tensor, "n D"], before: Point | None, *, energies: bool = True) -> Point:
     """Map, and energy if wanted, at ``z``; ``before`` is the iterate to which the energy is compared."""
-    f, energy = rows.map_and_energy(z) if energies else (rows.map(z), z.new_full((len(z),), torch.inf))
+    f, energy = rows.map_and_energy(z) if energies else (rows.map(z), z.new_full((z.shape[0],), torch.inf))
     residual = relative_residual(z, f)
-    change = energy - before.energy if before is not None else energy.new_full((len(z),), torch.inf)
+    change = energy - before.energy if before is not None else energy.new_full((z.shape[0],), torch.inf)
     return Point(z, f, energy, change.abs().nan_to_num(nan=torch.inf), residual)
 
 

@@ -56,7 +56,7 @@ def solve(
     with torch.no_grad(), torch.autocast(z0.device.type, enabled=False):
         z0 = start.detach()
         rows, trace = Rows.of(problem, z0), Trace(record=record)
-        outcome = _run(rows, z0, config, trace) if len(z0) else _nothing(z0)
+        outcome = _run(rows, z0, config, trace) if z0.shape[0] else _nothing(z0)
         unstable = _saddles(rows, outcome)
     point = Point(*(x.detach() for x in outcome.point))  # forward mode goes through no_grad
     solution = Solution(
@@ -86,7 +86,7 @@ def _run(rows: Rows, z0: Float[Tensor, "N D"], config: SolverConfig, trace: Trac
     trace.add(energies=True)
     if config.mode == "cascade":
         return _cascade(rows, start, config, trace)
-    limit = torch.full((len(z0),), config.max_steps, device=z0.device)
+    limit = torch.full((z0.shape[0],), config.max_steps, device=z0.device)
     return iterate(rows, start, _rule(config), config, limit, trace)
 
 
@@ -101,7 +101,7 @@ def _rule(config: SolverConfig) -> AbstractRule:
 def _cascade(rows: Rows, start: Point, config: SolverConfig, trace: Trace) -> Outcome:
     """Mix until the residual is small or half of the steps are gone, then descend: a row that went uphill in the first
     phase starts the second where it started the first."""
-    limit = torch.full((len(start.z),), config.max_steps, device=start.z.device)
+    limit = torch.full((start.z.shape[0],), config.max_steps, device=start.z.device)
     mixing = Anderson(config.anderson_window)
     first = iterate(rows, start, mixing, config, limit // 2, trace, energies=False)
     middle = evaluate(rows, first.point.z, None)

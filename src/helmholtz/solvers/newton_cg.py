@@ -34,11 +34,11 @@ def conjugate_gradients(
     size = v.abs().amax(1, keepdim=True)
     unit = v / torch.where(size > 0, size, 1)
     value, residual = torch.zeros_like(v), (size.squeeze(1) > 0).to(v.dtype)
-    num_steps = torch.zeros(len(v), dtype=torch.long, device=v.device)
+    num_steps = torch.zeros(v.shape[0], dtype=torch.long, device=v.device)
     indefinite = torch.zeros_like(num_steps, dtype=torch.bool)
     rows, left = rows.only(residual > 0), unit
     g, direction, square = torch.zeros_like(left), left, row_dot(left, left)
-    index, full = torch.arange(len(v), device=v.device), square
+    index, full = torch.arange(v.shape[0], device=v.device), square
     for _ in range(max_steps):
         kept = those_left(rows.going)
         if kept is not None:

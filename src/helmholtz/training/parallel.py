@@ -42,7 +42,7 @@ class ParallelConfig:
     recompute_every: int = 0
     """Recompute the activations of every n-th block in the backward pass (1: all) instead of keeping them; 0: none."""
     compile: bool = False
-    """Compile every block by torch.compile: a minute or more at the start, then mostly faster."""
+    """Compile every block to one graph by torch.compile: a minute or more at the start, then mostly faster."""
 
     def __post_init__(self) -> None:
         check_choice("parallel.strategy", self.strategy, ("ddp", "fsdp"))
@@ -86,7 +86,7 @@ def wrap_parallel(loss_module: LossModule, config: ParallelConfig, device: torch
             _recompute(block)
     if config.compile:
         for block in model.blocks:
-            block.compile()
+            block.compile(fullgraph=True)
     if config.strategy == "fsdp":
         return _sharded(loss_module, config, device)
     if world().size == 1:

@@ -1,0 +1,52 @@
+"""Where no values are, the solver makes all its steps, and says of every row what it says where it can stop."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from helmholtz.solvers import Implicit, SolverConfig, loop, modes, solve
+from helmholtz.solvers.base import MODES, Status
+from solver_cases import random_patterns
+
+SAME = ("status", "num_steps", "num_evaluations", "num_products")
+NEAR = ("value", "residual", "energy", "energy_change")
+
+
+@pytest.fixture
+def blind(monkeypatch):
+    def switch(*_: torch.Tensor) -> bool:
+        return False
+
+    def on() -> None:
+        for module in (loop, modes):
+            monkeypatch.setattr(module, "has_values", switch)
+
+    return on
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_steps_after_a_row_is_done_change_nothing(mode, blind):
+    problem = random_patterns(40, 6, 8)
+    start = torch.randn(40, 6, dtype=torch.float64) * torch.logspace(-1, 1, 40, dtype=torch.float64)[:, None]
+    problem.u[7] = torch.nan
+    config = SolverConfig(mode=mode, max_steps=10, rtol=1e-5, energy_rtol=1e-5, on_nonconvergence="ignore")
+    u = problem.u.clone().requires_grad_()
+    problem, results = replace(problem, u=u), []
+    for _ in range(2):
+        with pytest.warns(UserWarning) if not results else torch.enable_grad():
+            solution = solve(problem, start, config)
+        value = Implicit(on_nonconvergence="ignore").attach(problem, solution)
+        results.append((solution, *torch.autograd.grad(value.square().sum(), u)))
+        blind()
+    (seen, gradient), (unseen, its_gradient) = results
+    assert len(seen.num_steps.unique()) > 1 and seen.status[7] == Status.NONFINITE
+    assert {f.name for f in fields(seen)} >= {*SAME, *NEAR}
+    for name in SAME:
+        assert torch.equal(getattr(seen, name), getattr(unseen, name)), name
+    for name in NEAR:
+        torch.testing.assert_close(
+            getattr(unseen, name), getattr(seen, name), rtol=1e-9, atol=1e-9, equal_nan=True
+        )
+    torch.testing.assert_close(its_gradient, gradient, rtol=1e-9, atol=1e-9, equal_nan=True)
+    assert not unseen.residual_history
