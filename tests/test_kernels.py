@@ -218,7 +218,8 @@ OPERATORS = {
         leaf(2, 3, 4, 6), False, True,
     ),
     "selective_scan": lambda: (
-        leaf(2, 40, 2, 3), leaf(2, 40, 3), leaf(3, 4), leaf(2, 40, 4), leaf(2, 40, 4), leaf(2, 2, 3, 4), None,
+        leaf(2, 40, 2, 3, 2).transpose(2, 3), leaf(2, 40, 4), leaf(4, 5), leaf(2, 40, 5), leaf(2, 40, 5), leaf(4),
+        leaf(2, 4, 4, 5), None, True,
     ),
     "rms_norm": lambda: (leaf(2, 5, 3).bfloat16(), leaf(3), 1e-6),
     "swiglu": lambda: (leaf(3, 2048),),

@@ -104,23 +104,43 @@ BLOCK, KEPT = 16, 32
 """Channels that the selective scan works on at once, and steps from one state that it keeps to the next."""
 
 
+def _signals(like: Tensor, dtype: torch.dtype) -> Tensor:
+    batch, steps, signals, heads, width = like.shape
+    return like.new_empty(batch, steps, heads, signals, width, dtype=dtype).transpose(2, 3)
+
+
 def _selective_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, reset: object
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: object,
+    state: Tensor,
+    reset: object,
+    normalize: bool,
 ) -> object:
-    batch, steps, signals, width = u.shape
-    kept = u.new_empty(batch * -(-width // BLOCK), -(-steps // KEPT), A.shape[1] * signals * BLOCK)
-    return *_like(u, state), kept
+    (batch, steps, channels), signals = delta.shape, state.shape[1]
+    kept = delta.new_empty(batch * -(-channels // BLOCK), -(-steps // KEPT), A.shape[1] * signals * BLOCK)
+    mass = delta.new_empty(batch, steps if normalize else 0, channels)
+    return _signals(u, delta.dtype), *_like(state), kept, mass
 
 
 _define(
-    "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor state, Tensor? reset) "
-    "-> (Tensor, Tensor, Tensor)",
+    "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor state, Tensor? reset, "
+    "bool normalize) -> (Tensor, Tensor, Tensor, Tensor)",
     _selective_scan,
 )
 _define(
-    "selective_scan_backward(Tensor dy, Tensor dlast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
-    "Tensor state, Tensor? reset, Tensor kept) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda dy, dlast, u, delta, A, B, C, *_: _like(u, delta, A, B, C, dlast),
+    "selective_scan_backward(Tensor dy, Tensor dlast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, "
+    "Tensor state, Tensor? reset, Tensor y, Tensor kept, Tensor mass, bool normalize) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda dy, dlast, u, delta, A, B, C, D, *_: (
+        _signals(u, u.dtype),
+        *_like(delta, A, B, C),
+        delta.new_empty(0 if D is None else D.shape),
+        *_like(dlast),
+    ),
 )
 _define(
     "causal_conv(Tensor x, Tensor weight, Tensor bias, Tensor state, Tensor? mask, Tensor? reset, bool silu) "

@@ -111,17 +111,51 @@ def selective_scan(
     Source: Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, section 3.2.
     """
     compute = compute_dtype(u, delta, A, B, C, D, state)
-    x, steps, rates, b, c = (z.to(compute) for z in (u, delta, A, B, C))
+    steps, rates, b, c = (z.to(compute) for z in (delta, A, B, C))
     if state is None:
         state = u.new_zeros((u.shape[0], *u.shape[2:], A.shape[1]), dtype=compute)
     if u.shape[1] == 0:
         return u, state.to(compute)
-    inputs = x, steps, rates, b, c, state.to(compute)
-    if kernels.usable(*inputs):
-        y, last, _ = torch.ops.helmholtz.selective_scan(*inputs, reset)
-    else:
-        with full_precision(u.device):
-            y, last = _plain(*inputs, reset)
-    if D is not None:
-        y = y + D.to(compute) * u.to(compute)
-    return y.to(u.dtype), last
+    skip = None if D is None else D.to(compute)
+    if kernels.usable(u, steps, rates, b, c, skip, state, reset):
+        x = (u if u.dtype == torch.bfloat16 and compute == torch.float32 else u.to(compute)).unsqueeze(3)
+        scan = torch.ops.helmholtz.selective_scan
+        y, last, _, _ = scan(x, steps, rates, b, c, skip, state.to(compute), reset, False)
+        return y.squeeze(3).to(u.dtype), last
+    x = u.to(compute)
+    with full_precision(u.device):
+        y, last = _plain(x, steps, rates, b, c, state.to(compute), reset)
+    return (y if skip is None else torch.addcmul(y, skip, x)).to(u.dtype), last
+
+
+def selective_average(
+    u: Float[Tensor, "B T S H V"],
+    delta: Float[Tensor, "B T C"],
+    A: Float[Tensor, "C N"],
+    B: Float[Tensor, "B T N"],
+    C: Float[Tensor, "B T N"],
+    D: Float[Tensor, "C"],
+    *,
+    state: Float[Tensor, "B S1 C N"] | None = None,
+    reset: Bool[Tensor, "B T"] | None = None,
+) -> tuple[Float[Tensor, "B T S H V"], Float[Tensor, "B S1 C N"]]:
+    """`selective_scan` of S signals over that of ones, the last of the state; channels are those of H heads.
+
+    A distribution's averages where B, C and D are positive.
+
+    Returns: ``(averages, last)`` in the compute dtype.
+    Cost: the kernel makes no signal of ones and divides as it scans, and reads bfloat16 as it is.
+    """
+    compute = compute_dtype(u, delta, A, B, C, D, state)
+    if state is None:
+        state = u.new_zeros((len(u), u.shape[2] + 1, *A.shape), dtype=compute)
+    x = u if u.dtype == torch.bfloat16 and compute == torch.float32 else u.to(compute)
+    if kernels.usable(x, delta, A, B, C, D, state, reset) and u.shape[1]:
+        rest = (z.to(compute) for z in (delta, A, B, C, D, state))
+        y, last, _, _ = torch.ops.helmholtz.selective_scan(x, *rest, reset, True)
+        return y, last
+    x = u.to(compute).flatten(3)
+    y, last = selective_scan(
+        torch.cat([x, torch.ones_like(x[:, :, :1])], dim=2), delta, A, B, C, D, state=state, reset=reset
+    )
+    return (y[:, :, :-1] / y[:, :, -1:]).unflatten(3, u.shape[3:]), last

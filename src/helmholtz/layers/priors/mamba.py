@@ -9,7 +9,7 @@ from helmholtz.layers.fem_config import FreeEnergyMixerConfig
 from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt
 from helmholtz.layers.sequence import SequenceLayout, reversed_reset
 from helmholtz.ops._compute import compute_dtype
-from helmholtz.ops.selective_scan import selective_scan
+from helmholtz.ops.selective_scan import selective_average, selective_scan
 
 
 class MambaPrior(AbstractPrior):
@@ -46,28 +46,43 @@ class MambaPrior(AbstractPrior):
         state: Float[Tensor, "B N1 C R"] | None,
     ) -> tuple[Float[Tensor, "B H T N V"], Float[Tensor, "B N1 C R"]]:
         wide = compute_dtype(values)
-        signals = tilt(values).to(wide).permute(0, 2, 3, 1, 4).flatten(-2)
-        u = torch.cat([signals, torch.ones_like(signals[:, :, :1])], dim=2) if self.normalize else signals
+        u = tilt(values).permute(0, 2, 3, 1, 4)
         delta = torch.sigmoid(-features["delta"].to(wide))
         if layout.mask is not None:
             delta = delta * layout.mask.unsqueeze(-1)
         b, c = (F.softplus(features[name].to(wide)) + self.eps for name in ("b", "c"))
+        rates = -F.softplus(self.A_raw.to(wide)), F.softplus(self.D_raw.to(wide))
         with torch.autocast(values.device.type, enabled=False):
-            y, state = self._scan(u, delta, b, c, layout, state)
-        averages = y[:, :, :-1] / y[:, :, -1:] if self.normalize else y
-        return averages.unflatten(-1, (self.n_heads, -1)).permute(0, 3, 1, 2, 4), state
+            if self.normalize and self.causal:
+                averages, last = selective_average(
+                    u, delta, rates[0], b, c, rates[1], state=state, reset=layout.reset
+                )
+            else:
+                y, last = self._scan(u.flatten(3).to(wide), delta, b, c, *rates, layout, state)
+                averages = y.unflatten(-1, (self.n_heads, -1))
+        return averages.permute(0, 3, 1, 2, 4), last
 
     def _scan(
-        self, u: Tensor, delta: Tensor, b: Tensor, c: Tensor, layout: SequenceLayout, state: Tensor | None
+        self,
+        u: Tensor,
+        delta: Tensor,
+        b: Tensor,
+        c: Tensor,
+        rate: Tensor,
+        skip: Tensor,
+        layout: SequenceLayout,
+        state: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        rate, skip = -F.softplus(self.A_raw.to(u.dtype)), F.softplus(self.D_raw.to(u.dtype))
+        """Without causality or the division."""
+        if self.normalize:
+            u = torch.cat([u, torch.ones_like(u[:, :, :1])], dim=2)
         ahead, last = selective_scan(u, delta, rate, b, c, skip, state=state, reset=layout.reset)
         if self.causal:
             return ahead, last
         reset = reversed_reset(layout.reset)
         back, _ = selective_scan(u.flip(1), delta.flip(1), rate, b.flip(1), c.flip(1), reset=reset)
-        itself = (delta * (b * c).sum(-1, keepdim=True)).unsqueeze(2) * u
-        return ahead + back.flip(1) - itself, last
+        y = ahead + back.flip(1) - (delta * (b * c).sum(-1, keepdim=True)).unsqueeze(2) * u
+        return (y[:, :, :-1] / y[:, :, -1:] if self.normalize else y), last
 
     def init_state(self, position: Int[Tensor, "B"]) -> None:
         return None
