@@ -149,7 +149,8 @@ class Unrolled(AbstractAdjoint):
         if self.n_steps is not None:
             return _plain_steps(problem, solution.start, self.n_steps)
         z, num_steps = solution.start, solution.num_steps
-        for step in range(max(num_steps.tolist(), default=0)):
+        taken = int(num_steps.max()) if num_steps.numel() else 0  # torch 2.9 has no tolist in torch.func.grad
+        for step in range(taken):
             z = torch.where((num_steps > step).unsqueeze(1), _plain_steps(problem, z, 1), z)
         return z
 

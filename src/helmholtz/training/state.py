@@ -92,7 +92,7 @@ def save_training_state(
     """
     writer = HuggingFaceStorageWriter(str(folder / OPTIMIZER), save_distributed=True)
     try:
-        with _alone_is_meant():
+        with _without_warnings():
             save_tensors(_moments(model, optimizer), storage_writer=writer, no_dist=world().size == 1)
     except CheckpointException as error:
         raise OSError(f"{folder / OPTIMIZER}: cannot be written ({_reasons(error)})") from error
@@ -114,9 +114,10 @@ def save_training_state(
 
 
 @contextlib.contextmanager
-def _alone_is_meant() -> Iterator[None]:
-    """Without torch's warning that there is one process."""
+def _without_warnings() -> Iterator[None]:
+    """Without torch's warnings that there is one process, and of what torch 2.9 itself calls to write."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category=UserWarning)
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield
 
@@ -157,7 +158,7 @@ def load_training_state(
     _check_names(folder / OPTIMIZER, tensors)
     try:
         reader = HuggingFaceStorageReader(str(folder / OPTIMIZER))
-        with _alone_is_meant():
+        with _without_warnings():
             load_tensors(tensors, storage_reader=reader, no_dist=world().size == 1)
     except CheckpointException as error:
         raise ValueError(f"{folder / OPTIMIZER}: damaged or of another model ({_reasons(error)})") from error
