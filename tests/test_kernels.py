@@ -224,6 +224,7 @@ OPERATORS = {
     "rms_norm": lambda: (leaf(2, 5, 3).bfloat16(), leaf(3), 1e-6),
     "swiglu": lambda: (leaf(3, 2048),),
     "rope": lambda: (leaf(2, 5, 7, 4), torch.rand(5, 4), torch.rand(5, 4), 3, 2),
+    "code_lookup": lambda: (leaf(8, 4), torch.tensor([[0, 7, 3]]), leaf(1, 3, 3)),
     "cross_entropy": lambda: (leaf(5, 7), torch.tensor([0, 6, -100, 2, 2]), -100),
 }  # fmt: skip
 

@@ -164,7 +164,7 @@ def test_defect_13_no_tensor_holds_a_number_per_token_and_code() -> None:
         half = model.lower(tokens)
         plan = model.sample_posterior(half, generator=torch.Generator())
         model.upper(half, plan).logits.square().sum().backward()
-    assert largest.elements <= max(binary_latent.CHUNK_ELEMENTS, 2**16 * 8) < 2**16 * 512
+    assert largest.elements <= max(512 << binary_latent.TILE_BITS, 2**16 * 8) < 2**16 * 512
     with torch.no_grad(), LargestTensor() as largest:
         state = model.step(tokens[:, :100], model.init_state(1)).state
         model.step(tokens[:, 100:101], state)

@@ -7,6 +7,7 @@ import pytest
 from helmholtz import kernels
 
 HAVE_KERNELS = [
+    "test_binary_latent",
     "test_causal_conv",
     "test_free_energy",
     "test_linear_attention",

@@ -59,9 +59,6 @@ def cases() -> dict[str, Case]:
             lambda x, w, b, s: causal_conv(x, w, b, state=s, activation="silu"),
             [normal(2, 4, 3), normal(3, 3), normal(3), normal(2, 2, 3)],
         ),
-        "binary_latent._CodeLookup": Case(
-            lambda table, logits: ops.code_lookup(table, CODES, logits), [normal(4, 3), normal(1, 3, 2)]
-        ),
         "tilt_values": Case(
             lambda v, beta: tilt_values(v, beta, cap=40.0), [normal(1, 2, 3, 2), positive(2, 2)]
         ),
@@ -116,7 +113,7 @@ def cases() -> dict[str, Case]:
             lambda q, k, v, g: ops.linear_attention(q, k, v, -g.sigmoid(), chunk_size=2)[0],
             [normal(1, 1, 4, 2), normal(1, 1, 4, 2), normal(1, 1, 4, 3), normal(1, 1, 4, 2)],
         ),
-        "binary_latent._BitKL": Case(ops.kl_per_bit, [normal(2, 3)]),
+        "kl_per_bit": Case(ops.kl_per_bit, [normal(2, 3)]),
         "swiglu": Case(swiglu, [normal(2, 4)]),
         "rms_norm": Case(lambda x, w: rms_norm(x, w, eps=1e-3), [normal(2, 4), normal(4)]),
         "rotate": Case(lambda x: rotate(x, *TABLE).sin(), [normal(1, 1, 3, 4)]),
@@ -181,7 +178,7 @@ REFUSED = {name for name, cls in FUNCTIONS.items() if issubclass(cls, Differenti
 def test_every_function_with_a_backward_pass_of_its_own_is_tried() -> None:
     elsewhere = {"adjoint._Implicit"}  # tests/solvers/test_adjoint.py
     assert FUNCTIONS.keys() - elsewhere <= CASES.keys(), "second derivatives are right or refused: add a case"
-    assert FUNCTIONS.keys() >= elsewhere | {"binary_latent._CodeLookup"}
+    assert FUNCTIONS.keys() >= elsewhere
 
 
 def weighted(case: Case) -> Callable[..., Tensor]:

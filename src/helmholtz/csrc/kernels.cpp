@@ -1,6 +1,7 @@
 // The operators of helmholtz on CPU tensors. Their schemas and fake rules are defined in Python (kernels/operators.py).
 // A backward operator has no derivative and says so.
 #include "causal_conv.h"
+#include "code_lookup.h"
 #include "cross_entropy.h"
 #include "gated_read.h"
 #include "linear_attention.h"
@@ -22,6 +23,8 @@ namespace helmholtz {
 TORCH_LIBRARY_IMPL(helmholtz, CPU, m) {
   m.impl("causal_conv", causal_conv_cpu);
   m.impl("causal_conv_backward", causal_conv_backward_cpu);
+  m.impl("code_lookup", code_lookup_cpu);
+  m.impl("code_lookup_backward", code_lookup_backward_cpu);
   m.impl("scan", scan_cpu);
   m.impl("scan_backward", scan_backward_cpu);
   m.impl("gated_read", gated_read_cpu);
@@ -50,6 +53,7 @@ TORCH_LIBRARY_IMPL(helmholtz, CPU, m) {
 
 TORCH_LIBRARY_IMPL(helmholtz, Autograd, m) {
   m.impl("causal_conv", causal_conv_autograd);
+  m.impl("code_lookup", code_lookup_autograd);
   m.impl("scan", scan_autograd);
   m.impl("gated_read", gated_read_autograd);
   m.impl("linear_attention", linear_attention_autograd);
@@ -63,6 +67,7 @@ TORCH_LIBRARY_IMPL(helmholtz, Autograd, m) {
   m.impl("cross_entropy", cross_entropy_autograd);
   for (const char* name : {
            "causal_conv_backward",
+           "code_lookup_backward",
            "cross_entropy_backward",
            "gated_read_backward",
            "linear_attention_backward",

@@ -198,6 +198,14 @@ def _cross_entropy(logits: Tensor, targets: Tensor, ignored: int) -> tuple[Tenso
     return logits.new_empty((), dtype=wide), logits.new_empty(len(logits), dtype=wide)
 
 
+_define(
+    "code_lookup(Tensor table, Tensor code, Tensor logits) -> Tensor",
+    lambda table, code, logits: table.new_empty(*code.shape, table.shape[1]),
+)
+_define(
+    "code_lookup_backward(Tensor dy, Tensor table, Tensor code, Tensor logits) -> (Tensor, Tensor)",
+    lambda dy, table, code, logits: _like(table, logits),
+)
 _define("cross_entropy(Tensor logits, Tensor targets, int ignored) -> (Tensor, Tensor)", _cross_entropy)
 _define(
     "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor targets, Tensor totals, int ignored) -> Tensor",

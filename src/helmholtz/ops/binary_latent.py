@@ -7,18 +7,17 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from helmholtz import kernels
 from helmholtz._checks import check, check_integer, check_non_negative
-from helmholtz._once import DifferentiableOnce
 from helmholtz._values import free_to_read
 from helmholtz.ops._compute import compute_dtype, full_precision
+from helmholtz.ops._recompute import recomputed
 
 MAX_LATENT_BITS = 16
 LARGE = 1e3
 """A logit at which the rarer value has probability 0 in float64: stands in for infinity, times which 0 is NaN."""
-TILE_CODES = 1 << 9
-"""Codes in one tile of the lookup's backward."""
-CHUNK_ELEMENTS = 1 << 19
-"""Tokens times codes in one tile: 2 MB in float32, so that a core's cache holds what is read twice."""
+TILE_BITS = 9
+"""Of the codes that the plain form of the lookup works on at once."""
 
 
 def bits_to_code(bits: Shaped[Tensor, "*batch H"]) -> Int[Tensor, "*batch"]:
@@ -92,11 +91,13 @@ def code_lookup(
         code: what was sampled from ``logits``, or any other code: the gradient of the logits does not depend on it.
         logits: None for codes that come from no logits (the prior, a given plan).
 
-    Returns: in the dtype of the table. Differentiable once.
-    Accuracy: the gradient is computed in at least float32 also under autocast; the factors of ``G`` are multiplied,
-        never subtracted, so that it keeps its relative accuracy where a bit is all but certain.
-    Cost: forward a gather. Backward ``C D`` multiplications per token, in tiles of ``CHUNK_ELEMENTS`` numbers,
-        one held at a time. Saves the table, the codes and the logits.
+    Returns: in the dtype of the table. The plain form's second derivatives are those of the equation as it stands.
+    Accuracy: the gradient is computed in at least float32; the factors of ``G`` are multiplied, never subtracted, so
+        that it keeps its relative accuracy where a bit is all but certain. The kernel's is so also where the backward
+        pass runs under autocast, which narrows the plain form's products there.
+    Cost: the kernel gathers forward and takes ``C D`` multiplications per token backward, the plain form that many
+        forward and three times as many backward. Tokens times ``2**TILE_BITS`` numbers are held at a time. Saves the
+        table, the codes and the logits.
     Raises: ValueError if the table has not ``2**H`` rows for an ``H`` in 1..16, or a code is not an integer in it.
     Source: Fleuret, "The Free Transformer", 2025, eq. 6-8. Reference: ``helmholtz.reference.code_lookup``.
     """
@@ -108,71 +109,43 @@ def code_lookup(
     if logits is None:
         return F.embedding(code.long(), table)
     check(logits.shape == (*code.shape, n_bits), "logits", tuple(logits.shape), f"{(*code.shape, n_bits)}")
-    return _CodeLookup.call(table, code.long(), logits)
+    if (
+        kernels.usable(table, code, logits)
+        and table.dtype in kernels.STORED
+        and logits.dtype in kernels.STORED
+    ):
+        rows: Tensor = torch.ops.helmholtz.code_lookup(table, code.long(), logits)
+        return rows
+    wide = table.to(compute_dtype(table, logits))
+    return (F.embedding(code.long(), wide) + _zero_with_the_gradient(wide, logits)).to(table.dtype)
 
 
-class _CodeLookup(DifferentiableOnce):
-    @staticmethod
-    def forward(ctx, table, code, logits):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(table, code, logits)
-        return F.embedding(code, table)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        table, code, logits = ctx.saved_tensors
-        wide = compute_dtype(table, logits)
-        rows = grad.reshape(-1, table.shape[1]).to(wide)
-        d_table = d_logits = None
-        if ctx.needs_input_grad[0]:
-            d_table = rows.new_zeros(table.shape).index_add_(0, code.flatten(), rows).to(table.dtype)
-        if ctx.needs_input_grad[2]:
-            with full_precision(grad.device):
-                flat = logits.reshape(-1, logits.shape[-1]).to(wide)
-                d_logits = _gradient_of_logits(table.to(wide), flat, rows).view_as(logits).to(logits.dtype)
-        return d_table, None, d_logits
+def _zero_with_the_gradient(table: Tensor, logits: Tensor) -> Float[Tensor, "*batch D"]:
+    """``(G - detach(G)) W``, a tile of codes that share their high bits after another."""
+    x = logits.to(table.dtype)
+    on, off = (
+        F.logsigmoid(x).exp(),
+        F.logsigmoid(-x).exp(),
+    )  # sigmoid's own gradient loses every digit of a small off
+    low = _joint(on[..., :TILE_BITS], off[..., :TILE_BITS])
+    high = _joint(on[..., TILE_BITS:], off[..., TILE_BITS:])
+    tiles = table.unflatten(0, (-1, low.shape[-1]))
+    parts = zip(high.unbind(-1), tiles.unbind(0), strict=True)
+    return sum(recomputed(_zero_of_a_tile, low, weight, vectors) for weight, vectors in parts)
 
 
-def _gradient_of_logits(table: Tensor, logits: Tensor, grad: Tensor) -> Tensor:
-    """Contract ``<grad, W_d> G_d`` over the high bits and over the low bits, a tile of tokens by codes at a time."""
-    n_low = logits.shape[1] // 2
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    codes = min(len(table), max(TILE_CODES, 1 << n_low))
-    size = max(1, CHUNK_ELEMENTS // codes)
-    # one buffer for all tiles: fresh pages cost half as much as the product
-    buffer = table.new_empty(min(size, len(logits)) * codes)
-    for here, rows, into in zip(logits.split(size), grad.split(size), out.split(size), strict=True):
-        on, off = here.sigmoid(), (-here).sigmoid()  # 1 - on would lose every digit of a small off
-        low = _joint(on[:, :n_low], off[:, :n_low])
-        high = _joint(on[:, n_low:], off[:, n_low:])
-        over_high, over_low = torch.zeros_like(low), torch.empty_like(high)
-        tile = buffer[: len(rows) * codes].view(len(rows), codes)
-        step = codes >> n_low
-        parts = zip(table.split(codes), high.split(step, 1), over_low.split(step, 1), strict=True)
-        for vectors, weights, summed in parts:
-            per_code = torch.mm(rows, vectors.T, out=tile).view(-1, step, low.shape[1])
-            per_code.mul_(low.unsqueeze(1))
-            over_high.unsqueeze(1).baddbmm_(weights.unsqueeze(1), per_code)
-            torch.sum(per_code, 2, out=summed)
-        over_low.mul_(high)
-        for part, weighted in (slice(0, n_low), over_high), (slice(n_low, None), over_low):
-            bits = _all_bits(weighted)
-            into[:, part] = off[:, part] * (weighted @ bits) - on[:, part] * (weighted @ (1 - bits))
-    return out
+def _zero_of_a_tile(low: Tensor, weight: Tensor, vectors: Tensor) -> Tensor:
+    joint = low * weight.unsqueeze(-1)
+    with full_precision(low.device):
+        return (joint - joint.detach()) @ vectors
 
 
-def _joint(on: Tensor, off: Tensor) -> Tensor:
+def _joint(on: Float[Tensor, "*batch h"], off: Float[Tensor, "*batch h"]) -> Float[Tensor, "*batch codes"]:
     """Probability of each of the ``2**h`` patterns of ``h`` independent bits, the lowest bit first."""
-    joint = on.new_ones(on.shape[0], 1)
-    for pair in torch.stack([off, on], dim=2).unbind(1):
-        joint = (pair.unsqueeze(2) * joint.unsqueeze(1)).flatten(1)
+    joint = on.new_ones(*on.shape[:-1], 1)
+    for pair in torch.stack([off, on], dim=-1).unbind(-2):
+        joint = (pair.unsqueeze(-1) * joint.unsqueeze(-2)).flatten(-2)
     return joint
-
-
-def _all_bits(like: Tensor) -> Tensor:
-    """The bits of ``0 .. n - 1`` for the last dimension ``n`` of ``like``, in its dtype."""
-    n = like.shape[-1]
-    codes = torch.arange(n, device=like.device).unsqueeze(1)
-    return (codes >> torch.arange(n.bit_length() - 1, device=like.device)).bitwise_and(1).to(like.dtype)
 
 
 def kl_per_bit(logits: Float[Tensor, "*batch H"]) -> Float[Tensor, "*batch H"]:
@@ -187,31 +160,12 @@ def kl_per_bit(logits: Float[Tensor, "*batch H"]) -> Float[Tensor, "*batch H"]:
     Accuracy: a few eps, relative, at every finite or infinite logit whose square does not underflow.
     Source: Fleuret 2025, eq. 4. Reference: ``helmholtz.reference.kl_per_bit``.
     """
-    return _BitKL.apply(logits.to(compute_dtype(logits)))
-
-
-class _BitKL(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def forward(logits):  # type: ignore[no-untyped-def]
-        size = logits.abs().clamp(max=LARGE)
-        tanh = (size / 2).tanh()
-        near = (size * tanh + torch.log1p(-tanh.square())) / 2
-        far = math.log(2) - F.softplus(-size) - size * (-size).sigmoid()
-        return torch.where(size < 1, near, far)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        (logits,) = ctx.saved_tensors
-        return grad * logits.clamp(-LARGE, LARGE) * logits.sigmoid() * (-logits).sigmoid()
-
-    jvp = backward  # the derivative is a factor per element
+    x = logits.to(compute_dtype(logits))
+    near, far = x.clamp(-1, 1), x.abs().clamp(1, LARGE)
+    tanh = (near / 2).tanh()
+    small = (near * tanh + torch.log1p(-tanh.square())) / 2
+    large = math.log(2) - F.softplus(-far) - far * (-far).sigmoid()
+    return torch.where(x.abs() < 1, small, large)
 
 
 def kl_per_token(logits: Float[Tensor, "*batch H"]) -> Float[Tensor, "*batch"]:
