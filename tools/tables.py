@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "benchmarks.md"]
-MARKED = re.compile(r"(<!-- from (\w+) -->\n*).*?(\n*<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"<!-- from (\w+) -->(\n*).*?<!-- end -->", re.DOTALL)
 Row = dict[str, Any]
 MIXERS = {"rnn_softmax": "AFT (`rnn_softmax`)"}
 ARCHITECTURES = {
@@ -154,6 +154,23 @@ def layers_growth() -> str:
     return table(header, lines)
 
 
+def mamba_hopfield() -> str:
+    header = "model | forward | forward and backward | of the floor | steps, mean / largest"
+    lines = (
+        (
+            f"`{row['model']}`" if row["steps"] else "Mamba, without equilibria", f"{row['forward_s']:.2f} s",
+            f"{row['forward_backward_s']:.2f} s", f"{row['to_floor']:.1f}" if row["steps"] else "",
+            f"{row['steps']:.2f} / {row['max_steps']:.0f}" if row["steps"] else "",
+        )
+        for row in rows("mamba_hopfield")[:-1]
+    )  # fmt: skip
+    return table(header, lines)
+
+
+def mamba_hopfield_floor() -> str:
+    return f"{rows('mamba_hopfield')[-1]['floor_seconds']:.2f} s"
+
+
 def free_transformer() -> str:
     header = (
         "model | training step | tokens/s | to the decoder | a new token, prompt included | a decoded token"
@@ -218,12 +235,13 @@ FROM: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         layers_speed, kernels, layers_decode, architectures, mad, layers_growth, free_transformer,
-        free_transformer_ratios, demo, demo_speed, demo_commit,
+        free_transformer_ratios, mamba_hopfield, mamba_hopfield_floor, demo, demo_speed, demo_commit,
     )
 } | {
     f"on_{name}": lambda name=name: conditions(name)
     for name in (
         "layers_speed", "kernels", "layers_decode", "architectures", "mad", "layers_growth", "free_transformer",
+        "mamba_hopfield",
     )
 }  # fmt: skip
 
@@ -234,9 +252,9 @@ def filled(text: str) -> str:
 
 
 def _made(found: re.Match[str]) -> str:
-    opening, name, closing = found.groups()
+    name, space = found[1], found[2] and "\n\n"
     try:
-        return opening + FROM[name]() + closing
+        return f"<!-- from {name} -->{space}{FROM[name]()}{space}<!-- end -->"
     except (FileNotFoundError, KeyError) as missing:
         if name not in FROM:
             raise

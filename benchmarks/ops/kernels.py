@@ -99,6 +99,10 @@ CASES: dict[str, Case] = {
         call=lambda v, beta: ops.tilt_values(v, beta, cap=40.0),
         inputs=lambda b, t: (heads(b, t), torch.rand(HEADS, WIDTH)), wide=(1,),
     ),
+    "modulated_split": Case(
+        call=lambda joint, scale: tuple(ops.modulated_split(joint, scale, [D_MODEL] * 4)),
+        inputs=lambda b, t: (torch.randn(b, t, 4 * D_MODEL), torch.randn(b, t, 4 * D_MODEL) / 4),
+    ),
     "gated_read": Case(
         call=lambda mixed, *gates: ops.gated_read(mixed, *gates),
         inputs=lambda b, t: (
