@@ -47,6 +47,7 @@ PARTS = {
     "free_transformer": Part("models/planned.py", 9),
     "layers_speed_default_allocator": Part("layers/speed.py", 5, against=True),
     "layers_growth": Part("layers/growth.py", 3, keep_memory=True),
+    "layers_operations": Part("layers/operations.py", 1, against=True),
     "mamba_hopfield": Part("models/equilibrium.py", 5),
     "solvers": Part("solvers/run.py", 7),
 }

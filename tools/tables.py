@@ -154,6 +154,19 @@ def layers_growth() -> str:
     return table(header, lines)
 
 
+def layers_operations() -> str:
+    header = "mixer | form | B, T | operations | that compute | peak | × `252ba62`"
+    lines = (
+        (
+            MIXERS.get(row["mixer"], row["mixer"]), row["form"], f"{row['B']}, {row['T']:,}",
+            f"{row['operations']:,}", f"{row['computing']:,}", f"{row['peak_megabytes']:,.0f} MB",
+            f"{row['peak_megabytes_ratio']:.2f}",
+        )
+        for row in rows("layers_operations")
+    )  # fmt: skip
+    return table(header, lines)
+
+
 def mamba_hopfield() -> str:
     header = "model | forward | forward and backward | of the floor | steps, mean / largest"
     lines = (
@@ -235,13 +248,13 @@ FROM: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         layers_speed, kernels, layers_decode, architectures, mad, layers_growth, free_transformer,
-        free_transformer_ratios, mamba_hopfield, mamba_hopfield_floor, demo, demo_speed, demo_commit,
+        free_transformer_ratios, layers_operations, mamba_hopfield, mamba_hopfield_floor, demo, demo_speed, demo_commit,
     )
 } | {
     f"on_{name}": lambda name=name: conditions(name)
     for name in (
         "layers_speed", "kernels", "layers_decode", "architectures", "mad", "layers_growth", "free_transformer",
-        "mamba_hopfield",
+        "layers_operations", "mamba_hopfield",
     )
 }  # fmt: skip
 

@@ -5,7 +5,6 @@ depend on the length; the state that a stream carries is constant for them and g
 head and token for softmax.
 
     python benchmarks/layers/growth.py --threads 2 --keep-memory
-    HELMHOLTZ_KERNELS=plain python tools/against.py 252ba62 benchmarks/layers/growth.py    # memory of the plain forms
 """
 
 import sys
@@ -47,7 +46,7 @@ def main() -> None:
         layer = mixer(prior)
         for time in LENGTHS:
             x, cotangent = torch.randn(1, time, D_MODEL), torch.randn(1, time, D_MODEL)
-            run = partial(step, layer, x, cotangent, torch.float32)
+            run = partial(step, layer, x, cotangent)
             seconds = interleave({prior: run}, rounds=options.rounds, warmup=1)
             rows.append(
                 {

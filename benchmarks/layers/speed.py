@@ -46,7 +46,9 @@ def mixer(prior: str) -> FreeEnergyMixer:
     return layer
 
 
-def step(layer: nn.Module, x: Tensor, cotangent: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+def step(
+    layer: nn.Module, x: Tensor, cotangent: Tensor, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """One forward and backward pass: the output and every gradient."""
     x = x.detach().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
