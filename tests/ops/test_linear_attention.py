@@ -1,11 +1,13 @@
 """`linear_attention` against its float64 loop: every decay, both forms, both backends."""
 
 import sys
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from helmholtz import reference
 from helmholtz.ops import _linear_fla
-from helmholtz.ops.linear_attention import linear_attention, recurrent_linear_attention
-from helpers import assert_matches, grads
-from recurrence import Recurrence, RecurrenceTests, random_reset
+from helmholtz.ops.linear_attention import linear_attention, linear_average, recurrent_linear_attention
+from helpers import DTYPES, assert_matches, grads
+from recurrence import Recurrence, RecurrenceTests, check_reference, random_reset
 
 BUDGET = 6.0  # worst measured: 1.9 eps (relative RMS over outputs, states and gradients)
 HEADS, KEY, VALUE = 2, 6, 5
@@ -61,6 +63,45 @@ every_kind = pytest.mark.parametrize("kind", ["head", "channel"])
 class TestRecurrence(RecurrenceTests):
     problems = PROBLEMS
     budget = BUDGET
+
+
+def _average(*inputs, **options):
+    out, last = linear_average(*inputs, **options)
+    return out.to(inputs[2].dtype), last
+
+
+def _quotient(q, k, v, *decay, **options):
+    sums, last = reference.linear_attention(q, k, F.pad(v, (0, 1), value=1.0), *decay, **options)
+    return sums[..., :-1] / sums[..., -1:], last
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["none", "head", "channel"])
+@pytest.mark.parametrize("shape", [(2, 63), (1, 64), (2, 65), (1, 130)])
+def test_averages_are_sums_over_those_of_ones(shape, kind, dtype):
+    """Positive features and more value columns than a vector holds."""
+
+    def make(batch, time):
+        q, k = torch.rand(2, batch, HEADS, time, KEY) + 0.1
+        v = torch.randn(batch, time, HEADS, 33).transpose(1, 2)
+        return [q, k, v, *([] if kind == "none" else [_decay(kind, batch, time)])]
+
+    problem = replace(
+        CHUNKED[kind],
+        op=_call(_average),
+        oracle=_call(_quotient),
+        make=make,
+        make_state=lambda batch: [torch.rand(batch, HEADS, KEY, 34)],
+    )
+    # worst measured: 7.8 eps, of float64, where the reference rounds as much: a quotient's gradient cancels
+    check_reference(problem, shape, dtype, with_reset=True, budget=12.0)
+
+
+def test_an_average_of_nothing_is_0_with_gradient_0():
+    q, k, v = (x.requires_grad_() for x in CHUNKED["none"].make(1, 5))
+    out, _ = linear_average(q, 0 * k, v)
+    assert not out.any()
+    assert not any(g.any() for g in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
 @pytest.mark.parametrize("kind", ["none", "head", "channel"])

@@ -1,13 +1,21 @@
 """`selective_scan` against its float64 loop."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from helmholtz import reference
-from helmholtz.ops.selective_scan import selective_scan
-from helpers import assert_matches
-from recurrence import Recurrence, RecurrenceTests
+from helmholtz.ops.selective_scan import selective_average, selective_scan
+from helpers import DTYPES, SHAPES, assert_matches
+from recurrence import (
+    Recurrence,
+    RecurrenceTests,
+    check_causality,
+    check_plain,
+    check_reference,
+    check_splits,
+)
 
 BUDGET = 7.0  # worst measured: 2.4 eps (relative RMS over outputs, states and gradients)
 
@@ -36,9 +44,55 @@ PROBLEM = Recurrence(
 )
 
 
+def _make_average(batch, time, signals=2, heads=3, width=7, states=4):
+    """Channels of more than a block of the kernel's, which heads do not fill, in the layout of a mixer."""
+    channels = heads * width
+    delta, D = torch.rand(batch, time, channels), torch.rand(channels) + 0.1
+    u = torch.randn(batch, time, heads, signals, width).transpose(2, 3)
+    return [u, delta, -torch.rand(channels, states), *torch.rand(2, batch, time, states), D]
+
+
+def _quotient(u, *rest, state, reset):
+    x = u.flatten(3)
+    y, last = reference.selective_scan(
+        torch.cat([x, torch.ones_like(x[:, :, :1])], dim=2), *rest, state=state, reset=reset
+    )
+    return (y[:, :, :-1] / y[:, :, -1:]).unflatten(3, u.shape[3:]), last
+
+
+def _average(u, *rest, **options):
+    y, last = selective_average(u, *rest, **options)
+    return y.to(u.dtype), last
+
+
+AVERAGE = Recurrence(
+    op=_call(_average),
+    oracle=_call(_quotient),
+    make=_make_average,
+    make_state=lambda batch: [torch.rand(batch, 3, 21, 4)],
+    time=(1, 1, None, 1, 1, None),
+    out_time=1,
+)
+
+
 class TestRecurrence(RecurrenceTests):
     problems = {"scan": PROBLEM}
     budget = BUDGET
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_reset", [False, True])
+@pytest.mark.parametrize(
+    "shape", SHAPES[1:]
+)  # the average of one token alone is that token: its gradients are 0
+def test_averages_are_the_scan_over_that_of_ones(shape, with_reset, dtype):
+    check_reference(AVERAGE, shape, dtype, with_reset, budget=BUDGET)
+
+
+def test_averages_of_a_stream_equal_those_of_one_call():
+    check_splits(AVERAGE, budget=BUDGET)
+    check_causality(AVERAGE)
+    check_plain(AVERAGE)
 
 
 @given(

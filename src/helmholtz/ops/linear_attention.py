@@ -1,6 +1,7 @@
 """Linear attention with or without decay: unnormalised causal sums over a matrix-valued state."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -59,16 +60,26 @@ def _torch(
         state = v.new_zeros((*k.shape[:2], k.shape[3], v.shape[3]))
     if v.shape[2] == 0:
         return v, state.to(compute)
-    if log_decay is not None:
-        log_decay = (log_decay.unsqueeze(-1) if log_decay.ndim == 3 else log_decay).to(compute)
-    if reset is not None:
-        decays = v.new_zeros(1, dtype=compute) if log_decay is None else log_decay
-        log_decay = torch.where(reset[:, None, :, None], -torch.inf, decays)
-    q, k, v = (
-        x if x.dtype == torch.bfloat16 and compute == torch.float32 else x.to(compute) for x in (q, k, v)
-    )
-    out, last = chunked_sums(q, k, v, log_decay, state.to(compute), chunk=chunk_size)
+    decays = _decays(v, log_decay, reset, compute)
+    q, k, v = (_readable(x, compute) for x in (q, k, v))
+    out, last = chunked_sums(q, k, v, decays, state.to(compute), chunk=chunk_size)
     return out.to(dtype), last
+
+
+def _decays(v: Tensor, log_decay: Tensor | None, reset: Tensor | None, compute: torch.dtype) -> Tensor | None:
+    """``B H T E``; a restart forgets all."""
+    decays = None
+    if log_decay is not None:
+        decays = (log_decay.unsqueeze(-1) if log_decay.ndim == 3 else log_decay).to(compute)
+    if reset is None:
+        return decays
+    decays = v.new_zeros(1, dtype=compute) if decays is None else decays
+    return torch.where(reset[:, None, :, None], -torch.inf, decays)
+
+
+def _readable(x: Tensor, compute: torch.dtype) -> Tensor:
+    """As a kernel reads it: bfloat16 is widened there."""
+    return x if x.dtype == torch.bfloat16 and compute == torch.float32 else x.to(compute)
 
 
 _BACKENDS = (
@@ -124,3 +135,37 @@ def linear_attention(
     call = (q, k, v, log_decay, state, reset)
     chosen = choose(_BACKENDS, backend, *call)
     return chosen.run(*call, chunk_size=chunk_size) if chosen.name == "torch" else chosen.run(*call)
+
+
+def linear_average(
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B H T K"],
+    v: Float[Tensor, "B H T V"],
+    log_decay: Float[Tensor, "B H T"] | Float[Tensor, "B H T K"] | None = None,
+    *,
+    state: Float[Tensor, "B H K V1"] | None = None,
+    reset: Bool[Tensor, "B T"] | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H K V1"]]:
+    """`linear_attention` of the values over that of ones, the last column of the state: averages where weights are
+    positive. Where they are all 0 it is 0 with gradient 0.
+
+    Returns: ``(averages, last)`` in the compute dtype.
+    Cost: the kernel makes no column of ones and divides in a core's cache.
+    """
+    compute = compute_dtype(q, k, v, log_decay, state)
+    by_head = log_decay is None or log_decay.ndim == 3
+    if by_head and backend != "fla" and v.shape[2] and kernels.usable(q, k, v, log_decay, state, reset):
+        if state is None:
+            state = v.new_zeros((*k.shape[:2], k.shape[3], v.shape[3] + 1), dtype=compute)
+        decays = _decays(v, log_decay, reset, compute)
+        decays = None if decays is None else decays.squeeze(-1).expand(v.shape[:3])
+        q, k, v = (_readable(x, compute) for x in (q, k, v))
+        out, last, _, _ = torch.ops.helmholtz.linear_attention(
+            q, k, v, decays, state.to(compute), False, True
+        )
+        return out, last
+    ones = F.pad(v.to(compute), (0, 1), value=1.0)
+    sums, last = linear_attention(q, k, ones, log_decay, state=state, reset=reset, backend=backend)
+    mass = sums[..., -1:]
+    return sums[..., :-1] / torch.where(mass > 0, mass, 1.0), last

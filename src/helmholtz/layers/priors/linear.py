@@ -9,7 +9,7 @@ from helmholtz.layers.fem_config import FreeEnergyMixerConfig
 from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, split_heads
 from helmholtz.layers.sequence import SequenceLayout, reversed_reset
 from helmholtz.ops._compute import compute_dtype
-from helmholtz.ops.linear_attention import linear_attention
+from helmholtz.ops.linear_attention import linear_attention, linear_average
 from helmholtz.ops.rope import rotate
 
 DECAY_TEMPERATURE = 16.0
@@ -51,30 +51,27 @@ class LinearPrior(AbstractPrior):
             k = k * real.unsqueeze(-1)
             decay = None if decay is None else decay * (real if decay.ndim == 3 else real.unsqueeze(-1))
         signals = tilt(values)
-        v = F.pad(signals.flatten(-2).to(q.dtype), (0, 1), value=1.0)
+        v = signals.flatten(-2)
         with torch.autocast(q.device.type, enabled=False):
-            sums, state = self._sums(q, k, v, decay, layout, state)
-        mass = sums[..., -1:]
-        averages = sums[..., :-1] / torch.where(mass > 0, mass, 1.0)
-        return averages.unflatten(-1, signals.shape[-2:]), state
+            if self.causal:
+                averages, last = linear_average(
+                    q, k, v, decay, state=state, reset=layout.reset, backend=self.backend
+                )
+            else:
+                averages, last = self._both_ways(q, k, v.to(q.dtype), decay, layout)
+        return averages.unflatten(-1, signals.shape[-2:]), last
 
-    def _sums(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        decay: Tensor | None,
-        layout: SequenceLayout,
-        state: Tensor | None,
+    def _both_ways(
+        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, layout: SequenceLayout
     ) -> tuple[Tensor, Tensor]:
-        ahead, last = linear_attention(q, k, v, decay, state=state, reset=layout.reset, backend=self.backend)
-        if self.causal:
-            return ahead, last
+        v = F.pad(v, (0, 1), value=1.0)
+        ahead, last = linear_attention(q, k, v, decay, reset=layout.reset, backend=self.backend)
         turned = None if decay is None else decay.flip(2)
         reset = reversed_reset(layout.reset)
         back, _ = linear_attention(q.flip(2), k.flip(2), v.flip(2), turned, reset=reset, backend=self.backend)
-        itself = (q * k).sum(-1, keepdim=True) * v
-        return ahead + back.flip(2) - itself, last
+        sums = ahead + back.flip(2) - (q * k).sum(-1, keepdim=True) * v
+        mass = sums[..., -1:]
+        return sums[..., :-1] / torch.where(mass > 0, mass, 1.0), last
 
     def _feature_map(self, x: Tensor, layout: SequenceLayout) -> Tensor:
         heads = split_heads(x, self.n_heads)
