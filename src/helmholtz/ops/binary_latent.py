@@ -114,8 +114,8 @@ def code_lookup(
         and table.dtype in kernels.STORED
         and logits.dtype in kernels.STORED
     ):
-        rows: Tensor = torch.ops.helmholtz.code_lookup(table, code.long(), logits)
-        return rows
+        found: Tensor = torch.ops.helmholtz.code_lookup(table, code.long(), logits)
+        return found
     wide = table.to(compute_dtype(table, logits))
     return (F.embedding(code.long(), wide) + _zero_with_the_gradient(wide, logits)).to(table.dtype)
 
@@ -130,8 +130,10 @@ def _zero_with_the_gradient(table: Tensor, logits: Tensor) -> Float[Tensor, "*ba
     low = _joint(on[..., :TILE_BITS], off[..., :TILE_BITS])
     high = _joint(on[..., TILE_BITS:], off[..., TILE_BITS:])
     tiles = table.unflatten(0, (-1, low.shape[-1]))
-    parts = zip(high.unbind(-1), tiles.unbind(0), strict=True)
-    return sum(recomputed(_zero_of_a_tile, low, weight, vectors) for weight, vectors in parts)
+    total = logits.new_zeros((), dtype=table.dtype)
+    for weight, vectors in zip(high.unbind(-1), tiles.unbind(0), strict=True):
+        total = total + recomputed(_zero_of_a_tile, low, weight, vectors)
+    return total
 
 
 def _zero_of_a_tile(low: Tensor, weight: Tensor, vectors: Tensor) -> Tensor:
