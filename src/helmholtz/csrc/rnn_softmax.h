@@ -56,7 +56,7 @@ void softmax_forward(const S* k, const T* x, const T* top0, const T* sums0, cons
     }
     for (int64_t s = 0; s <= signals; ++s)
       std::copy_n(sums.data() + s * SOFTMAX_BLOCK, n, last + (row * (signals + 1) + s) * width + first);
-  });
+  }, steps * signals * SOFTMAX_BLOCK);
 }
 
 template <typename T, typename S>

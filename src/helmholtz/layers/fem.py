@@ -66,7 +66,9 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
         if c.outer_gate:
             self.query_widths["outer"] = width
         self.key_widths = {**self.prior.key_widths, "v": c.n_kv_heads * c.d_head_v}
-        projected = sum(self.query_widths.values()) + sum(self.key_widths.values())
+        self._names = (*self.query_widths, *self.key_widths)
+        self._widths = [*self.query_widths.values(), *self.key_widths.values()]
+        projected = sum(self._widths)
         self.in_proj = nn.Linear(c.d_model, projected, bias=c.bias)
         self.tdc = None
         if c.tdc_width:
@@ -205,13 +207,12 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
         self, x: Tensor, layout: SequenceLayout, state: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """The joint projection of one stream, scaled by the conditioning and taken apart by name."""
-        widths = {**self.query_widths, **self.key_widths}
-        joint: Tensor = self.in_proj(x)
-        if self.tdc is None:
-            return dict(zip(widths, joint.split(list(widths.values()), dim=-1), strict=True)), state
-        features, state = self.tdc(x, layout, state)
-        parts = modulated_split(joint, self.tdc.out_proj(features), list(widths.values()))
-        return dict(zip(widths, parts, strict=True)), state
+        joint, tdc = self.in_proj(x), self.tdc
+        if tdc is None:
+            return dict(zip(self._names, joint.split(self._widths, dim=-1), strict=True)), state
+        features, state = tdc(x, layout, state)
+        parts = modulated_split(joint, tdc.out_proj(features), self._widths)
+        return dict(zip(self._names, parts, strict=True)), state
 
     def _read(
         self,

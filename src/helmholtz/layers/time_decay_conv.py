@@ -1,11 +1,11 @@
 """Time-decay conditioning (TDC): a narrow recurrence over the input that scales what a mixer projects."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from helmholtz.layers.sequence import SequenceLayout, reversed_reset
+from helmholtz.ops.gated_read import gated_read
 from helmholtz.ops.scan import first_order_scan
 
 
@@ -49,14 +49,15 @@ class TimeDecayConditioning(nn.Module):
         self, x: Float[Tensor, "B T D"], layout: SequenceLayout, state: Float[Tensor, "B W"] | None = None
     ) -> tuple[Float[Tensor, "B T W"], Float[Tensor, "B W"]]:
         """``(features, state)``; a pad leaves the state as it was."""
-        rate, drive, gate = self.in_proj(self.norm(x)).chunk(3, dim=-1)
+        rate, drive, gate = self.in_proj(self.norm(x)).unflatten(-1, (3, 1, -1)).unbind(-3)
+        rate, drive = rate.squeeze(-2), drive.squeeze(-2)
         decay = torch.sigmoid(-rate)
         if layout.mask is not None:
             pad = ~layout.mask.unsqueeze(-1)
             decay, drive = decay.masked_fill(pad, 1.0), drive.masked_fill(pad, 0.0)
         h, state = self._scan(decay, drive, layout, state)
-        features = F.rms_norm(F.softplus(gate), (self.width,)) * self.state_norm(h)
-        return features, state
+        normed = self.state_norm(h).unflatten(-1, (1, 1, -1))  # one head of one signal
+        return gated_read(normed, None, own=gate, eps=0.0).squeeze(-2), state
 
     def _scan(
         self, decay: Tensor, drive: Tensor, layout: SequenceLayout, state: Tensor | None

@@ -83,7 +83,8 @@ class LinearPrior(AbstractPrior):
         if self.decay is None:
             return None
         raw = features["decay"].to(compute_dtype(features["decay"]))
-        log_decay = F.logsigmoid(raw) / DECAY_TEMPERATURE
+        # logsigmoid; torch's own wakes every thread, even for a single token
+        log_decay = F.softplus(-raw, threshold=40) / -DECAY_TEMPERATURE
         return log_decay.transpose(1, 2) if self.decay == "head" else split_heads(log_decay, self.n_heads)
 
     def init_state(self, position: Int[Tensor, "B"]) -> Float[Tensor, "B H K C"] | None:
