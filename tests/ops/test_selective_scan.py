@@ -52,14 +52,6 @@ def _make_average(batch, time, signals=2, heads=3, width=7, states=4):
     return [u, delta, -torch.rand(channels, states), *torch.rand(2, batch, time, states), D]
 
 
-def _quotient(u, *rest, state, reset):
-    x = u.flatten(3)
-    y, last = reference.selective_scan(
-        torch.cat([x, torch.ones_like(x[:, :, :1])], dim=2), *rest, state=state, reset=reset
-    )
-    return (y[:, :, :-1] / y[:, :, -1:]).unflatten(3, u.shape[3:]), last
-
-
 def _average(u, *rest, **options):
     y, last = selective_average(u, *rest, **options)
     return y.to(u.dtype), last
@@ -67,7 +59,7 @@ def _average(u, *rest, **options):
 
 AVERAGE = Recurrence(
     op=_call(_average),
-    oracle=_call(_quotient),
+    oracle=_call(reference.selective_average),
     make=_make_average,
     make_state=lambda batch: [torch.rand(batch, 3, 21, 4)],
     time=(1, 1, None, 1, 1, None),

@@ -1,6 +1,7 @@
 """The recurrences in float64, one token after another, as their equations stand."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -57,6 +58,20 @@ def linear_attention(
     return torch.stack(out, dim=2), total
 
 
+def linear_average(
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B H T K"],
+    v: Float[Tensor, "B H T V"],
+    log_decay: Float[Tensor, "B H T"] | Float[Tensor, "B H T K"] | None = None,
+    *,
+    state: Float[Tensor, "B H K V1"] | None = None,
+    reset: Bool[Tensor, "B T"] | None = None,
+) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H K V1"]]:
+    """``linear_attention`` over that of ones."""
+    sums, last = linear_attention(q, k, F.pad(v, (0, 1), value=1.0), log_decay, state=state, reset=reset)
+    return sums[..., :-1] / sums[..., -1:], last
+
+
 def rnn_softmax(
     k: Float[Tensor, "B T C"],
     signals: Float[Tensor, "B T S C"],
@@ -109,6 +124,23 @@ def selective_scan(
         h = decay * _restart(h, r) + step
         out.append(torch.einsum("bn,bscn->bsc", c_t, h) + skip * u_t)
     return torch.stack(out, dim=1), h
+
+
+def selective_average(
+    u: Float[Tensor, "B T S H V"],
+    delta: Float[Tensor, "B T C"],
+    A: Float[Tensor, "C N"],
+    B: Float[Tensor, "B T N"],
+    C: Float[Tensor, "B T N"],
+    D: Float[Tensor, "C"],
+    *,
+    state: Float[Tensor, "B S1 C N"] | None = None,
+    reset: Bool[Tensor, "B T"] | None = None,
+) -> tuple[Float[Tensor, "B T S H V"], Float[Tensor, "B S1 C N"]]:
+    """``selective_scan`` over that of ones; channels are those of H heads."""
+    x = torch.cat([u.flatten(3), torch.ones_like(u.flatten(3)[:, :, :1])], dim=2)
+    y, last = selective_scan(x, delta, A, B, C, D, state=state, reset=reset)
+    return (y[:, :, :-1] / y[:, :, -1:]).unflatten(3, u.shape[3:]), last
 
 
 def ssd(
