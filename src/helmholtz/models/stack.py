@@ -168,9 +168,9 @@ class AbstractStack(nn.Module, abc.ABC):
     ) -> tuple[Float[Tensor, "B T D"], tuple[Any, ...]]:
         """Blocks ``first`` to ``last``, the first of them with ``source``; their states after the call, if any came."""
         states = []
-        for index in range(first, len(self.blocks) if last is None else last):
+        for index, block in enumerate(list(self.blocks)[first:last], first):
             before = None if state is None else state.blocks[index]
-            x = self.blocks[index](x, layout=layout, state=before, source=source)
+            x = block(x, layout=layout, state=before, source=source)
             source = None
             if before is not None:
                 x, after = x
