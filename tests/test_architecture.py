@@ -23,7 +23,7 @@ WITHOUT_REFERENCE = {
     "doubling_scan": "the plain form of first_order_scan, held to the reference of that name",
     "rope_table": "the angles of rope",
     "rotate": "rope with its angles given",
-    "turn": "the product inside rope and rotary_attention, held to both references",
+    "turn": "the product inside rope, held to its reference",
     "rotate_split": "rope of queries and keys beside values; held to rope",
     "tilt_values": "first half of free_energy_read",
     "free_energy_from_mixed": "second half of free_energy_read",

@@ -217,6 +217,10 @@ OPERATORS = {
         leaf(2, 70, 3, 4).transpose(1, 2), leaf(2, 1, 70, 4).expand(-1, 3, -1, -1), leaf(2, 3, 70, 5), -leaf(2, 3, 70),
         leaf(2, 3, 4, 6), False, True,
     ),
+    "softmax_read": lambda: (
+        leaf(2, 5, 4, 3).transpose(1, 2), leaf(2, 2, 7, 3), leaf(2, 2, 7, 6)[..., :3], leaf(2, 3),
+        torch.rand(2, 7) < 0.7, None, True, 40.0,
+    ),
     "selective_scan": lambda: (
         leaf(2, 40, 2, 3, 2).transpose(2, 3), leaf(2, 40, 4), leaf(4, 5), leaf(2, 40, 5), leaf(2, 40, 5), leaf(4),
         leaf(2, 4, 4, 5), None, True,

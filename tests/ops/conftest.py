@@ -7,18 +7,22 @@ import pytest
 from helmholtz import kernels
 
 HAVE_KERNELS = [
+    "test_attention",
     "test_binary_latent",
     "test_causal_conv",
     "test_free_energy",
     "test_linear_attention",
     "test_losses",
+    "test_masked_free_energy",
     "test_modulate",
     "test_rms_norm",
     "test_rnn_softmax",
     "test_rope",
+    "test_rotary_attention",
     "test_scan",
     "test_second_derivatives",
     "test_selective_scan",
+    "test_softmax_read",
     "test_ssd",
     "test_swiglu",
 ]

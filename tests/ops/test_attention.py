@@ -96,21 +96,6 @@ def test_packed_sequences_are_separate(causal):
         torch.testing.assert_close(packed[:, :, a:b], alone)
 
 
-def test_padded_widths_change_nothing_and_avoid_the_quadratic_path(monkeypatch):
-    """Equal widths are what SDPA's linear-memory kernel takes; the scale stays that of the true key width."""
-    widths = []
-    original = torch.nn.functional.scaled_dot_product_attention
-
-    def spy(q, k, v, **options):
-        widths.append((q.shape[-1], k.shape[-1], v.shape[-1], options["scale"]))
-        return original(q, k, v, **options)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    for k_width, v_width in [(4, 9), (9, 4), (5, 5)]:
-        assert softmax_attention(*problem((1, 2, 2, 6, 6, k_width, v_width))).shape[-1] == v_width
-        assert widths.pop() == (*[max(k_width, v_width)] * 3, k_width**-0.5)
-
-
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match="k: 2 key/value heads do not divide 3"):
         softmax_attention(*problem((1, 3, 2, 4, 4, 2, 2)))

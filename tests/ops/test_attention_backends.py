@@ -11,6 +11,7 @@ from torch import Tensor
 
 from helmholtz.layers.fem import FreeEnergyMixer
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig
+from helmholtz.ops._average import average
 from helmholtz.ops.attention import _flash, softmax_attention
 
 
@@ -209,3 +210,19 @@ def test_a_free_energy_read_does_not_because_it_needs_float32(flash):
         mixer("temperature", "flash_attn")(x)
     mixer("temperature", "auto")(x)
     assert flash.calls == []
+
+
+def test_padded_widths_change_nothing_and_avoid_the_quadratic_path(monkeypatch):
+    """Equal widths are what SDPA's linear-memory kernel takes; the scale stays that of the true key width."""
+    widths = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q, k, v, **options):
+        widths.append((q.shape[-1], k.shape[-1], v.shape[-1], options["scale"]))
+        return original(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    for k_width, v_width in [(4, 9), (9, 4), (5, 5)]:
+        q, k, v = *torch.randn(2, 1, 2, 6, k_width), torch.randn(1, 2, 6, v_width)
+        assert average(q, k, v, causal=True).shape[-1] == v_width
+        assert widths.pop() == (*[max(k_width, v_width)] * 3, k_width**-0.5)

@@ -1,21 +1,22 @@
-"""Rotary attention of heads that lie side by side: against its reference, short sequences and long ones alike."""
-
-import sys
+"""Rotary attention of heads that lie side by side, as an attention layer computes it, against its reference."""
 
 import pytest
 import torch
 
-from helmholtz.ops.rope import rope_table
-from helmholtz.ops.rotary_attention import rotary_attention
+from helmholtz.ops.attention import softmax_attention
+from helmholtz.ops.rope import rope_table, rotate_split
 from helmholtz.reference import free_energy as reference
 from helpers import DTYPES, assert_matches, grads
 
-module = sys.modules[rotary_attention.__module__]
+
+def rotary_attention(joint, cos, sin, heads, groups, *, causal=True):
+    q, k, v = rotate_split(joint, cos, sin, heads, groups)
+    return softmax_attention(q, k, v, causal=causal).transpose(1, 2).flatten(2)
+
 
 # B, T, H, G, K: one token, one head, one head per group and several
 SHAPES = [(1, 1, 1, 1, 2), (2, 7, 3, 3, 6), (3, 9, 4, 2, 4), (1, 33, 6, 1, 8)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-both_ways = pytest.mark.parametrize("longest", [128, 0], ids=["short", "long"])
 
 
 def problem(shape, dtype=torch.float32):
@@ -24,11 +25,9 @@ def problem(shape, dtype=torch.float32):
 
 
 @every_shape
-@both_ways
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_output_and_gradient_match_the_reference(shape, longest, causal, dtype, monkeypatch) -> None:
-    monkeypatch.setattr(module, "LONGEST", longest)
+def test_output_and_gradient_match_the_reference(shape, causal, dtype) -> None:
     joint, cos, sin, h, g = problem(shape, dtype)
     positions = torch.arange(shape[1]).expand(shape[0], -1)
     # angles are float32 in float64 too
@@ -60,26 +59,11 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda x: rotary_attention(x, cos, sin, h, g), joint.requires_grad_())
 
 
-@both_ways
-def test_a_row_may_have_positions_of_its_own(longest, monkeypatch) -> None:
-    monkeypatch.setattr(module, "LONGEST", longest)
+def test_a_row_may_have_positions_of_its_own() -> None:
     joint, _, _, h, g = problem(SHAPES[1])
     positions = torch.stack([torch.arange(7), torch.arange(7) * 3 + 2])
     out = rotary_attention(joint, *rope_table(positions, 6), h, g)
     assert_matches("out", out, reference.rotary_attention(joint, positions, h, g), budget=60)
-
-
-def test_under_autocast_a_short_sequence_is_read_as_a_long_one(monkeypatch) -> None:
-    joint, cos, sin, h, g = problem(SHAPES[1])
-    results = []
-    for longest in (128, 0):
-        monkeypatch.setattr(module, "LONGEST", longest)
-        x = joint.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
-            out = rotary_attention(x, cos, sin, h, g)
-        results.append((out, *torch.autograd.grad(out.sum(), x)))
-    assert results[0][0].dtype == torch.bfloat16
-    assert all(torch.equal(short, long) for short, long in zip(*results, strict=True))
 
 
 def test_huge_future_keys_and_values_change_no_bit_of_the_past() -> None:

@@ -18,14 +18,13 @@ from helmholtz import ops
 from helmholtz._once import DifferentiableOnce, mark_as_once
 from helmholtz.ops._logcosh import log_cosh_quotient
 from helmholtz.ops.causal_conv import causal_conv
-from helmholtz.ops.free_energy import tilt_values
+from helmholtz.ops.free_energy import softmax_read, tilt_values
 from helmholtz.ops.gated_read import gated_read
 from helmholtz.ops.losses import cross_entropy
 from helmholtz.ops.modulate import modulated_split
 from helmholtz.ops.rms_norm import rms_norm
 from helmholtz.ops.rnn_softmax import RNNSoftmaxState, rnn_softmax
 from helmholtz.ops.rope import rope_table, rotate, rotate_split
-from helmholtz.ops.rotary_attention import LONGEST, rotary_attention
 from helmholtz.ops.scan import first_order_scan
 from helmholtz.ops.selective_scan import selective_scan
 from helmholtz.ops.ssd import ssd
@@ -47,7 +46,6 @@ class Case:
 
 
 TABLE = rope_table(torch.arange(3), 4)
-LONG = rope_table(torch.arange(LONGEST + 1), 2)
 CODES = torch.tensor([[0, 3, 1]])
 
 
@@ -65,8 +63,9 @@ def cases() -> dict[str, Case]:
         "modulated_split": Case(
             lambda x, s: tuple(modulated_split(x, s, [1, 3])), [normal(1, 3, 4), normal(1, 3, 4)]
         ),
-        "rotary_attention._ShortAttention": Case(
-            lambda x: rotary_attention(x, *TABLE, 2, 1), [normal(1, 3, 4, 4)]
+        "softmax_read": Case(
+            lambda q, k, v, beta: softmax_read(q, k, v, beta, cap=40.0),
+            [normal(1, 2, 3, 2), normal(1, 1, 3, 2), normal(1, 1, 3, 2), 1 + positive(1, 2)],
         ),
         "gated_read": Case(gated_read, [
             positive(1, 3, 2, 2, 2), 1 + positive(2, 2), normal(1, 3, 2, 2), normal(1, 3, 2, 2),
@@ -83,16 +82,25 @@ def cases() -> dict[str, Case]:
             [normal(1, 3, 2, 2), positive(1, 3, 2), -positive(2, 3), normal(1, 3, 3), normal(1, 3, 3), normal(2),
              normal(1, 2, 2, 3)],
         ),
-        "attention._sdpa": Case(ops.softmax_attention, [normal(1, 2, 3, 2) for _ in range(3)]),
-        "attention._sdpa with a mask": Case(
+        "softmax_attention": Case(ops.softmax_attention, [normal(1, 2, 3, 2) for _ in range(3)]),
+        "softmax_attention with a mask": Case(
             lambda q, k, v: ops.softmax_attention(q, k, v, key_mask=torch.tensor([[True, False, True]])),
             [normal(1, 2, 3, 2) for _ in range(3)],
         ),
-        "rotary_attention, long": Case(
-            lambda x: rotary_attention(x, *LONG, 1, 1)[:, -2:], [normal(1, LONGEST + 1, 3, 2)]
+        "softmax_attention of packed sequences": Case(
+            lambda q, k, v: ops.softmax_attention(q, k, v, cu_seqlens=torch.tensor([0, 1, 3])),
+            [normal(1, 2, 3, 2) for _ in range(3)],
+        ),
+        "masked_free_energy": Case(
+            lambda q, k, v, beta: ops.masked_free_energy(q, k, v, beta, mask=torch.eye(3) < 1),
+            [normal(1, 2, 3, 2), normal(1, 1, 3, 2), normal(1, 1, 3, 2), 1 + positive(1, 2)],
         ),
     }  # fmt: skip
     often = {
+        "masked_free_energy with a learned mask": Case(
+            lambda q, k, v, beta, mask: ops.masked_free_energy(q, k, v, beta, mask=mask),
+            [normal(1, 2, 3, 2), normal(1, 1, 3, 2), normal(1, 1, 3, 2), 1 + positive(1, 2), normal(3, 3)],
+        ),
         "ssd": Case(
             lambda *x: ssd(*x[:-1], state=x[-1], chunk=2),
             [
@@ -158,6 +166,7 @@ KERNELS = {
     "cross_entropy",
     "gated_read",
     "linear_attention",
+    "masked_free_energy",
     "modulated_split",
     "rms_norm",
     "rnn_softmax",
@@ -165,14 +174,16 @@ KERNELS = {
     "rotate_split",
     "scan",
     "selective_scan",
+    "softmax_attention",
+    "softmax_attention of packed sequences",
+    "softmax_attention with a mask",
+    "softmax_read",
     "ssd",
     "swiglu",
     "tilt_values",
 }
 """What is refused by a kernel and right in its plain form."""
-REFUSED = {name for name, cls in FUNCTIONS.items() if issubclass(cls, DifferentiableOnce)} | {
-    name for name in CASES if "attention" in name and "linear" not in name
-}
+REFUSED = {name for name, cls in FUNCTIONS.items() if issubclass(cls, DifferentiableOnce)}
 
 
 def test_every_function_with_a_backward_pass_of_its_own_is_tried() -> None:

@@ -13,6 +13,7 @@
 #include "rope.h"
 #include "scan.h"
 #include "selective_scan.h"
+#include "softmax_read.h"
 #include "swiglu.h"
 #include "tilt.h"
 
@@ -49,6 +50,8 @@ TORCH_LIBRARY_IMPL(helmholtz, CPU, m) {
   m.impl("rope_backward", rope_backward_cpu);
   m.impl("cross_entropy", cross_entropy_cpu);
   m.impl("cross_entropy_backward", cross_entropy_backward_cpu);
+  m.impl("softmax_read", softmax_read_cpu);
+  m.impl("softmax_read_backward", softmax_read_backward_cpu);
 }
 
 TORCH_LIBRARY_IMPL(helmholtz, Autograd, m) {
@@ -61,6 +64,7 @@ TORCH_LIBRARY_IMPL(helmholtz, Autograd, m) {
   m.impl("tilt", tilt_autograd);
   m.impl("rnn_softmax", rnn_softmax_autograd);
   m.impl("selective_scan", selective_scan_autograd);
+  m.impl("softmax_read", softmax_read_autograd);
   m.impl("rms_norm", rms_norm_autograd);
   m.impl("swiglu", swiglu_autograd);
   m.impl("rope", rope_autograd);
@@ -77,6 +81,7 @@ TORCH_LIBRARY_IMPL(helmholtz, Autograd, m) {
            "rope_backward",
            "scan_backward",
            "selective_scan_backward",
+           "softmax_read_backward",
            "swiglu_backward",
            "tilt_backward",
        })

@@ -10,6 +10,7 @@ template <typename S>
 struct Rows {
   S* data;
   int64_t b, t, h;
+  S* at(int64_t i, int64_t j, int64_t k) const { return data + i * b + j * t + k * h; }
 };
 
 template <typename S>

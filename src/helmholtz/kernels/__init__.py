@@ -44,8 +44,13 @@ def usable(*tensors: Tensor | None) -> bool:
     for x in tensors:  # no generator: a step of a stream asks a dozen times a layer
         if x is not None and (not x.is_cpu or x.dtype == torch.float16):
             return False
-    followed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return LOADED and not _plain and not followed and not torch.compiler.is_exporting()
+    return LOADED and not wants_plain_forms() and not torch.compiler.is_exporting()
+
+
+def wants_plain_forms() -> bool:
+    """Whether they are switched on, or a transform of ``torch.func`` or forward mode looks on: then torch's own fused
+    operations, which have one derivative, are avoided as well."""
+    return _plain or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def refusal() -> str | None:
@@ -55,4 +60,4 @@ def refusal() -> str | None:
     return None if LOADED else "they are not built for this torch and processor: helmholtz kernels build"
 
 
-__all__ = ["LOADED", "NAMES", "STORED", "SWITCH", "plain_forms", "refusal", "usable"]
+__all__ = ["LOADED", "NAMES", "STORED", "SWITCH", "plain_forms", "refusal", "usable", "wants_plain_forms"]

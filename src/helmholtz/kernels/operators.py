@@ -215,7 +215,7 @@ CHUNK = 64
 """Steps of linear attention from one state that is kept to the next."""
 
 
-def _of_heads(like: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+def _of_heads(like: Tensor, width: int | torch.SymInt, dtype: torch.dtype) -> Tensor:
     batch, heads, steps, _ = like.shape
     return like.new_empty(batch, steps, heads, width, dtype=dtype).transpose(1, 2)
 
@@ -246,4 +246,30 @@ _define(
     "Tensor state, Tensor out, Tensor starts, Tensor mass, bool strict, bool normalize) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_attention_backward,
+)
+
+
+def _opmath(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _softmax_read(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, *_: object) -> tuple[Tensor, ...]:
+    batch, heads, times, _width = q.shape
+    signals = 1 if beta is None else 2
+    mixed = q.new_empty(batch, times, heads, signals, v.shape[-1], dtype=_opmath(q)).transpose(1, 2)
+    return mixed, q.new_empty(batch, heads, times, dtype=_opmath(q))
+
+
+_define(
+    "softmax_read(Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor? key_mask, Tensor? cu_seqlens, bool causal, "
+    "float cap) -> (Tensor, Tensor)",
+    _softmax_read,
+)
+_define(
+    "softmax_read_backward(Tensor dmixed, Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor? key_mask, "
+    "Tensor? cu_seqlens, Tensor mixed, Tensor lse, bool causal, float cap) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda dmixed, q, k, v, beta, *_: (
+        *(_of_heads(x, x.shape[3], x.dtype) for x in (q, k, v)),
+        dmixed.new_empty(0) if beta is None else beta.new_empty(beta.shape),
+    ),
 )

@@ -14,7 +14,6 @@ from helmholtz.layers.sequence import SequenceLayout
 from helmholtz.layers.state import KVCache
 from helmholtz.ops.attention import softmax_attention
 from helmholtz.ops.rope import rotate_split
-from helmholtz.ops.rotary_attention import rotary_attention
 
 
 @final
@@ -68,9 +67,6 @@ class Attention(AbstractMixer[KVCache]):
     ) -> tuple[Float[Tensor, "B T D"], KVCache | None]:
         joint = self._project(x, source)
         cos, sin = layout.rotation(self.d_head, self.rope_theta)
-        if state is None and layout.mask is None and layout.cu_seqlens is None:
-            read = rotary_attention(joint, cos, sin, self.n_heads, self.n_kv_heads, causal=self.causal)
-            return self.o_proj(read), None
         q, k, v = rotate_split(joint, cos, sin, self.n_heads, self.n_kv_heads)
         mask = layout.mask
         if state is not None:

@@ -3,11 +3,11 @@
 import importlib.util
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from helmholtz._once import mark_as_once
+from helmholtz.ops._average import average, check_queries, has_tiles, kernel_reads, visible
 from helmholtz.ops._dispatch import Backend, choose
 
 
@@ -31,47 +31,26 @@ def softmax_attention(
         cu_seqlens: bounds of sequences that lie end to end in one row (``B = 1``, ``T = S``) and do not see each other.
         backend: "auto", "torch" or "flash_attn"; a named backend runs or raises with its reason.
 
-    Cost: O(T S (K + V)) time; memory O(T + S) without masks, plus one bool ``B T S`` with them. The narrower of keys
-        and values is padded with zeros: unequal widths would fall to a path that builds the scores.
+    Cost: O(T S (K + V)) time. Memory O(T + S) from the kernel; without it also where nothing is masked or packed, else
+        plus one bool ``B T S``. There the narrower of keys and values is padded with zeros, as unequal widths would
+        fall to a path that builds the scores.
     Raises: ValueError if heads do not divide, if causal queries outnumber the keys, or from the named backend.
     """
-    heads, groups = q.shape[1], k.shape[1]
-    if heads % groups:
-        raise ValueError(f"k: {groups} key/value heads do not divide {heads} query heads")
-    if causal and q.shape[2] > k.shape[2]:
-        raise ValueError(f"q: {q.shape[2]} causal queries cannot be the last positions of {k.shape[2]} keys")
+    check_queries(q, k, causal)
     run = choose(_BACKENDS, backend, q, k, v, key_mask, cu_seqlens).run
     return run(q, k, v, causal, key_mask, cu_seqlens)
 
 
-def _sdpa(
+def _torch(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, key_mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
-    if cu_seqlens is not None:
-        bounds = cu_seqlens.tolist()
-        lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
-        parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
-        return torch.cat([_sdpa(a, b, c, causal, None, None) for a, b, c in parts], dim=2)
-    width, out_width, scale = max(k.shape[-1], v.shape[-1]), v.shape[-1], k.shape[-1] ** -0.5
-    q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    if kernel_reads(q, k, v) and not (q.dtype == torch.bfloat16 and has_tiles()):
+        read, _ = torch.ops.helmholtz.softmax_read(q, k, v, None, key_mask, cu_seqlens, causal, 0.0)
+        return read.squeeze(3).to(q.dtype)  # type: ignore[no-any-return]
     times, sources = q.shape[2], k.shape[2]
-    full_triangle = causal and times == sources and key_mask is None
-    visible = None if full_triangle else _visible(times, sources, causal, key_mask, q.device)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=visible, is_causal=full_triangle, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return out[..., :out_width]
-
-
-def _visible(
-    times: int, sources: int, causal: bool, key_mask: Tensor | None, device: torch.device
-) -> Tensor | None:
-    """Bool mask that broadcasts to ``B 1 T S``, or None where everything is visible."""
-    mask = None if key_mask is None else key_mask[:, None, None, :]
-    if not causal or times == 1:
-        return mask
-    lower = torch.ones(times, sources, dtype=torch.bool, device=device).tril(sources - times)
-    return lower if mask is None else lower & mask
+    if causal and times == sources and key_mask is None and cu_seqlens is None:
+        return average(q, k, v, causal=True)
+    return average(q, k, v, mask=visible(times, sources, causal, key_mask, cu_seqlens, q.device))
 
 
 def _flash(
@@ -114,5 +93,5 @@ def _flash_refuses(
 
 _BACKENDS = (
     Backend("flash_attn", _flash, _flash_refuses),
-    Backend("torch", _sdpa, lambda *_: None),
+    Backend("torch", _torch, lambda *_: None),
 )

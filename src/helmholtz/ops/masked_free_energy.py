@@ -1,10 +1,10 @@
 """The free energy alone, under softmax attention with any mask: for attention layers that already have their mean."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from helmholtz.ops._average import average
 from helmholtz.ops._compute import compute_dtype, full_precision
 
 
@@ -52,17 +52,6 @@ def masked_free_energy(
         mask = mask.to(wide)
     with full_precision(q.device):
         tilted = (v.to(wide) * beta.unsqueeze(1)).clamp(-cap, cap).exp()
-        partition = _average(q.to(wide), k.to(wide), tilted, mask, causal, scale)
+        partition = average(q.to(wide), k.to(wide), tilted, mask=mask, causal=causal, scale=scale)
     seen = torch.where(partition > 0, partition, 1.0)
     return seen.log() / beta.repeat_interleave(heads // groups, dim=0).unsqueeze(1)
-
-
-def _average(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    """The narrower of keys and values is padded with zeros: unequal widths fall to a path that builds the scores."""
-    width, out_width = max(k.shape[-1], v.shape[-1]), v.shape[-1]
-    q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
-    return out[..., :out_width]

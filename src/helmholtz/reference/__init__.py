@@ -21,6 +21,7 @@ from helmholtz.reference.free_energy import (
     rms_norm,
     rope,
     softmax_attention,
+    softmax_read,
     softmax_weights,
     swiglu,
 )
@@ -84,6 +85,7 @@ __all__ = [
     "selective_average",
     "selective_scan",
     "softmax_attention",
+    "softmax_read",
     "softmax_weights",
     "ssd",
     "spectral_norm_bound",

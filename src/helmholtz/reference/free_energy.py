@@ -71,6 +71,24 @@ def softmax_attention(
     )
 
 
+def softmax_read(
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B G S K"],
+    v: Float[Tensor, "B G S V"],
+    beta: Float[Tensor, "G V"],
+    *,
+    cap: float,
+    causal: bool = True,
+    key_mask: Bool[Tensor, "B S"] | None = None,
+) -> Float[Tensor, "B H T 2 V"]:
+    """sum_i p_t(i) v_i and sum_i p_t(i) exp(clip(beta v_i))."""
+    tilted = (beta.double().unsqueeze(1) * v.double()).clamp(-cap, cap).exp()
+    averages = [
+        softmax_attention(q, k, signal, causal=causal, key_mask=key_mask) for signal in (v.double(), tilted)
+    ]
+    return torch.stack(averages, dim=-2)
+
+
 def rotary_attention(
     joint: Float[Tensor, "B T N K"],
     positions: Int[Tensor, "B T"],

@@ -1,6 +1,5 @@
 """Softmax attention as a prior: the exact, quadratic one, with grouped key/value heads."""
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -8,8 +7,9 @@ from helmholtz.layers.fem_config import FreeEnergyMixerConfig
 from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, split_heads
 from helmholtz.layers.sequence import SequenceLayout
 from helmholtz.layers.state import KVCache
-from helmholtz.ops._compute import compute_dtype
+from helmholtz.ops._compute import compute_dtype, full_precision
 from helmholtz.ops.attention import softmax_attention
+from helmholtz.ops.free_energy import softmax_read
 from helmholtz.ops.rope import rotate
 
 
@@ -46,10 +46,22 @@ class SoftmaxPrior(AbstractPrior):
         if state is not None:
             state = state.append(k, values, mask, capacity=key_layout.capacity)
             k, values, mask = state.k, state.v, state.mask
+        if tilt.beta is not None:
+            return softmax_read(
+                q,
+                k,
+                values,
+                tilt.beta,
+                cap=tilt.cap,
+                causal=self.causal,
+                key_mask=mask,
+                cu_seqlens=layout.cu_seqlens,
+                backend=self.backend,
+            ), state
         signals = tilt(values)
         wide = compute_dtype(q) if signals.shape[-2] > 1 else q.dtype
-        with torch.autocast(q.device.type, enabled=False):
-            mixed = softmax_attention(
+        with full_precision(q.device):
+            averages = softmax_attention(
                 q.to(wide),
                 k.to(wide),
                 signals.flatten(-2).to(wide),
@@ -58,7 +70,7 @@ class SoftmaxPrior(AbstractPrior):
                 cu_seqlens=layout.cu_seqlens,
                 backend=self.backend,
             )
-        return mixed.unflatten(-1, signals.shape[-2:]).to(compute_dtype(q)), state
+        return averages.unflatten(-1, signals.shape[-2:]).to(compute_dtype(q)), state
 
     def init_state(self, position: Int[Tensor, "B"]) -> KVCache:
         return KVCache.empty(position, self.n_kv_heads, self.d_head, self.d_head_v)
