@@ -69,7 +69,7 @@ class Logits(nn.Module):
         return self.model(tokens, z=None if code is None else Plan(code)).logits
 
 
-@pytest.mark.parametrize("name", ["transformer", "free", "mamba", "mamba-hopfield"])
+@pytest.mark.parametrize("name", ["transformer", "fem-hybrid", "free", "mamba", "mamba-hopfield"])
 def test_a_decoder_is_exported_in_plain_forms(name):
     model = Logits(decoder(name))
     tokens, more = ((tokens_of(n, 9), *([codes_of(n, 9)] if model.model.plan else [])) for n in (2, 3))
