@@ -1,12 +1,13 @@
 """`first_order_scan` against its float64 loop, and what a recurrence must keep."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from helmholtz import reference
-from helmholtz.ops.scan import first_order_scan
-from helpers import assert_matches
+from helmholtz.ops.scan import first_order_scan, leaky_scan
+from helpers import assert_matches, grads
 from recurrence import Recurrence, RecurrenceTests
 
 BUDGET = 2.2  # worst measured: 0.73 eps (relative RMS over outputs, states and gradients)
@@ -36,9 +37,43 @@ PROBLEM = Recurrence(
 )
 
 
+LEAKY = Recurrence(
+    op=_call(leaky_scan),
+    oracle=_call(reference.leaky_scan),
+    make=lambda batch, time: [torch.randn(batch, time, 5), torch.randn(batch, time, 5)],
+    make_state=lambda batch: [torch.randn(batch, 5)],
+    time=(1, 1),
+    out_time=1,
+)
+
+
 class TestRecurrence(RecurrenceTests):
     problems = {"scan": PROBLEM}
     budget = BUDGET
+
+
+class TestLeakyRecurrence(RecurrenceTests):
+    problems = {"leaky": LEAKY}
+    budget = 8  # a sigmoid near 1 has a derivative that cancels
+
+
+@pytest.mark.parametrize("time", [2, 65, 4200])
+def test_masked_steps_leave_the_state_as_it_was(time):
+    """Also through three levels of chunks, and with decays that never and always forget."""
+    rate, x, state = 3 * torch.randn(2, time, 3), torch.randn(2, time, 3), torch.randn(2, 3)
+    rate[0, :, 0], rate[1, :, 0] = -40, 100
+    mask, reset = torch.rand(2, time) < 0.7, torch.rand(2, time) < 0.01
+    leaves = [y.requires_grad_() for y in (rate, x, state)]
+    cotangents = [torch.randn(2, time, 3).double(), torch.randn(2, 3).double()]
+
+    def both(scan):
+        return lambda rate, x, state: scan(rate, x, state=state, mask=mask, reset=reset)
+
+    actual, expected = both(leaky_scan), both(reference.leaky_scan)
+    for a, e in zip(actual(*leaves), expected(*leaves), strict=True):
+        assert_matches("h, last", a, e, budget=8)
+    for a, e in zip(grads(actual, leaves, cotangents), grads(expected, leaves, cotangents), strict=True):
+        assert_matches("gradients", a, e, budget=8)
 
 
 @given(

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from helmholtz.layers.sequence import SequenceLayout, reversed_reset
 from helmholtz.ops.gated_read import gated_read
-from helmholtz.ops.scan import first_order_scan
+from helmholtz.ops.scan import leaky_scan
 
 
 class TimeDecayConditioning(nn.Module):
@@ -50,23 +50,18 @@ class TimeDecayConditioning(nn.Module):
     ) -> tuple[Float[Tensor, "B T W"], Float[Tensor, "B W"]]:
         """``(features, state)``; a pad leaves the state as it was."""
         rate, drive, gate = self.in_proj(self.norm(x)).unflatten(-1, (3, 1, -1)).unbind(-3)
-        rate, drive = rate.squeeze(-2), drive.squeeze(-2)
-        decay = torch.sigmoid(-rate)
-        if layout.mask is not None:
-            pad = ~layout.mask.unsqueeze(-1)
-            decay, drive = decay.masked_fill(pad, 1.0), drive.masked_fill(pad, 0.0)
-        h, state = self._scan(decay, drive, layout, state)
+        h, state = self._scan(rate.squeeze(-2), drive.squeeze(-2), layout, state)
         normed = self.state_norm(h).unflatten(-1, (1, 1, -1))  # one head of one signal
         return gated_read(normed, None, own=gate, eps=0.0).squeeze(-2), state
 
     def _scan(
-        self, decay: Tensor, drive: Tensor, layout: SequenceLayout, state: Tensor | None
+        self, rate: Tensor, drive: Tensor, layout: SequenceLayout, state: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        mask, reset = layout.mask, layout.reset
         if not self.bidirectional:
-            return first_order_scan(decay, drive, state=state, reset=layout.reset)
-        half = self.width // 2
-        ahead, last = first_order_scan(decay[..., :half], drive[..., :half], reset=layout.reset)
-        back, first = first_order_scan(
-            decay[..., half:].flip(1), drive[..., half:].flip(1), reset=reversed_reset(layout.reset)
-        )
+            return leaky_scan(rate, drive, state=state, mask=mask, reset=reset)
+        (rate, turned_rate), (drive, turned) = (x.chunk(2, dim=-1) for x in (rate, drive))
+        ahead, last = leaky_scan(rate, drive, mask=mask, reset=reset)
+        mask = None if mask is None else mask.flip(1)
+        back, first = leaky_scan(turned_rate.flip(1), turned.flip(1), mask=mask, reset=reversed_reset(reset))
         return torch.cat([ahead, back.flip(1)], dim=-1), torch.cat([last, first], dim=-1)

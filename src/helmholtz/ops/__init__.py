@@ -37,7 +37,7 @@ from helmholtz.ops.modulate import modulated_split
 from helmholtz.ops.rms_norm import rms_norm
 from helmholtz.ops.rnn_softmax import RNNSoftmaxState, rnn_softmax
 from helmholtz.ops.rope import rope
-from helmholtz.ops.scan import first_order_scan
+from helmholtz.ops.scan import first_order_scan, leaky_scan
 from helmholtz.ops.selective_scan import selective_scan
 from helmholtz.ops.spectral import spectral_norm_bound
 from helmholtz.ops.ssd import ssd
@@ -83,6 +83,7 @@ __all__ = [
     "hopfield_weights",
     "kl_per_bit",
     "kl_per_token",
+    "leaky_scan",
     "linear_attention",
     "masked_free_energy",
     "modulated_split",

@@ -57,13 +57,13 @@ def chunked_sums(
 
 def _step_scores(q: Tensor, k: Tensor, log_decay: Tensor, strict: bool) -> tuple[Tensor, Tensor, Tensor]:
     """``(q_i . k_j times the decays from j to i, since, until)`` of one decay per step."""
-    weights = _decays(log_decay.squeeze(-1))
+    weights = decays_between(log_decay.squeeze(-1))
     scores = (q @ k.mT) * weights
     since, until = log_decay.cumsum(-2).exp(), weights[..., -1, :].unsqueeze(-1)
     return scores.tril(-1) if strict else scores, since, until
 
 
-def _decays(log_decay: Tensor) -> Tensor:
+def decays_between(log_decay: Tensor) -> Tensor:
     """What decays from step j to step i, ``... i j``; 0 for ``i < j``."""
     length = log_decay.shape[-1]
     sums = log_decay.unsqueeze(-1).expand(*log_decay.shape, length).tril(-1).cumsum(-2)  # over j < s <= i

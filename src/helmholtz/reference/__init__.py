@@ -35,6 +35,7 @@ from helmholtz.reference.hopfield import (
 from helmholtz.reference.recurrences import (
     causal_conv,
     first_order_scan,
+    leaky_scan,
     linear_attention,
     linear_average,
     rnn_softmax,
@@ -73,6 +74,7 @@ __all__ = [
     "pattern_margins",
     "kl_per_bit",
     "kl_per_token",
+    "leaky_scan",
     "linear_attention",
     "linear_average",
     "masked_free_energy",

@@ -35,6 +35,21 @@ def first_order_scan(
     return torch.stack(out, dim=1), h
 
 
+def leaky_scan(
+    rate: Float[Tensor, "B T C"],
+    x: Float[Tensor, "B T C"],
+    *,
+    state: Float[Tensor, "B C"] | None = None,
+    mask: Bool[Tensor, "B T"] | None = None,
+    reset: Bool[Tensor, "B T"] | None = None,
+) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "B C"]]:
+    """``h_t = h_{t-1} / (1 + e^{rate_t}) + x_t`` where the mask is True, else ``h_{t-1}``."""
+    decay, x = 1 / (1 + rate.double().exp()), x.double()
+    if mask is not None:
+        decay, x = torch.where(mask[..., None], decay, 1), torch.where(mask[..., None], x, 0)
+    return first_order_scan(decay, x, state=state, reset=reset)
+
+
 def linear_attention(
     q: Float[Tensor, "B H T K"],
     k: Float[Tensor, "B H T K"],
