@@ -89,8 +89,26 @@ struct Token {
       *x = next;
       next += heads.padded();
     }
-    for (T* ones : {beta, blind, gate[0], gate[1]}) std::fill_n(ones, heads.padded(), T(1));
+    for (T* ones : {beta, blind, lam, gate[0], gate[1]}) std::fill_n(ones, heads.padded(), T(1));
     if (rate != nullptr) std::copy_n(rate, heads.channels(), beta);
+  }
+
+  // Loops of their own on pointers of their own: within `take` a compiler leaves them scalar.
+  __attribute__((noinline)) void free_energy(int64_t n) {
+    const T *rate = beta, *average = partition, *none = blind;
+    T* to = free;
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) to[c] = log_of(average[c] + none[c]) / rate[c];
+  }
+
+  __attribute__((noinline)) void blend(int64_t n) {
+    const T *logit = raw_inner, *one = mean, *other = free;
+    T *weight = lam, *to = read;
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) {
+      weight[c] = sigmoid_of(logit[c]);
+      to[c] = one[c] + weight[c] * (other[c] - one[c]);
+    }
   }
 
   template <typename S>
@@ -102,13 +120,12 @@ struct Token {
     } else {
       wide_heads(of.partition, b, t, heads, partition);
       find_blind(partition, heads, blind);
-      if (of.inner.data != nullptr) wide_heads(of.inner, b, t, heads, raw_inner);
-      const bool mixes = of.inner.data != nullptr;
-#pragma omp simd
-      for (int64_t c = 0; c < heads.padded(); ++c) {
-        lam[c] = mixes ? sigmoid_of(raw_inner[c]) : T(1);
-        free[c] = log_of(partition[c] + blind[c]) / beta[c];
-        read[c] = mixes ? mean[c] + lam[c] * (free[c] - mean[c]) : free[c];
+      free_energy(heads.padded());
+      if (of.inner.data != nullptr) {
+        wide_heads(of.inner, b, t, heads, raw_inner);
+        blend(heads.padded());
+      } else {
+        std::copy_n(free, heads.padded(), read);
       }
     }
     for (int i = 0; i < 2; ++i) {
