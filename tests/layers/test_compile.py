@@ -47,14 +47,21 @@ def outputs_and_gradients(
     return [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
 
 
-@pytest.mark.parametrize(
-    ("name", "call"), [*((name, "masked") for name in LAYERS), ("fem-gla", "packed"), ("mamba", "packed")]
-)
-def test_a_mixer_is_one_graph(name, call):
-    """With kernels, which stay calls in it, where a mask is; in plain forms where sequences are packed."""
+PACKED_WITH_KERNELS = ["attention", "fem-softmax"]
+"""Their kernel reads the bounds; the others' are told where sequences start."""
+CASES = [
+    *((name, "masked", "kernels") for name in LAYERS),
+    *((name, "packed", "plain") for name in LAYERS),
+    *((name, "packed", "kernels") for name in PACKED_WITH_KERNELS),
+]
+
+
+@pytest.mark.parametrize(("name", "call", "form"), CASES)
+def test_a_mixer_is_one_graph(name, call, form):
+    """Kernels stay calls in it."""
     layer, options = LAYERS[name](), CALLS[call]()
     x = torch.randn(2 if call == "masked" else 1, 18, D, requires_grad=True)
-    with nullcontext() if call == "masked" else kernels.plain_forms():
+    with kernels.plain_forms() if form == "plain" else nullcontext():
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
         both = [outputs_and_gradients(layer, run, x, options) for run in (compiled, layer)]
     for actual, expected in zip(*both, strict=True):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 from fem_cases import Given, difference, make_mixer, prior_features, tokens
 from fem_oracle import prior_weights
@@ -81,13 +83,36 @@ def test_pads_have_no_weight_and_a_query_without_keys_has_none(case, causal):
 def test_packed_sequences_share_no_weight(case, causal):
     mixer = build(case, causal=causal)
     features = prior_features(mixer, 1, TIME)
+    leaves = [feature.requires_grad_() for feature in features.values()]
     p = weights(mixer, features, layout_of(batch=1, cu_seqlens=torch.tensor([0, 1, 6, TIME])))
+    cotangent = torch.randn_like(p)
+    gradients = torch.autograd.grad((p * cotangent).sum(), leaves, materialize_grads=True)
+    p = p.detach()
     for start, stop in [(0, 1), (1, 6), (6, TIME)]:
         part = {name: feature[:, start:stop] for name, feature in features.items()}
         alone = weights(mixer, part, layout_of(stop - start, 1))
         assert difference(p[:, :, start:stop, start:stop], alone) < 1e-9
+        its_own = (alone * cotangent[:, :, start:stop, start:stop]).sum()
+        wanted = torch.autograd.grad(its_own, leaves, materialize_grads=True)
+        for both in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(*(x[:, start:stop] for x in both), rtol=1e-9, atol=1e-12)
         p[:, :, start:stop, start:stop] = 0
     assert (p == 0).all()
+
+
+@every_case
+@both_ways
+def test_packed_sequences_are_averaged_without_a_look_at_values(case, causal):
+    mixer = build(case, causal=causal)
+    with FakeTensorMode() as fake:
+        tensors = {name: fake.from_tensor(x) for name, x in mixer.named_parameters()}
+        x, bounds = (
+            fake.from_tensor(x) for x in (tokens(1, TIME, dtype=torch.float64), torch.tensor([0, 5, TIME]))
+        )
+        y = functional_call(mixer, tensors, (x,), {"cu_seqlens": bounds})
+        assert y.shape == x.shape
+        y.sum().backward()
+    assert all(x.grad is not None for x in tensors.values())
 
 
 @every_case

@@ -32,8 +32,11 @@ def test_no_pass_of_a_decoder_looks_at_values(name):
         model.solver = SolverConfig(max_steps=2)
         model.equilibrium.adjoint = type(model.equilibrium.adjoint)(max_steps=2)
     trained_on_nothing(model, tokens_of(2, 10), attention_mask=torch.ones(2, 10, dtype=torch.bool))
+    packed = torch.tensor([0, 4, 10])
+    trained_on_nothing(model, tokens_of(1, 10), cu_seqlens=packed)
     with kernels.plain_forms():
         trained_on_nothing(model, tokens_of(2, 10))
+        trained_on_nothing(model, tokens_of(1, 10), cu_seqlens=packed)
 
 
 def test_fake_tensors_have_no_values():

@@ -7,11 +7,35 @@ from torch.func import functional_call, grad, vmap
 from decoder_cases import codes_of, tokens_of
 from every_decoder import DECODERS
 from helmholtz.layers.latent import Plan
+from helmholtz.models import Decoder
+from helmholtz.solvers import Phantom, SolverConfig, Unrolled
+from helmholtz.solvers.base import MODES
+
+ROWS = ["transformer", "fem-hybrid", "fem-linear", "fem-rnn_softmax", "free", "mamba", "hybrid-fem-untied"]
+EQUILIBRIA = {mode: SolverConfig(mode=mode, max_steps=30, on_nonconvergence="ignore") for mode in MODES}
 
 
-@pytest.mark.parametrize("name", ["mamba", "hybrid-fem-untied"])
+@pytest.mark.parametrize("name", ROWS)
 def test_gradients_per_row(name):
-    model, tokens, codes = DECODERS[name]().eval(), tokens_of(3, 9), codes_of(3, 9)
+    assert_gradients_of_rows(DECODERS[name]().eval())
+
+
+@pytest.mark.parametrize("mode", EQUILIBRIA)
+@pytest.mark.parametrize("adjoint", [Phantom(n_steps=4), Unrolled(n_steps=4)], ids=["phantom", "unrolled"])
+def test_gradients_per_row_of_equilibria(adjoint, mode):
+    model = DECODERS["mamba-hopfield"]().eval()
+    model.solver, model.equilibrium.adjoint = EQUILIBRIA[mode], adjoint
+    assert_gradients_of_rows(model)
+
+
+def test_the_implicit_gradient_is_none_of_single_rows():
+    model = DECODERS["mamba-hopfield"]().eval()
+    with pytest.raises(RuntimeError, match="neither transforms of torch.func"):
+        assert_gradients_of_rows(model)
+
+
+def assert_gradients_of_rows(model: Decoder) -> None:
+    tokens, codes = tokens_of(3, 9), codes_of(3, 9)
     weights = {key: x.detach() for key, x in model.named_parameters()}
 
     def loss(weights, tokens, code):

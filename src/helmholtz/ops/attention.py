@@ -46,7 +46,7 @@ def _torch(
 ) -> Tensor:
     if kernel_reads(q, k, v) and not (q.dtype == torch.bfloat16 and has_tiles()):
         read, _ = torch.ops.helmholtz.softmax_read(q, k, v, None, key_mask, cu_seqlens, causal, 0.0)
-        return read.squeeze(3).to(q.dtype)  # type: ignore[no-any-return]
+        return read.squeeze(3).to(q.dtype)
     times, sources = q.shape[2], k.shape[2]
     if causal and times == sources and key_mask is None and cu_seqlens is None:
         return average(q, k, v, causal=True)

@@ -76,7 +76,7 @@ def softmax_read(
         check_queries(q, k, causal)
         beta = beta.to(wide)
         read, _ = torch.ops.helmholtz.softmax_read(q, k, v, beta, key_mask, cu_seqlens, causal, cap)
-        return read  # type: ignore[no-any-return]
+        return read
     signals = tilt_values(v.to(wide), beta, cap=cap).flatten(-2)
     with full_precision(v.device):
         mixed = softmax_attention(

@@ -60,7 +60,7 @@ class Anderson(AbstractRule):
             self._maps = point.z.new_zeros(n, self.window, width)
             self._residuals = torch.zeros_like(self._maps)
             self._gram = point.z.new_zeros(n, self.window, self.window)
-            self._valid = torch.zeros(n, self.window, dtype=torch.bool, device=point.z.device)
+            self._valid = point.z.new_zeros(n, self.window, dtype=torch.bool)
         last, slot = (self._count - 1) % self.window, self._count % self.window
         self._count += 1
         residual = point.f - point.z

@@ -41,8 +41,12 @@ class Rows:
     def of(cls, problem: AbstractProblem, like: Float[Tensor, "N D"]) -> "Rows":
         """All rows, nothing counted."""
         index = torch.arange(like.shape[0], device=like.device)
-        counts = Counts(torch.zeros_like(index), torch.zeros_like(index))
-        return cls(problem, counts, index, torch.ones_like(index, dtype=torch.bool), problem)
+        none = like.new_zeros(
+            like.shape[0], dtype=torch.long
+        )  # made of `like`: under vmap it can be written to
+        return cls(
+            problem, Counts(none, none.clone()), index, torch.ones_like(none, dtype=torch.bool), problem
+        )
 
     def take(self, rows: Int[Tensor, "m"]) -> "Rows":
         """Some of these rows, counted together with them."""

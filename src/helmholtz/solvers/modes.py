@@ -86,7 +86,7 @@ def _run(rows: Rows, z0: Float[Tensor, "N D"], config: SolverConfig, trace: Trac
     trace.add(energies=True)
     if config.mode == "cascade":
         return _cascade(rows, start, config, trace)
-    limit = torch.full((z0.shape[0],), config.max_steps, device=z0.device)
+    limit = z0.new_full((z0.shape[0],), config.max_steps, dtype=torch.long)
     return iterate(rows, start, _rule(config), config, limit, trace)
 
 
@@ -101,7 +101,7 @@ def _rule(config: SolverConfig) -> AbstractRule:
 def _cascade(rows: Rows, start: Point, config: SolverConfig, trace: Trace) -> Outcome:
     """Mix until the residual is small or half of the steps are gone, then descend: a row that went uphill in the first
     phase starts the second where it started the first."""
-    limit = torch.full((start.z.shape[0],), config.max_steps, device=start.z.device)
+    limit = start.z.new_full((start.z.shape[0],), config.max_steps, dtype=torch.long)
     mixing = Anderson(config.anderson_window)
     first = iterate(rows, start, mixing, config, limit // 2, trace, energies=False)
     middle = evaluate(rows, first.point.z, None)

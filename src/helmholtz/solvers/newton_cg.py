@@ -34,7 +34,7 @@ def conjugate_gradients(
     size = v.abs().amax(1, keepdim=True)
     unit = v / torch.where(size > 0, size, 1)
     value, residual = torch.zeros_like(v), (size.squeeze(1) > 0).to(v.dtype)
-    num_steps = torch.zeros(v.shape[0], dtype=torch.long, device=v.device)
+    num_steps = v.new_zeros(v.shape[0], dtype=torch.long)
     indefinite = torch.zeros_like(num_steps, dtype=torch.bool)
     rows, left = rows.only(residual > 0), unit
     g, direction, square = torch.zeros_like(left), left, row_dot(left, left)

@@ -50,11 +50,10 @@ class RNNSoftmaxPrior(AbstractPrior):
         return averaged.unflatten(-1, (self.n_heads, -1)).permute(0, 3, 1, 2, 4), state
 
     def _whole(self, k: Tensor, signals: Tensor, layout: SequenceLayout) -> Tensor:
-        if layout.cu_seqlens is not None:
-            lengths = layout.cu_seqlens.diff().tolist()
-            parts = zip(k.split(lengths, dim=1), signals.split(lengths, dim=1), strict=True)
-            return torch.cat([_global_average(*part) for part in parts], dim=1)
-        return _global_average(k, signals)
+        if layout.reset is None or layout.cu_seqlens is None:
+            return _global_average(k, signals)
+        sequence = layout.reset[0].cumsum(0) - 1  # packed: one row
+        return _averages_within(k[0], signals[0], sequence, len(layout.cu_seqlens) - 1).unsqueeze(0)
 
     def output_gate(self, features: Features, layout: SequenceLayout) -> Float[Tensor, "B T C"]:
         return self._rotated(features["q"], layout)
@@ -75,3 +74,18 @@ def _global_average(k: Float[Tensor, "B T C"], signals: Float[Tensor, "B T N C"]
     empty = torch.isneginf(k).all(1, keepdim=True)
     weights = k.masked_fill(empty, 0.0).softmax(1).masked_fill(empty, 0.0)
     return torch.einsum("btc,btnc->bnc", weights, signals).unsqueeze(1).expand_as(signals)
+
+
+def _averages_within(
+    k: Float[Tensor, "T C"], signals: Float[Tensor, "T N C"], sequence: Int[Tensor, "T"], count: int
+) -> Float[Tensor, "T N C"]:
+    """The same within each of ``count`` sequences that lie end to end."""
+    keys = k.detach()  # the largest cancels in the quotient, as in the causal form
+    top = keys.new_full((count, k.shape[1]), torch.finfo(k.dtype).min)
+    top = top.scatter_reduce(0, sequence.unsqueeze(1).expand_as(keys), keys, "amax")
+    weights = (k - top[sequence]).exp().unsqueeze(1)
+    weighted = torch.cat([weights * signals, weights], dim=1)
+    sums = weighted.new_zeros(count, *weighted.shape[1:]).index_add(0, sequence, weighted)
+    signal, total = sums[:, :-1], sums[:, -1:]
+    nothing = total <= 0
+    return (signal / total.masked_fill(nothing, 1)).masked_fill(nothing, 0)[sequence]

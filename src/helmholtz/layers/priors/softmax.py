@@ -46,7 +46,7 @@ class SoftmaxPrior(AbstractPrior):
         if state is not None:
             state = state.append(k, values, mask, capacity=key_layout.capacity)
             k, values, mask = state.k, state.v, state.mask
-        if tilt.beta is not None:
+        if type(tilt) is Tilt and tilt.beta is not None:
             return softmax_read(
                 q,
                 k,
