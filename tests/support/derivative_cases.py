@@ -73,13 +73,17 @@ def _forward_over_reverse(f: Scalar, x: Tensor, v: Tensor) -> Tensor:
 
 
 def by_differences(f: Scalar, x: Tensor, v: Tensor, *, step: float = 1e-5) -> Tensor:
-    """The Hessian of ``f`` times ``v`` from first derivatives, in float64."""
+    """The Hessian of ``f`` times ``v`` from first derivatives, in float64; its error falls as ``step ** 4``: of
+    differences of two steps the part that falls as their square is taken away (Richardson)."""
 
     def first(y: Tensor) -> Tensor:
         y = y.detach().requires_grad_()
         return torch.autograd.grad(f(y), y)[0]
 
-    return (first(x + step * v) - first(x - step * v)) / (2 * step)
+    def central(h: float) -> Tensor:
+        return (first(x + h * v) - first(x - h * v)) / (2 * h)
+
+    return (4 * central(step) - central(2 * step)) / 3
 
 
 def assert_right_or_refused(f: Scalar, x: Tensor, v: Tensor, *, rtol: float = 1e-5) -> None:
