@@ -25,6 +25,47 @@ struct Room {
   operator T*() const { return data; }
 };
 
+// Loops on numbers of their own: within a larger function a compiler leaves some of them scalar.
+constexpr int64_t AT_ONCE = 64;
+
+template <typename S, typename T>
+__attribute__((noinline)) void tilts(const S* value, const T* rate, T cap, int64_t n, T* tilt) {
+#pragma omp simd
+  for (int64_t c = 0; c < n; ++c) {
+    const T x = wide(value[c]) * rate[c];
+    tilt[c] = exp_of(x > cap ? cap : x < -cap ? -cap : x);
+  }
+}
+
+// What S holds of each number, and what it does not.
+template <typename S, typename T>
+__attribute__((noinline)) void take_rest(T* x, int64_t n, T* rest) {
+#pragma omp simd
+  for (int64_t c = 0; c < n; ++c) {
+    const T whole = x[c];
+    x[c] = stored<S>(whole);
+    rest[c] = stored<S>(whole - x[c]);
+  }
+}
+
+template <typename S, typename T>
+__attribute__((noinline)) void tilt_gradients(const S* value, const T* rate, T cap, const T* dvalue, const T* dtilt,
+                                              int64_t n, S* dv, T* dbeta) {
+#pragma omp simd
+  for (int64_t c = 0; c < n; ++c) {
+    const T x = wide(value[c]), y = x * rate[c];
+    const T dexponent = y < cap && y > -cap ? exp_of(y) * dtilt[c] : T(0);
+    dv[c] = narrow<S>(dvalue[c] + rate[c] * dexponent);
+    dbeta[c] += x * dexponent;
+  }
+}
+
+template <typename S, typename T>
+__attribute__((noinline)) void round_row(const T* x, int64_t n, S* to) {
+#pragma omp simd
+  for (int64_t c = 0; c < n; ++c) to[c] = narrow<S>(x[c]);
+}
+
 template <typename S>
 struct SoftmaxRead {
   using T = at::opmath_type<S>;
@@ -61,26 +102,22 @@ struct SoftmaxRead {
       for (int64_t t = 0; t < times; ++t) to[t] = std::min(to[t], sources - times + t + 1);
   }
 
-  T tilt(T value, T rate) const {
-    const T x = value * rate;
-    return exp_of(x > cap ? cap : x < -cap ? -cap : x);
-  }
-
   // The signals of a value's row: the values, their exponentials, in bf16 the rest of these; then zeros.
   void tilt_row(const S* value, const T* rate, S* signal) const {
     std::copy_n(value, values, signal);
     std::fill(signal + parts() * values, signal + columns, S(0));
     if (!tilted) return;
-#pragma omp simd
-    for (int64_t c = 0; c < values; ++c) {
-      const T e = tilt(wide_of(value[c]), rate[c]);
-      const S first = narrow<S>(e);
-      signal[values + c] = first;
-      if constexpr (PAIRED<S>) signal[2 * values + c] = narrow<S>(e - wide_of(first));
+    T tilt[AT_ONCE], rest[AT_ONCE];
+    for (int64_t c = 0; c < values; c += AT_ONCE) {
+      const int64_t n = std::min(AT_ONCE, values - c);
+      tilts(value + c, rate + c, cap, n, tilt);
+      if constexpr (PAIRED<S>) {
+        take_rest<S>(tilt, n, rest);
+        narrow_row<S>(rest, n, signal + 2 * values + c);
+      }
+      narrow_row<S>(tilt, n, signal + values + c);
     }
   }
-
-  static INLINE T wide_of(S x) { return helmholtz::wide(x); }
 
   void key_rows(int64_t b, int64_t g, int64_t first, int64_t n, S* rows) const {
     for (int64_t j = 0; j < n; ++j, rows += wide) {
@@ -246,10 +283,7 @@ void read_few(const SoftmaxRead<S>& p, int64_t b, int64_t g, Rows<T> mixed, T* l
   for (int64_t j = first; j < last; ++j) {
     const S* value = p.v.at(b, g, j);
     for (int64_t c = 0; c < p.values; ++c) signal[c] = wide(value[c]);
-    if (p.tilted) {
-#pragma omp simd
-      for (int64_t c = 0; c < p.values; ++c) signal[p.values + c] = p.tilt(signal[c], rate[c]);
-    }
+    if (p.tilted) tilts(value, rate, p.cap, p.values, signal + p.values);
     for (int64_t i = 0; i < rows; ++i) {
       const T w = weights[i * n + j];
       T* to = sums + i * columns;
@@ -383,23 +417,16 @@ void read_backward(const SoftmaxRead<S>& p, int64_t b, int64_t g, const ReadGrad
       const S* value = p.v.at(b, g, key + j);
       const T *rate = p.beta + g * p.values, *d = dsignals + j * out;
       S* dv = to.dv.at(b, g, key + j);
-      std::transform(dk + j * p.wide, dk + j * p.wide + p.width, to.dk.at(b, g, key + j), narrow<S, T>);
-      if (!p.tilted) {
-        std::transform(d, d + p.values, dv, narrow<S, T>);
-        continue;
-      }
-      T* dbeta = to.dbeta + (b * p.groups + g) * p.values;
-#pragma omp simd
-      for (int64_t c = 0; c < p.values; ++c) {
-        const T x = wide(value[c]), y = x * rate[c];
-        const T dexponent = y < p.cap && y > -p.cap ? p.tilt(x, rate[c]) * d[p.values + c] : T(0);
-        dv[c] = narrow<S>(d[c] + rate[c] * dexponent);
-        dbeta[c] += x * dexponent;
+      round_row(dk + j * p.wide, p.width, to.dk.at(b, g, key + j));
+      if (p.tilted) {
+        tilt_gradients(value, rate, p.cap, d, d + p.values, p.values, dv, to.dbeta + (b * p.groups + g) * p.values);
+      } else {
+        round_row(d, p.values, dv);
       }
     }
   }
   for (int64_t i = 0; i < count; ++i)
-    std::transform(dq + i * p.wide, dq + i * p.wide + p.width, to.dq.at(b, head(i), i / p.share), narrow<S, T>);
+    round_row(dq + i * p.wide, p.width, to.dq.at(b, head(i), i / p.share));
 }
 
 template <typename S>
