@@ -8,9 +8,9 @@ from helmholtz.ops.free_energy import softmax_read
 from helmholtz.reference import free_energy as reference
 from helpers import assert_matches, grads
 
-# B, H, G, T, S, K, V: around blocks of 64 queries and 256 keys, queries of a stream, odd widths, grouped heads
+# B, H, G, T, S, K, V: around blocks of 64 queries, 256 keys, 64 values, queries of a stream, odd widths, grouped heads
 SHAPES = [(2, 3, 3, 1, 33, 16, 16), (1, 6, 2, 1, 9, 7, 3), (2, 4, 2, 70, 70, 5, 8), (1, 2, 1, 130, 261, 8, 17),
-          (1, 1, 1, 7, 513, 33, 1), (1, 2, 2, 257, 257, 4, 33)]  # fmt: skip
+          (1, 1, 1, 7, 513, 33, 1), (1, 2, 2, 257, 257, 4, 33), (1, 2, 1, 9, 66, 3, 131)]  # fmt: skip
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 NAMES = ["dq", "dk", "dv", "dbeta"]
 
