@@ -86,9 +86,10 @@ def by_differences(f: Scalar, x: Tensor, v: Tensor, *, step: float = 1e-5) -> Te
     return (4 * central(step) - central(2 * step)) / 3
 
 
-def assert_right_or_refused(f: Scalar, x: Tensor, v: Tensor, *, rtol: float = 1e-5) -> None:
-    """By every route."""
-    expected = None
+def assert_right_or_refused(
+    f: Scalar, x: Tensor, v: Tensor, *, rtol: float = 1e-5, expected: Tensor | None = None
+) -> None:
+    """By every route. ``expected`` is that of differences where it is not given."""
     for name, route in ROUTES.items():
         try:
             actual = route(f, x.detach().clone().requires_grad_(), v)
