@@ -203,10 +203,10 @@ OPERATORS = {
         leaf(2, 5, 8)[..., 1:4], leaf(3, 4), leaf(3), leaf(2, 3, 3), torch.rand(2, 5) < 0.7, torch.rand(2, 5) < 0.3,
         True,
     ),
-    "scan": lambda: (leaf(2, 5, 3), leaf(2, 5, 3), leaf(2, 3)),
+    "scan": lambda: (leaf(2, 5, 6)[..., :3], leaf(2, 5, 3), leaf(2, 3), True),
     "gated_read": lambda: (
         leaf(2, 3, 5, 2, 4).transpose(1, 2), leaf(3, 4), leaf(2, 5, 24)[..., :12].unflatten(-1, (3, 4)),
-        leaf(2, 5, 3, 4), None, 1e-6,
+        leaf(2, 5, 12), None, 1e-6,
     ),
     "modulate": lambda: (leaf(2, 5, 6), leaf(2, 5, 6), [1, 3, 2]),
     "tilt": lambda: (leaf(2, 5, 24)[..., 4:16].unflatten(-1, (3, 4)), leaf(3, 4), 0.5, True),
@@ -229,6 +229,19 @@ OPERATORS = {
     "swiglu": lambda: (leaf(3, 2048),),
     "rope": lambda: (leaf(2, 5, 7, 4), torch.rand(5, 4), torch.rand(5, 4), 3, 2),
     "code_lookup": lambda: (leaf(8, 4), torch.tensor([[0, 7, 3]]), leaf(1, 3, 3)),
+    "linear_step": lambda: (
+        torch.rand(2, 1, 12), torch.rand(2, 1, 12), torch.rand(2, 1, 3, 2).transpose(1, 2), torch.rand(2, 1, 3),
+        torch.rand(3, 2), torch.rand(2, 1, 4), torch.rand(2, 1, 4), torch.rand(2, 3, 4, 5), 1e-6, 40.0, 16.0,
+    ),
+    "rnn_softmax_step": lambda: (
+        torch.rand(2, 1, 12), torch.rand(2, 1, 3, 4).transpose(1, 2), torch.rand(3, 4), torch.rand(2, 1, 4),
+        torch.rand(2, 1, 4), torch.rand(2, 12), torch.rand(2, 3, 12), 40.0,
+    ),
+    "selective_step": lambda: (
+        torch.rand(2, 1, 3, 2).transpose(1, 2), torch.rand(2, 1, 6), torch.rand(2, 1, 5), torch.rand(2, 1, 5),
+        torch.rand(6, 5), torch.rand(6), torch.rand(3, 2), torch.rand(2, 3, 6, 5), 1e-6, 40.0,
+    ),
+    "rope_step": lambda: ([torch.rand(2, 1, 12), torch.rand(2, 1, 4)], torch.rand(2, 1, 4), torch.rand(2, 1, 4)),
     "cross_entropy": lambda: (leaf(5, 7), torch.tensor([0, 6, -100, 2, 2]), -100),
 }  # fmt: skip
 

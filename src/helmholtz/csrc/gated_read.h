@@ -49,6 +49,13 @@ void unit_gate_backward(const T* raw, HeadSizes heads, const T* gate, const T* s
   for (int64_t c = 0; c < heads.padded(); ++c) grad[c] *= sigmoid_of(raw[c]);
 }
 
+// A gate B T H V, or B T (H V) with whole rows.
+template <typename R>
+R gate_rows(R rows, const Tensor& gate, int64_t width) {
+  if (gate.defined() && gate.dim() == 3) rows.h = width;
+  return rows;
+}
+
 constexpr int64_t READ_STEPS = 16;  // tokens of a piece of work
 
 // What is read, of the averages and of the gates; `T` is computed in, `S` the dtype of gates and result.
@@ -65,8 +72,8 @@ struct Read {
        double little)
       : mean(rows_of<T>(mixed.select(3, 0))),
         partition(rate.defined() ? rows_of<T>(mixed.select(3, 1)) : rows_of<T>(Tensor())),
-        inner(rows_of<S>(in_gate)),
-        gates{rows_of<S>(outer), rows_of<S>(own)},
+        inner(gate_rows(rows_of<S>(in_gate), in_gate, mixed.size(4))),
+        gates{gate_rows(rows_of<S>(outer), outer, mixed.size(4)), gate_rows(rows_of<S>(own), own, mixed.size(4))},
         beta(in<T>(rate)),
         eps(T(little)),
         heads{mixed.size(2), mixed.size(4)},
@@ -158,8 +165,9 @@ void read_all_backward(const Read<T, S>& of, const Tensor& dy, const Tensor& dmi
   const auto from = rows_of<S>(dy);
   const auto to_mean = new_rows<T>(dmixed.select(3, 0)),
              to_partition = new_rows<T>(of.beta == nullptr ? Tensor() : dmixed.select(3, 1));
-  const auto to_inner = new_rows<S>(dinner);
-  const Rows<S> to_gates[2] = {new_rows<S>(douter), new_rows<S>(down)};
+  const auto to_gate = [&](const Tensor& x) { return gate_rows(new_rows<S>(x), x, of.heads.width); };
+  const auto to_inner = to_gate(dinner);
+  const Rows<S> to_gates[2] = {to_gate(douter), to_gate(down)};
   const int64_t parts = of.batch * of.pieces(), n = of.heads.padded();
   Tensor sums = at::zeros({parts, of.heads.channels()}, dmixed.options());
   T* all = out<T>(sums);

@@ -14,12 +14,38 @@
 #include "scan.h"
 #include "selective_scan.h"
 #include "softmax_read.h"
+#include "step.h"
 #include "swiglu.h"
 #include "tilt.h"
 
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 
+#include <string>
+
 namespace helmholtz {
+
+// An operator's name as a template argument.
+template <size_t N>
+struct Name {
+  char text[N];
+  constexpr Name(const char (&from)[N]) { std::copy_n(from, N, text); }
+};
+
+// Where nothing is recorded an operator is called below autograd at once: a Function takes microseconds all the same.
+template <Name name, auto recorded>
+struct Differentiable;
+template <Name name, typename R, typename... A, R (*recorded)(A...)>
+struct Differentiable<name, recorded> {
+  static R call(A... arguments) {
+    if (at::GradMode::is_enabled()) return recorded(arguments...);
+    at::AutoDispatchBelowADInplaceOrView below;
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow((std::string("helmholtz::") + name.text).c_str(), "")
+                               .template typed<R(A...)>();
+    return op.call(arguments...);
+  }
+};
+#define WITH_GRADIENT(name) m.impl(#name, Differentiable<#name, name##_autograd>::call)
 
 TORCH_LIBRARY_IMPL(helmholtz, CPU, m) {
   m.impl("causal_conv", causal_conv_cpu);
@@ -32,6 +58,10 @@ TORCH_LIBRARY_IMPL(helmholtz, CPU, m) {
   m.impl("gated_read_backward", gated_read_backward_cpu);
   m.impl("linear_attention", linear_attention_cpu);
   m.impl("linear_attention_backward", linear_attention_backward_cpu);
+  m.impl("linear_step", linear_step_cpu);
+  m.impl("rnn_softmax_step", rnn_softmax_step_cpu);
+  m.impl("rope_step", rope_step_cpu);
+  m.impl("selective_step", selective_step_cpu);
   m.impl("modulate", modulate_cpu);
   m.impl("modulate_backward", modulate_backward_cpu);
   m.impl("tilt", tilt_cpu);
@@ -55,21 +85,25 @@ TORCH_LIBRARY_IMPL(helmholtz, CPU, m) {
 }
 
 TORCH_LIBRARY_IMPL(helmholtz, Autograd, m) {
-  m.impl("causal_conv", causal_conv_autograd);
-  m.impl("code_lookup", code_lookup_autograd);
-  m.impl("scan", scan_autograd);
-  m.impl("gated_read", gated_read_autograd);
-  m.impl("linear_attention", linear_attention_autograd);
-  m.impl("modulate", modulate_autograd);
-  m.impl("tilt", tilt_autograd);
-  m.impl("rnn_softmax", rnn_softmax_autograd);
-  m.impl("selective_scan", selective_scan_autograd);
-  m.impl("softmax_read", softmax_read_autograd);
-  m.impl("rms_norm", rms_norm_autograd);
-  m.impl("swiglu", swiglu_autograd);
-  m.impl("rope", rope_autograd);
-  m.impl("cross_entropy", cross_entropy_autograd);
+  WITH_GRADIENT(causal_conv);
+  WITH_GRADIENT(code_lookup);
+  WITH_GRADIENT(scan);
+  WITH_GRADIENT(gated_read);
+  WITH_GRADIENT(linear_attention);
+  WITH_GRADIENT(modulate);
+  WITH_GRADIENT(tilt);
+  WITH_GRADIENT(rnn_softmax);
+  WITH_GRADIENT(selective_scan);
+  WITH_GRADIENT(softmax_read);
+  WITH_GRADIENT(rms_norm);
+  WITH_GRADIENT(swiglu);
+  WITH_GRADIENT(rope);
+  WITH_GRADIENT(cross_entropy);
   for (const char* name : {
+           "linear_step",
+           "rnn_softmax_step",
+           "rope_step",
+           "selective_step",
            "causal_conv_backward",
            "code_lookup_backward",
            "cross_entropy_backward",

@@ -26,12 +26,18 @@ def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
 
 
+def _scan(decay: Tensor, x: Tensor, state: Tensor, logits: bool) -> tuple[Tensor, ...]:
+    return state.new_empty(x.shape), *_like(state)
+
+
+_define("scan(Tensor decay, Tensor x, Tensor state, bool logits) -> (Tensor, Tensor)", _scan)
 _define(
-    "scan(Tensor decay, Tensor x, Tensor state) -> (Tensor, Tensor)", lambda decay, x, state: _like(x, state)
-)
-_define(
-    "scan_backward(Tensor dh, Tensor dlast, Tensor decay, Tensor h, Tensor state) -> (Tensor, Tensor, Tensor)",
-    lambda dh, dlast, decay, h, state: _like(h, h, state),
+    "scan_backward(Tensor dh, Tensor dlast, Tensor decay, Tensor h, Tensor state, bool logits) "
+    "-> (Tensor, Tensor, Tensor)",
+    lambda dh, dlast, decay, h, state, logits: (
+        *(decay.new_empty(decay.shape) for _ in range(2)),
+        *_like(state),
+    ),
 )
 
 
@@ -273,3 +279,35 @@ _define(
         dmixed.new_empty(0) if beta is None else beta.new_empty(beta.shape),
     ),
 )
+
+
+def _step(v: Tensor, beta: object, *states: Tensor) -> tuple[Tensor, ...]:
+    batch, heads, _, width = v.shape
+    signals = 1 if beta is None else 2
+    mixed = states[0].new_empty(batch, 1, heads, signals, width).transpose(1, 2)
+    return mixed, *_like(*states)
+
+
+_define(
+    "linear_step(Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? beta, Tensor? cos, Tensor? sin, Tensor state, "
+    "float eps, float cap, float temperature) -> (Tensor, Tensor)",
+    lambda q, k, v, decay, beta, cos, sin, state, *_: _step(v, beta, state),
+)
+_define(
+    "rnn_softmax_step(Tensor k, Tensor v, Tensor? beta, Tensor? cos, Tensor? sin, Tensor max, Tensor sums, float cap) "
+    "-> (Tensor, Tensor, Tensor)",
+    lambda k, v, beta, cos, sin, max, sums, cap: _step(v, beta, max, sums),
+)
+_define(
+    "selective_step(Tensor v, Tensor delta, Tensor B, Tensor C, Tensor A, Tensor D, Tensor? beta, Tensor state, "
+    "float eps, float cap) -> (Tensor, Tensor)",
+    lambda v, delta, B, C, A, D, beta, state, *_: _step(v, beta, state),
+)
+
+
+def _rope_step(features: list[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
+    width = cos.shape[-1]
+    return [x.new_empty(len(x), x.shape[2] // width, 1, width) for x in features]
+
+
+_define("rope_step(Tensor[] features, Tensor cos, Tensor sin) -> Tensor[]", _rope_step)

@@ -222,13 +222,10 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
         gate: Float[Tensor, "B T C"] | None,
     ) -> Float[Tensor, "B T H V"]:
         c = self.config
-        inner, outer, own = (
-            None if x is None else x.unflatten(-1, (c.n_heads, -1))
-            for x in (features.get("inner"), features.get("outer"), gate)
-        )
         if beta is not None and len(beta) != c.n_heads:
             beta = beta.repeat_interleave(c.n_heads // len(beta), dim=0)
-        return gated_read(mixed.transpose(1, 2), beta, inner, outer, own, eps=c.eps)
+        inner, outer = features.get("inner"), features.get("outer")
+        return gated_read(mixed.transpose(1, 2), beta, inner, outer, gate, eps=c.eps)
 
     def _check_context(
         self,

@@ -49,10 +49,10 @@ class TimeDecayConditioning(nn.Module):
         self, x: Float[Tensor, "B T D"], layout: SequenceLayout, state: Float[Tensor, "B W"] | None = None
     ) -> tuple[Float[Tensor, "B T W"], Float[Tensor, "B W"]]:
         """``(features, state)``; a pad leaves the state as it was."""
-        rate, drive, gate = self.in_proj(self.norm(x)).unflatten(-1, (3, 1, -1)).unbind(-3)
-        h, state = self._scan(rate.squeeze(-2), drive.squeeze(-2), layout, state)
-        normed = self.state_norm(h).unflatten(-1, (1, 1, -1))  # one head of one signal
-        return gated_read(normed, None, own=gate, eps=0.0).squeeze(-2), state
+        rate, drive, gate = self.in_proj(self.norm(x)).chunk(3, dim=-1)
+        h, state = self._scan(rate, drive, layout, state)
+        normed = self.state_norm(h).unsqueeze(2).unsqueeze(2)  # one head of one signal
+        return gated_read(normed, None, own=gate, eps=0.0).squeeze(2), state
 
     def _scan(
         self, rate: Tensor, drive: Tensor, layout: SequenceLayout, state: Tensor | None

@@ -12,9 +12,9 @@ from helmholtz.ops._compute import compute_dtype
 def gated_read(
     mixed: Float[Tensor, "B T H N V"],
     beta: Float[Tensor, "H V"] | None,
-    inner: Float[Tensor, "B T H V"] | None = None,
-    outer: Float[Tensor, "B T H V"] | None = None,
-    own: Float[Tensor, "B T H V"] | None = None,
+    inner: Float[Tensor, "B T *HV"] | None = None,
+    outer: Float[Tensor, "B T *HV"] | None = None,
+    own: Float[Tensor, "B T *HV"] | None = None,
     *,
     eps: float = 1e-6,
 ) -> Float[Tensor, "B T H V"]:
@@ -27,7 +27,7 @@ def gated_read(
     A row that saw nothing (average 0 of a positive signal) reads 0 with gradient 0: its logarithm is never taken.
 
     Args:
-        mixed: averages of the two signals.
+        mixed: averages of the two signals. Gates are ``B T H V``, or ``B T (H V)`` as a projection makes them.
         beta: None reads the mean, the only signal then.
         inner: gate logits; None reads ``F`` itself.
         outer: gate pre-activations; None leaves the read unscaled. The gate is positive, with mean square 1 per head.
@@ -42,9 +42,13 @@ def gated_read(
     dtypes = {x.dtype for x in gates if x is not None}
     stored = torch.bfloat16 if dtypes == {torch.bfloat16} and wide == torch.float32 else wide
     signals, rates = mixed.to(wide), None if beta is None else beta.to(wide)
-    of, stored = (torch.ops.helmholtz.gated_read, stored) if kernels.usable(signals) else (_plain, wide)
-    inner, outer, own = (None if x is None else x.to(stored) for x in gates)
-    read: Tensor = of(signals, rates, inner, outer, own, eps)
+    if kernels.usable(signals):
+        inner, outer, own = (None if x is None else x.to(stored) for x in gates)
+        read: Tensor = torch.ops.helmholtz.gated_read(signals, rates, inner, outer, own, eps)
+    else:
+        heads = (*mixed.shape[:3], mixed.shape[4])
+        inner, outer, own = (None if x is None else x.to(wide).reshape(heads) for x in gates)
+        read = _plain(signals, rates, inner, outer, own, eps)
     return read.to(next(iter(dtypes), mixed.dtype))
 
 

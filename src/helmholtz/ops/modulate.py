@@ -22,8 +22,9 @@ def modulated_split(
     Cost: one pass over memory forward and one backward, where joining the gradients of the parts would be another.
     Source: Lu & Yang 2026, local conditioning. Reference: ``helmholtz.reference.modulated_split``.
     """
-    dtype = torch.promote_types(joint.dtype, scale.dtype)
-    joint, scale = joint.to(dtype), scale.to(dtype)
+    if joint.dtype != scale.dtype:
+        dtype = torch.promote_types(joint.dtype, scale.dtype)
+        joint, scale = joint.to(dtype), scale.to(dtype)
     if kernels.usable(joint, scale):
         parts: Sequence[Tensor] = torch.ops.helmholtz.modulate(joint, scale, widths)
         return parts

@@ -67,7 +67,7 @@ def first_order_scan(
         return h.to(x.dtype), h[:, 0]
     inputs = decay.to(compute), x.to(compute), state.to(compute)
     if kernels.usable(*inputs):
-        h, last = torch.ops.helmholtz.scan(*inputs)
+        h, last = torch.ops.helmholtz.scan(*inputs, False)
         return h.to(x.dtype), last
     h = recomputed(doubling_scan, *inputs)
     return h.to(x.dtype), h[:, -1]
@@ -99,10 +99,19 @@ def leaky_scan(
     if mask is not None:
         rate, x = rate.masked_fill(~mask.unsqueeze(-1), -torch.inf), x.masked_fill(~mask.unsqueeze(-1), 0)
     compute = compute_dtype(rate, x, state)
-    rate = rate.to(compute)  # a decay near 1 is not near 1 in bf16
-    if kernels.usable(rate, x, state) or x.shape[1] < 2:
-        return first_order_scan(torch.sigmoid(-rate), x, state=state, reset=reset)
     start = x.new_zeros((x.shape[0], x.shape[2]), dtype=compute) if state is None else state.to(compute)
+    if x.shape[1] == 0:
+        return x, start
+    if kernels.usable(rate, x, start):
+        halves = rate.dtype == x.dtype == torch.bfloat16 and compute == torch.float32
+        inputs = (rate, x) if halves else (rate.to(compute), x.to(compute))
+        if reset is not None:
+            inputs = inputs[0].masked_fill(reset.unsqueeze(-1), torch.inf), inputs[1]
+        h, last = torch.ops.helmholtz.scan(*inputs, start, True)
+        return h.to(x.dtype), last
+    rate = rate.to(compute)  # a decay near 1 is not near 1 in bf16
+    if x.shape[1] == 1:
+        return first_order_scan(torch.sigmoid(-rate), x, state=start, reset=reset)
     log_decay = F.logsigmoid(-rate)
     if reset is not None:
         log_decay = log_decay.masked_fill(reset.unsqueeze(-1), -torch.inf)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig
 from helmholtz.layers.sequence import SequenceLayout
+from helmholtz.ops._step import takes_steps
 from helmholtz.ops.free_energy import tilt_values
 
 Features = Mapping[str, Float[Tensor, "B T W"]]
@@ -74,6 +75,11 @@ class AbstractPrior(nn.Module, abc.ABC):
     def output_gate(self, features: Features, layout: SequenceLayout) -> Float[Tensor, "B T C"] | None:
         """Pre-activations of a factor on the read, after the logarithm; None where the prior has none."""
         return None
+
+
+def is_step(x: Float[Tensor, "B T C"], tilt: Tilt, layout: SequenceLayout, state: Tensor) -> bool:
+    """Whether a kernel of ``ops._step`` takes this call: one real token, signals that the kernel can make itself."""
+    return type(tilt) is Tilt and layout.mask is None and takes_steps(x, state)
 
 
 def split_heads(x: Float[Tensor, "B T W"], heads: int) -> Float[Tensor, "B H T K"]:

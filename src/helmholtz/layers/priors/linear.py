@@ -6,9 +6,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig
-from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, split_heads
+from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, is_step, split_heads
 from helmholtz.layers.sequence import SequenceLayout, reversed_reset
 from helmholtz.ops._compute import compute_dtype
+from helmholtz.ops._step import linear_step
 from helmholtz.ops.linear_attention import linear_attention, linear_average
 from helmholtz.ops.rope import rotate
 
@@ -44,6 +45,19 @@ class LinearPrior(AbstractPrior):
         key_layout: SequenceLayout,
         state: Float[Tensor, "B H K C"] | None,
     ) -> tuple[Float[Tensor, "B H T N V"], Float[Tensor, "B H K C"]]:
+        if state is not None and self.backend != "fla" and is_step(features["q"], tilt, layout, state):
+            return linear_step(
+                features["q"],
+                features["k"],
+                values,
+                features.get("decay"),
+                tilt.beta,
+                layout.rotation(self.d_head, self.rope_theta) if self.rope_theta else (None, None),
+                state,
+                eps=self.eps,
+                cap=tilt.cap,
+                temperature=DECAY_TEMPERATURE,
+            )
         q, k = (self._feature_map(features[name], layout) for name in ("q", "k"))
         decay = self._log_decay(features)
         if layout.mask is not None:

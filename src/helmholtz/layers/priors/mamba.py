@@ -6,9 +6,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig
-from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt
+from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, is_step
 from helmholtz.layers.sequence import SequenceLayout, reversed_reset
 from helmholtz.ops._compute import compute_dtype
+from helmholtz.ops._step import selective_step
 from helmholtz.ops.selective_scan import selective_average, selective_scan
 
 
@@ -45,6 +46,19 @@ class MambaPrior(AbstractPrior):
         key_layout: SequenceLayout,
         state: Float[Tensor, "B N1 C R"] | None,
     ) -> tuple[Float[Tensor, "B H T N V"], Float[Tensor, "B N1 C R"]]:
+        if state is not None and self.normalize and is_step(features["delta"], tilt, layout, state):
+            return selective_step(
+                values,
+                features["delta"],
+                features["b"],
+                features["c"],
+                self.A_raw,
+                self.D_raw,
+                tilt.beta,
+                state,
+                eps=self.eps,
+                cap=tilt.cap,
+            )
         wide = compute_dtype(values)
         u = tilt(values).permute(0, 2, 3, 1, 4)
         delta = torch.sigmoid(-features["delta"].to(wide))

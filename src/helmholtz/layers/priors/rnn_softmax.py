@@ -5,9 +5,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig
-from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, split_heads
+from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, is_step, split_heads
 from helmholtz.layers.sequence import SequenceLayout
 from helmholtz.ops._compute import compute_dtype
+from helmholtz.ops._step import rnn_softmax_step, rope_step, takes_steps
 from helmholtz.ops.rnn_softmax import RNNSoftmaxState, rnn_softmax
 from helmholtz.ops.rope import rotate
 
@@ -38,6 +39,9 @@ class RNNSoftmaxPrior(AbstractPrior):
         key_layout: SequenceLayout,
         state: RNNSoftmaxState | None,
     ) -> tuple[Float[Tensor, "B H T N V"], RNNSoftmaxState | None]:
+        if state is not None and is_step(features["k"], tilt, layout, state.sums):
+            rotation = layout.rotation(self.d_head, self.rope_theta) if self.rope_theta else (None, None)
+            return rnn_softmax_step(features["k"], values, tilt.beta, rotation, state, cap=tilt.cap)
         k = self._rotated(features["k"], layout)
         if layout.mask is not None:
             k = k.masked_fill(~layout.mask.unsqueeze(-1), -torch.inf)
@@ -61,8 +65,10 @@ class RNNSoftmaxPrior(AbstractPrior):
     def _rotated(self, x: Tensor, layout: SequenceLayout) -> Tensor:
         if not self.rope_theta:
             return x
-        heads = split_heads(x, self.n_heads)
-        turned = rotate(heads, *layout.rotation(self.d_head, self.rope_theta))
+        cos, sin = layout.rotation(self.d_head, self.rope_theta)
+        if takes_steps(x, cos):
+            return rope_step([x], cos, sin)[0].view_as(x)
+        turned = rotate(split_heads(x, self.n_heads), cos, sin)
         return turned.transpose(1, 2).flatten(-2)
 
     def init_state(self, position: Int[Tensor, "B"]) -> None:

@@ -8,6 +8,7 @@ from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, split_he
 from helmholtz.layers.sequence import SequenceLayout
 from helmholtz.layers.state import KVCache
 from helmholtz.ops._compute import compute_dtype, full_precision
+from helmholtz.ops._step import rope_step, takes_steps
 from helmholtz.ops.attention import softmax_attention
 from helmholtz.ops.free_energy import softmax_read
 from helmholtz.ops.rope import rotate
@@ -38,10 +39,7 @@ class SoftmaxPrior(AbstractPrior):
         key_layout: SequenceLayout,
         state: KVCache | None,
     ) -> tuple[Float[Tensor, "B H T N V"], KVCache | None]:
-        q, k = split_heads(features["q"], self.n_heads), split_heads(features["k"], self.n_kv_heads)
-        if self.rope_theta:
-            q = rotate(q, *layout.rotation(q.shape[-1], self.rope_theta))
-            k = rotate(k, *key_layout.rotation(k.shape[-1], self.rope_theta))
+        q, k = self._rotated(features["q"], features["k"], layout, key_layout)
         mask = key_layout.mask
         if state is not None:
             state = state.append(k, values, mask, capacity=key_layout.capacity)
@@ -71,6 +69,20 @@ class SoftmaxPrior(AbstractPrior):
                 backend=self.backend,
             )
         return averages.unflatten(-1, signals.shape[-2:]).to(compute_dtype(q)), state
+
+    def _rotated(
+        self, q: Tensor, k: Tensor, layout: SequenceLayout, key_layout: SequenceLayout
+    ) -> tuple[Float[Tensor, "B H T K"], Float[Tensor, "B G S K"]]:
+        if self.rope_theta and layout is key_layout:
+            cos, sin = layout.rotation(self.d_head, self.rope_theta)
+            if q.dtype == k.dtype and takes_steps(q, cos):
+                q, k = rope_step([q, k], cos, sin)
+                return q, k
+        q, k = split_heads(q, self.n_heads), split_heads(k, self.n_kv_heads)
+        if self.rope_theta:
+            q = rotate(q, *layout.rotation(self.d_head, self.rope_theta))
+            k = rotate(k, *key_layout.rotation(self.d_head, self.rope_theta))
+        return q, k
 
     def init_state(self, position: Int[Tensor, "B"]) -> KVCache:
         return KVCache.empty(position, self.n_kv_heads, self.d_head, self.d_head_v)
