@@ -69,7 +69,8 @@ def test_every_benchmark_is_a_part_of_all(monkeypatch):
 @pytest.mark.skipif(not kernels.LOADED, reason="the kernels are not built")
 def test_every_kernel_is_measured(monkeypatch):
     found = load(monkeypatch, ROOT / "benchmarks" / "ops" / "kernels.py")
-    assert {name for case in found.CASES.values() for name in found.called(case)} == set(kernels.NAMES)
+    measured = {name for case in found.CASES.values() for name in found.called(case)}
+    assert measured == set(kernels.NAMES) - found.STEPS
 
 
 def test_tables_are_made_of_the_committed_results(monkeypatch):
