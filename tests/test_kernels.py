@@ -60,6 +60,28 @@ def test_a_build_that_fails_shows_the_last_lines_and_leaves_nothing(cache, tmp_p
     assert not list(cache.iterdir())
 
 
+@pytest.mark.parametrize("flag", ["-c", "-shared"])
+def test_every_compiler_and_the_linker_must_succeed(cache, tmp_path, monkeypatch, capsys, flag):
+    part = "case $x in *attention.cpp) exit 4;; esac" if flag == "-c" else f"[ $x != {flag} ] || exit 4"
+    monkeypatch.setenv("CXX", compiler_that(tmp_path, f'for x in "$@"; do {part}; done; echo > "$x"'))
+    assert main(["kernels", "build"]) == 2
+    assert "failed (4)" in capsys.readouterr().err
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.slow
+def test_no_two_kernels_define_one_name(tmp_path):
+    """Of two functions alike, in files that are compiled apart, a linker takes one without a word."""
+    compiler = building.compiler()
+    if compiler is None:
+        pytest.skip("there is no compiler")
+    file = tmp_path / "all.cpp"
+    file.write_text("".join(f'#include "{header}"\n' for header in sorted(building.SOURCES.glob("*.h"))))
+    command = [*compiler, *building._options(), *building._headers(), "-fsyntax-only", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+
+
 def test_what_cannot_be_loaded_is_not_kept(cache, tmp_path, monkeypatch, capsys):
     """It would end every process at its start."""
     monkeypatch.setenv("CXX", compiler_that(tmp_path, 'while [ "$1" != -o ]; do shift; done; echo half > $2'))

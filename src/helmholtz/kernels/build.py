@@ -8,12 +8,13 @@ import struct
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 SOURCES = Path(__file__).parents[1] / "csrc"
-FLAGS = ["-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 OPTIONS = {"AVX512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "AVX2": ["-march=x86-64-v3"]}
 """Of the compiler, by torch's name of what the processor can do."""
 LAST_LINES = 12
@@ -124,10 +125,23 @@ def build() -> Path:
         raise OSError(f"{error}; {CACHE} names another folder for the kernels") from error
     with folder:
         made = Path(folder.name) / file.name
-        _run(command[0], [*command, *_options(), str(SOURCES / "kernels.cpp"), *_torch(), "-o", str(made)])
+        _compile([*command, *_options()], made)
         _run("loading what was built", [sys.executable, "-c", TRIAL, str(made)])
         made.replace(file)
     return file
+
+
+def _compile(command: list[str], made: Path) -> None:
+    """Each group of kernels by a compiler of its own, side by side, then one library of all."""
+
+    def compiled(source: Path) -> str:
+        part = str(made.with_name(f"{source.stem}.o"))
+        _run(command[0], [*command, *_headers(), "-c", str(source), "-o", part])
+        return part
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = list(pool.map(compiled, sorted(SOURCES.glob("*.cpp"))))
+    _run(command[0], [*command, "-shared", *parts, *_libraries(), "-o", str(made)])
 
 
 def _run(what: str, command: list[str]) -> None:
@@ -140,12 +154,13 @@ def _options() -> list[str]:
     return [*FLAGS, *OPTIONS.get(torch.backends.cpu.get_cpu_capability(), [])]
 
 
-def _torch() -> list[str]:
-    """Headers and libraries of the torch that is installed, with its own OpenMP: one pool of threads."""
-    root = Path(torch.__file__).parent
-    headers, libraries = root / "include", root / "lib"
-    threads = [str(file) for file in sorted(libraries.glob("libgomp*.so*"))[:1]]
-    return [
-        "-isystem", str(headers), "-isystem", str(headers / "torch/csrc/api/include"),
-        f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10", *threads,
-    ]  # fmt: skip
+def _headers() -> list[str]:
+    root = Path(torch.__file__).parent / "include"
+    return ["-isystem", str(root), "-isystem", str(root / "torch/csrc/api/include")]
+
+
+def _libraries() -> list[str]:
+    """Of the torch that is installed, with its own OpenMP: one pool of threads."""
+    folder = Path(torch.__file__).parent / "lib"
+    threads = [str(file) for file in sorted(folder.glob("libgomp*.so*"))[:1]]
+    return [f"-L{folder}", "-ltorch", "-ltorch_cpu", "-lc10", *threads]

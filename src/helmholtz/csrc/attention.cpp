@@ -1,0 +1,15 @@
+// Reads of all earlier tokens, and positions.
+#include "kernel.h"
+#include "linear_attention.h"
+#include "rope.h"
+#include "rope_table.h"
+#include "softmax_read.h"
+
+namespace helmholtz {
+
+KERNEL(linear_attention)
+KERNEL(rope)
+KERNEL_OF_CONSTANTS(rope_table)
+KERNEL(softmax_read)
+
+}  // namespace helmholtz

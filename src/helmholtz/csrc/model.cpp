@@ -1,0 +1,17 @@
+// What a model has beside its mixers.
+#include "code_lookup.h"
+#include "cross_entropy.h"
+#include "kernel.h"
+#include "rms_norm.h"
+#include "sample.h"
+#include "swiglu.h"
+
+namespace helmholtz {
+
+KERNEL(code_lookup)
+KERNEL(cross_entropy)
+KERNEL(rms_norm)
+KERNEL_OF_CONSTANTS(sample)
+KERNEL(swiglu)
+
+}  // namespace helmholtz
