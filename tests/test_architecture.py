@@ -20,7 +20,7 @@ WITHOUT_REFERENCE = {
     "sample_bits": "random; its test counts what it draws",
     "cross_entropy": "torch's own loss with a mask; its test states the formula",
     "recurrent_linear_attention": "the twin of linear_attention, held to the reference of that name",
-    "doubling_scan": "the plain form of first_order_scan, held to the reference of that name",
+    "plain_scan": "the plain form of first_order_scan, held to the reference of that name",
     "rope_table": "the angles of rope",
     "rotate": "rope with its angles given",
     "turn": "the product inside rope, held to its reference",

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -30,7 +31,7 @@ def tilt_values(
         signals: Tensor = torch.ops.helmholtz.tilt(heads_last, rates, cap, signals_first)
     else:
         heads_last = heads_last.to(wide)
-        signals = torch.stack([heads_last, (rates * heads_last).clamp(-cap, cap).exp()], dim=-2)
+        signals = torch.stack([heads_last, F.hardtanh(rates * heads_last, -cap, cap).exp()], dim=-2)
     return signals.transpose(1, 2)
 
 

@@ -60,15 +60,14 @@ def _plain(
     own: Tensor | None,
     eps: float,
 ) -> Tensor:
-    mean = read = mixed[..., 0, :]
+    mean, *rest = mixed.unbind(-2)
+    read = mean
     if beta is not None:
-        partition = mixed[..., 1, :]
-        nothing = partition.amax(-1, keepdim=True) <= 0
-        free = partition.masked_fill(nothing, 1).log() / beta
+        free = F.threshold(rest[0], 0, 1).log() / beta
         read = free if inner is None else torch.lerp(mean, free, inner.sigmoid())
     if outer is not None:
         read = read * outer_gate(outer, eps=eps)
-    return read if own is None else read * F.rms_norm(_softplus(own) + eps, own.shape[-1:])
+    return read if own is None else read * F.rms_norm(_softplus(own) + eps if eps else _softplus(own), own.shape[-1:])
 
 
 def _softplus(x: Tensor) -> Tensor:
@@ -77,4 +76,5 @@ def _softplus(x: Tensor) -> Tensor:
 
 def outer_gate(x: Float[Tensor, "*batch V"], *, eps: float = 1e-6) -> Float[Tensor, "*batch V"]:
     """``u / rms(u)`` along the last dimension, ``u = softplus(x) + eps``: positive, with mean square 1."""
-    return F.normalize(_softplus(x) + eps, dim=-1) * x.shape[-1] ** 0.5
+    u = _softplus(x) + eps
+    return u * u.square().mean(-1, keepdim=True) ** -0.5

@@ -28,4 +28,4 @@ def modulated_split(
     if kernels.usable(joint, scale):
         parts: Sequence[Tensor] = torch.ops.helmholtz.modulate(joint, scale, widths)
         return parts
-    return torch.addcmul(joint, joint, scale).split(list(widths), dim=-1)
+    return (joint * (1 + scale)).split(list(widths), dim=-1)

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from helmholtz import kernels
 from helmholtz.ops._compute import compute_dtype
-from helmholtz.ops._recompute import recomputed
-from helmholtz.ops.scan import doubling_scan
+from helmholtz.ops.scan import plain_scan
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +52,15 @@ def _plain(
         decay = (before - top).exp()
         if reset is not None:
             decay = decay.masked_fill(reset.unsqueeze(-1), 0)
-    averaged, last = recomputed(_averages, k, signals, top, decay, sums)
+    averaged, last = _averages(k, signals, top, decay, sums)
     return averaged, last, top
 
 
 def _averages(k: Tensor, signals: Tensor, top: Tensor, decay: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     weight = (k - top).exp().unsqueeze(2)
-    sums = doubling_scan(decay.unsqueeze(2), torch.cat([weight * signals, weight], dim=2), start)
+    sums = plain_scan(decay, torch.cat([weight * signals, weight], dim=2), start)
     signal, total = sums[:, :, :-1], sums[:, :, -1:]
-    nothing = total <= 0
-    return (signal / total.masked_fill(nothing, 1)).masked_fill(nothing, 0), sums[:, -1]
+    return signal / F.threshold(total, 0, 1), sums[:, -1]  # without any weight the signals are 0
 
 
 def rnn_softmax(

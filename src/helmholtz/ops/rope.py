@@ -26,10 +26,9 @@ def rope_table(
     if kernels.usable(positions):
         table: tuple[Tensor, Tensor] = torch.ops.helmholtz.rope_table(positions, width, theta)
         return table
-    exponent = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
-    angles = positions.unsqueeze(-1).to(torch.float32) * theta**-exponent
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+    rates = theta ** (torch.arange(0, -width, -2, device=positions.device, dtype=torch.float32) / width)
+    angles = positions.unsqueeze(-1) * torch.cat([-rates, rates])
+    return angles.cos(), angles.sin()
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
@@ -50,7 +49,9 @@ def rotate(
         wide = compute_dtype(x)
         turned, *_ = torch.ops.helmholtz.rope(x.transpose(1, 2), cos.to(wide), sin.to(wide), x.shape[1], 0)
         return turned
-    return _rotated(x, cos.unsqueeze(-3), sin.unsqueeze(-3))
+    if cos.ndim > 2:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return _rotated(x, cos, sin)
 
 
 def _check_table(cos: Tensor, x: Tensor) -> None:

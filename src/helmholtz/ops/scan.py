@@ -6,29 +6,43 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from helmholtz import kernels
-from helmholtz.ops._chunks import decays_between
 from helmholtz.ops._compute import compute_dtype
-from helmholtz.ops._recompute import recomputed
 
 
-def doubling_scan(decay: Tensor, x: Tensor, state: Tensor) -> Tensor:
-    """``h_t = a_t h_{t-1} + x_t`` along dimension 1 from ``state``, in log2 T sweeps: after each a step has heard of
-    twice as many. ``decay`` broadcasts against ``x`` after the time dimension.
+CHUNK, SHORT = 32, 64
+"""Steps of a chunk, and of a sequence that is not cut into chunks."""
 
-    Source: Hillis & Steele, "Data Parallel Algorithms", 1986.
+
+def plain_scan(decay: Tensor, x: Tensor, state: Tensor) -> Tensor:
+    """``h_t = a_t h_{t-1} + x_t`` of S signals that share their decays: ``B T C``, ``B T S C`` and ``B S C``.
+
+    The recurrence is a triangular system with ones on its diagonal and the decays below it: solving one subtracts
+    nothing and divides by nothing.
     """
-    first = torch.addcmul(x[:, :1], decay[:, :1], state.unsqueeze(1))
-    h, span = torch.cat([first, x[:, 1:]], dim=1), 1
-    while span < x.shape[1]:
-        h = torch.addcmul(h, decay, _later(h, span))
-        decay = decay * _later(decay, span)
-        span *= 2
-    return h
+    h = _chunked(decay.mT, x.permute(0, 3, 1, 2), state.mT)  # channels before time
+    return h.permute(0, 2, 3, 1)
 
 
-def _later(x: Tensor, steps: int) -> Tensor:
-    """``x`` that many steps later, 0 before."""
-    return F.pad(x[:, :-steps], (0, 0) * (x.ndim - 2) + (steps, 0))
+def _chunked(decay: Tensor, x: Tensor, state: Tensor) -> Tensor:
+    """The same of ``... T``, ``... T S`` and ``... S``: chunks from 0, then their ends as a sequence of its own."""
+    steps = x.shape[-2]
+    if steps <= SHORT:
+        return _solved(decay, torch.cat([state.unsqueeze(-2), x], dim=-2))[..., 1:, :]
+    if steps % CHUNK:
+        decay, x = F.pad(decay, (0, -steps % CHUNK)), F.pad(x, (0, 0, 0, -steps % CHUNK))
+    decay, x = decay.unflatten(-1, (-1, CHUNK)), x.unflatten(-2, (-1, CHUNK))
+    unit = torch.eye(CHUNK + 1, 1, dtype=x.dtype, device=x.device).expand(*x.shape[:-2], -1, -1)
+    solved = _solved(decay, torch.cat([F.pad(x, (0, 0, 1, 0)), unit], dim=-1))[..., 1:, :]
+    within, since = solved.split([x.shape[-1], 1], dim=-1)
+    ends = _chunked(since[..., -1, 0], within[..., -1, :], state)
+    starts = torch.cat([state.unsqueeze(-2), ends[..., :-1, :]], dim=-2)
+    return torch.addcmul(within, since, starts.unsqueeze(-2)).flatten(-3, -2)[..., :steps, :]
+
+
+def _solved(decay: Tensor, x: Tensor) -> Tensor:
+    """``x`` has one step more, the first, than there are decays."""
+    system = torch.diag_embed(-decay, offset=-1)
+    return torch.linalg.solve_triangular(system, x, upper=False, unitriangular=True)
 
 
 def first_order_scan(
@@ -53,7 +67,8 @@ def first_order_scan(
         an underflowing product is a forgotten past, not an error.
 
     Cost:
-        Time and memory ``O(B T C)``; the plain form makes ``log2 T`` sweeps, and makes them again in backward.
+        Time and memory ``O(B T C)``, of the plain form times 32; its number of operations grows with the logarithm
+        of ``T`` to that base alone.
     """
     compute = compute_dtype(decay, x, state)
     if state is None:
@@ -69,11 +84,9 @@ def first_order_scan(
     if kernels.usable(*inputs):
         h, last = torch.ops.helmholtz.scan(*inputs, False)
         return h.to(x.dtype), last
-    h = recomputed(doubling_scan, *inputs)
+    decay, x_wide, state = inputs
+    h = plain_scan(decay, x_wide.unsqueeze(2), state.unsqueeze(1)).squeeze(2)
     return h.to(x.dtype), h[:, -1]
-
-
-CHUNK = 64
 
 
 def leaky_scan(
@@ -84,16 +97,14 @@ def leaky_scan(
     mask: Bool[Tensor, "B T"] | None = None,
     reset: Bool[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "B C"]]:
-    r"""Solve :math:`h_t = \sigma(-r_t)\, h_{t-1} + x_t` for all :math:`t`: ``first_order_scan`` with decays that are
-    known by their logarithms, :math:`\log \sigma(-r) = -\mathrm{softplus}(r)`.
+    r"""Solve :math:`h_t = \sigma(-r_t)\, h_{t-1} + x_t` for all :math:`t`: ``first_order_scan`` with the decays
+    of the conditioning.
 
     Args:
         mask: where False, the state stays as it was.
         reset: where True, :math:`h_{t-1}` counts as 0.
 
-    Returns, accuracy: as ``first_order_scan``. Log decays are only added, never subtracted.
-    Cost: the plain form takes ``O(B T C chunk)`` time and memory, and computes again in backward; its number of
-        operations grows with the logarithm of ``T`` to the base of the chunk alone.
+    Returns, accuracy, cost: as ``first_order_scan``; decays are made in the compute dtype.
     Reference: ``helmholtz.reference.leaky_scan``.
     """
     if mask is not None:
@@ -110,25 +121,4 @@ def leaky_scan(
         h, last = torch.ops.helmholtz.scan(*inputs, start, True)
         return h.to(x.dtype), last
     rate = rate.to(compute)  # a decay near 1 is not near 1 in bf16
-    if x.shape[1] == 1:
-        return first_order_scan(torch.sigmoid(-rate), x, state=start, reset=reset)
-    log_decay = F.logsigmoid(-rate)
-    if reset is not None:
-        log_decay = log_decay.masked_fill(reset.unsqueeze(-1), -torch.inf)
-    h = recomputed(_chunked_scan, log_decay, x.to(compute), start)
-    return h.to(x.dtype), h[:, -1]
-
-
-def _chunked_scan(log_decay: Tensor, x: Tensor, start: Tensor) -> Tensor:
-    """``h`` of all steps: products with the decays between the steps of a chunk, and the same scan over chunks."""
-    steps = x.shape[1]
-    length = min(CHUNK, steps)
-    pad = (0, 0, 0, -steps % length)
-    log_decay, x = (F.pad(y, pad).unflatten(1, (-1, length)).mT for y in (log_decay, x))  # B n C L
-    within = (decays_between(log_decay) * x.unsqueeze(-2)).sum(-1)
-    since = log_decay.cumsum(-1)
-    starts = start.unsqueeze(1)
-    if steps > length:
-        ends = _chunked_scan(since[..., -1], within[..., -1], start)
-        starts = torch.cat([starts, ends[:, :-1]], dim=1)
-    return torch.addcmul(within, since.exp(), starts.unsqueeze(-1)).mT.flatten(1, 2)[:, :steps]
+    return first_order_scan(torch.sigmoid(-rate), x, state=start, reset=reset)
