@@ -1,4 +1,5 @@
-"""How many operations a forward and backward pass of a mixer is: as many for any batch, and no more than so many."""
+"""How many operations a forward and backward pass of a mixer is: as many for any batch, and no more than so many.
+Counted is all that torch dispatches below autograd, views and allocations as well."""
 
 import sys
 from pathlib import Path
@@ -9,8 +10,8 @@ import torch
 from helmholtz import kernels
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-WITH_KERNELS = 120
-PLAIN = {"softmax": 350, "linear": 410, "gla": 480, "rnn_softmax": 530, "mamba": 1950}
+WITH_KERNELS = 172
+PLAIN = {"softmax": 405, "linear": 470, "gla": 580, "rnn_softmax": 515, "mamba": 3400}
 """The first-order scan of the conditioning is in each of them; Mamba walks over the places of a chunk."""
 
 
@@ -32,5 +33,7 @@ def test_operations_of_a_mixer(operations, prior, form):
     torch.manual_seed(0)
     layer = operations.mixer(prior)
     with operations.FORMS[form]():
-        one, three = (operations.counted(layer, batch, 256).computing.total() for batch in (1, 3))
-    assert one == three <= (WITH_KERNELS if form == "kernels" else PLAIN[prior])
+        two, three = (
+            operations.counted(layer, batch, 256).all.total() for batch in (2, 3)
+        )  # 1 is never copied
+    assert two == three <= (WITH_KERNELS if form == "kernels" else PLAIN[prior])

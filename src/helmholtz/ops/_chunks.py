@@ -7,6 +7,10 @@ from torch import Tensor
 from helmholtz import kernels
 from helmholtz.ops._compute import full_precision
 from helmholtz.ops._recompute import recomputed
+from helmholtz.ops.scan import states
+
+CHANNEL_CHUNK = 8
+"""Chunks whose states are carried at once where each channel has decays of its own."""
 
 # Shapes: n chunks of L steps, a power of two; heads of q and k broadcast. `since_i` is what decays from a span's start
 # up to i, `until_j` what decays after j up to its end. Log decays are only added and factors only multiplied: no
@@ -77,6 +81,7 @@ def _channel_scores(q: Tensor, k: Tensor, log_decay: Tensor, strict: bool) -> tu
     """
     q, k, since = (x.unsqueeze(-2) for x in (q, k, log_decay.exp()))  # blocks of one step
     until, scores = torch.ones_like(since), (q * k).sum(-1, keepdim=True) * (not strict)
+    scores = scores.expand(*since.shape[:-1], 1)
     while q.shape[-3] > 1:
         (_, q_right), (k_left, _) = _halves(q), _halves(k)
         (left_since, right_since), (left_until, right_until) = _halves(since), _halves(until)
@@ -102,8 +107,8 @@ def _carry(added: Tensor, decay: Tensor | None, state: Tensor) -> tuple[Tensor, 
     if decay is None:
         ends = added.cumsum(2) + state.unsqueeze(2)
         return torch.cat([state.unsqueeze(2), ends[:, :, :-1]], 2), ends[:, :, -1]
-    starts = []
-    for a, new in zip(decay.unbind(2), added.unbind(2), strict=True):
-        starts.append(state)
-        state = torch.addcmul(new, a, state)
-    return torch.stack(starts, 2), state
+    if decay.shape[3] == 1:  # of all of the state
+        ends = states(decay.flatten(2), added.flatten(3), state.flatten(2)).unflatten(3, state.shape[2:])
+    else:
+        ends = states(decay.squeeze(4).mT, added.transpose(2, 3), state, CHANNEL_CHUNK).transpose(2, 3)
+    return ends[:, :, :-1], ends[:, :, -1]

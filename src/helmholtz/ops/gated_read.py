@@ -67,7 +67,7 @@ def _plain(
         read = free if inner is None else torch.lerp(mean, free, inner.sigmoid())
     if outer is not None:
         read = read * outer_gate(outer, eps=eps)
-    return read if own is None else read * F.rms_norm(_softplus(own) + eps if eps else _softplus(own), own.shape[-1:])
+    return read if own is None else read * F.rms_norm(_softplus(own) + eps, own.shape[-1:])
 
 
 def _softplus(x: Tensor) -> Tensor:

@@ -27,8 +27,9 @@ def rope_table(
         table: tuple[Tensor, Tensor] = torch.ops.helmholtz.rope_table(positions, width, theta)
         return table
     rates = theta ** (torch.arange(0, -width, -2, device=positions.device, dtype=torch.float32) / width)
-    angles = positions.unsqueeze(-1) * torch.cat([-rates, rates])
-    return angles.cos(), angles.sin()
+    angles = positions.unsqueeze(-1) * rates
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:

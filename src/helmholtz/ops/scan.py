@@ -8,9 +8,8 @@ from torch import Tensor
 from helmholtz import kernels
 from helmholtz.ops._compute import compute_dtype
 
-
-CHUNK, SHORT = 32, 64
-"""Steps of a chunk, and of a sequence that is not cut into chunks."""
+CHUNK = 32
+"""Steps of a chunk; twice as many are not cut into chunks."""
 
 
 def plain_scan(decay: Tensor, x: Tensor, state: Tensor) -> Tensor:
@@ -19,24 +18,25 @@ def plain_scan(decay: Tensor, x: Tensor, state: Tensor) -> Tensor:
     The recurrence is a triangular system with ones on its diagonal and the decays below it: solving one subtracts
     nothing and divides by nothing.
     """
-    h = _chunked(decay.mT, x.permute(0, 3, 1, 2), state.mT)  # channels before time
-    return h.permute(0, 2, 3, 1)
+    h = states(decay.mT, x.permute(0, 3, 1, 2), state.mT)  # channels before time
+    return h[..., 1:, :].permute(0, 2, 3, 1)
 
 
-def _chunked(decay: Tensor, x: Tensor, state: Tensor) -> Tensor:
-    """The same of ``... T``, ``... T S`` and ``... S``: chunks from 0, then their ends as a sequence of its own."""
+def states(decay: Tensor, x: Tensor, state: Tensor, chunk: int = CHUNK) -> Tensor:
+    """``state`` and what it is after each step, of ``... T``, ``... T S`` and ``... S``: chunks from 0, then their ends
+    as a sequence of its own."""
     steps = x.shape[-2]
-    if steps <= SHORT:
-        return _solved(decay, torch.cat([state.unsqueeze(-2), x], dim=-2))[..., 1:, :]
-    if steps % CHUNK:
-        decay, x = F.pad(decay, (0, -steps % CHUNK)), F.pad(x, (0, 0, 0, -steps % CHUNK))
-    decay, x = decay.unflatten(-1, (-1, CHUNK)), x.unflatten(-2, (-1, CHUNK))
-    unit = torch.eye(CHUNK + 1, 1, dtype=x.dtype, device=x.device).expand(*x.shape[:-2], -1, -1)
+    if steps <= 2 * chunk:
+        return _solved(decay, torch.cat([state.unsqueeze(-2), x], dim=-2))
+    if steps % chunk:
+        decay, x = F.pad(decay, (0, -steps % chunk)), F.pad(x, (0, 0, 0, -steps % chunk))
+    decay, x = decay.unflatten(-1, (-1, chunk)), x.unflatten(-2, (-1, chunk))
+    unit = torch.eye(chunk + 1, 1, dtype=x.dtype, device=x.device).expand(*x.shape[:-2], -1, -1)
     solved = _solved(decay, torch.cat([F.pad(x, (0, 0, 1, 0)), unit], dim=-1))[..., 1:, :]
     within, since = solved.split([x.shape[-1], 1], dim=-1)
-    ends = _chunked(since[..., -1, 0], within[..., -1, :], state)
-    starts = torch.cat([state.unsqueeze(-2), ends[..., :-1, :]], dim=-2)
-    return torch.addcmul(within, since, starts.unsqueeze(-2)).flatten(-3, -2)[..., :steps, :]
+    starts = states(since[..., -1, 0], within[..., -1, :], state, chunk)[..., :-1, :]
+    h = torch.addcmul(within, since, starts.unsqueeze(-2)).flatten(-3, -2)
+    return torch.cat([state.unsqueeze(-2), h[..., :steps, :]], dim=-2)
 
 
 def _solved(decay: Tensor, x: Tensor) -> Tensor:
