@@ -21,6 +21,7 @@ WITHOUT_REFERENCE = {
     "cross_entropy": "torch's own loss with a mask; its test states the formula",
     "recurrent_linear_attention": "the twin of linear_attention, held to the reference of that name",
     "plain_scan": "the plain form of first_order_scan, held to the reference of that name",
+    "states": "what plain_scan is made of",
     "rope_table": "the angles of rope",
     "rotate": "rope with its angles given",
     "turn": "the product inside rope, held to its reference",

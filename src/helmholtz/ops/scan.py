@@ -8,8 +8,8 @@ from torch import Tensor
 from helmholtz import kernels
 from helmholtz.ops._compute import compute_dtype
 
-CHUNK = 32
-"""Steps of a chunk; twice as many are not cut into chunks."""
+CHUNK = 16
+"""Steps of a chunk; four times as many are not cut into chunks."""
 
 
 def plain_scan(decay: Tensor, x: Tensor, state: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def states(decay: Tensor, x: Tensor, state: Tensor, chunk: int = CHUNK) -> Tenso
     """``state`` and what it is after each step, of ``... T``, ``... T S`` and ``... S``: chunks from 0, then their ends
     as a sequence of its own."""
     steps = x.shape[-2]
-    if steps <= 2 * chunk:
+    if steps <= 4 * chunk:
         return _solved(decay, torch.cat([state.unsqueeze(-2), x], dim=-2))
     if steps % chunk:
         decay, x = F.pad(decay, (0, -steps % chunk)), F.pad(x, (0, 0, 0, -steps % chunk))
@@ -67,7 +67,7 @@ def first_order_scan(
         an underflowing product is a forgotten past, not an error.
 
     Cost:
-        Time and memory ``O(B T C)``, of the plain form times 32; its number of operations grows with the logarithm
+        Time and memory ``O(B T C)``, of the plain form times 16; its number of operations grows with the logarithm
         of ``T`` to that base alone.
     """
     compute = compute_dtype(decay, x, state)
