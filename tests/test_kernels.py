@@ -221,6 +221,14 @@ def leaf(*shape: int) -> torch.Tensor:
 
 
 OPERATORS = {
+    "attention_step": lambda: (
+        torch.rand(2, 1, 32), torch.rand(2, 1, 4), torch.rand(2, 1, 4), torch.rand(2, 2, 9, 4), torch.rand(2, 2, 9, 4),
+        torch.rand(2, 6) < 0.7, 5, 4,
+    ),
+    "ssd_step": lambda: (
+        torch.rand(2, 1, 3, 4), torch.rand(2, 1, 3), -torch.rand(3), torch.rand(2, 1, 5), torch.rand(2, 1, 5),
+        torch.rand(3), torch.rand(2, 1, 3, 4), torch.rand(2, 3, 4, 5), False,
+    ),
     "causal_conv": lambda: (
         leaf(2, 5, 8)[..., 1:4], leaf(3, 4), leaf(3), leaf(2, 3, 3), torch.rand(2, 5) < 0.7, torch.rand(2, 5) < 0.3,
         True,

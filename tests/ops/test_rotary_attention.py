@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helmholtz.ops.attention import softmax_attention
+from helmholtz.ops.attention import attention_step, softmax_attention
 from helmholtz.ops.rope import rope_table, rotate_split
 from helmholtz.reference import free_energy as reference
 from helpers import DTYPES, assert_matches, grads
@@ -79,3 +79,51 @@ def test_heads_must_add_up() -> None:
     joint, cos, sin, _, _ = problem(SHAPES[1])
     with pytest.raises(ValueError, match=r"joint: wanted 3 \+ 2 \* 2 heads, got 9"):
         rotary_attention(joint, cos, sin, 3, 2)
+
+
+def in_steps(joint, cos, sin, heads, groups, lengths, mask=None):
+    """The whole by steps of these lengths, in memory that is longer than it needs to be."""
+    batch, time, _, width = joint.shape
+    keys, values = torch.full((2, batch, groups, time + 3, width), torch.nan, dtype=joint.dtype)
+    before, parts = 0, []
+    for n in lengths:
+        here = slice(before, before + n)
+        seen = None if mask is None else mask[:, : before + n]
+        parts.append(
+            attention_step(
+                joint[:, here].flatten(2), cos[..., here, :], sin[..., here, :], keys, values,
+                before=before, heads=heads, key_mask=seen,
+            )
+        )  # fmt: skip
+        before += n
+    assert keys[:, :, before:].isnan().all() and values[:, :, before:].isnan().all()
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("rows_differ", [False, True])
+@torch.no_grad()
+def test_steps_are_the_whole(dtype, masked, rows_differ) -> None:
+    joint, cos, sin, h, g = problem((3, 9, 4, 2, 4), dtype)
+    positions = torch.arange(9).expand(3, -1)
+    if rows_differ:
+        positions = positions + torch.tensor([[0], [5], [1000]])
+        cos, sin = rope_table(positions, 4)
+    mask = torch.rand(3, 9) < 0.6 if masked else None
+    got = in_steps(joint, cos, sin, h, g, [1, 1, 5, 1, 1], mask)
+    q, k, v = joint.double().transpose(1, 2).split([h, g, g], dim=1)
+    q, k = reference.rope(q, positions), reference.rope(k, positions)
+    want = reference.softmax_attention(q, k, v, key_mask=mask).transpose(1, 2).flatten(2)
+    # angles are float32, and rotated queries and keys are rounded to the dtype of the memory
+    tolerance = 8 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 1e-4 if rows_differ else 1e-6
+    assert got.dtype == dtype and (got - want).abs().max() < tolerance * want.abs().max()
+
+
+@torch.no_grad()
+def test_a_step_beyond_the_memory_is_refused() -> None:
+    joint, cos, sin, h, g = problem((1, 2, 2, 1, 4))
+    memory = torch.zeros(2, 1, 1, 5, 4)
+    with pytest.raises(ValueError, match="keys"):
+        attention_step(joint.flatten(2), cos, sin, *memory, before=4, heads=h)
+    assert not memory.any()

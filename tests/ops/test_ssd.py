@@ -66,6 +66,31 @@ def test_chunks_do_not_matter(chunk):
         assert_matches(f"gradient {i}", a, e, budget=BUDGET)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("strict", [False, True])
+@torch.no_grad()
+def test_steps_of_a_stream(dtype, strict):
+    """One token after another, from parts of wider tensors, with a gate; activations may be narrower than the state."""
+    x, delta, A, B, C, D = _make(2, 7, states=19)
+    x, B, C = (torch.cat([z, z], dim=-1).to(dtype)[..., : z.shape[-1]] for z in (x, B, C))
+    delta, gate = delta if dtype == torch.bfloat16 else delta.to(dtype), torch.randn_like(x)
+    state = start = torch.randn(2, HEADS, WIDTH, 19)
+    parts = []
+    for t in range(7):
+        here = [z[:, t : t + 1] for z in (x, delta, B, C, gate)]
+        y, state = ssd(here[0], here[1], A, *here[2:4], D, gate=here[4], state=state, strict=strict)
+        parts.append(y)
+    want, last = reference.ssd(x, delta, A, B, C, D, state=start, strict=strict)
+    wide = gate.double()
+    y, want = torch.cat(parts, dim=1), want * wide * wide.sigmoid()
+    assert y.dtype == dtype and state.dtype == torch.promote_types(dtype, torch.float32)
+    assert_matches("last", state, last, budget=BUDGET)
+    error = (y.double() - want).abs().max() / want.abs().max()
+    assert (
+        error < (4 if dtype == torch.bfloat16 else BUDGET) * torch.finfo(dtype).eps
+    )  # plain forms round thrice
+
+
 @given(heads=st.integers(1, 4), width=st.integers(1, 6), states=st.integers(1, 6), time=st.integers(1, 140))
 def test_any_widths(heads, width, states, time):
     """Equal widths included: nothing depends on heads, widths and states differing."""

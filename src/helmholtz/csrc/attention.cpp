@@ -1,4 +1,5 @@
 // Reads of all earlier tokens, and positions.
+#include "attention_step.h"
 #include "kernel.h"
 #include "linear_attention.h"
 #include "rope.h"
@@ -7,6 +8,7 @@
 
 namespace helmholtz {
 
+FORWARD_KERNEL(attention_step)
 KERNEL(linear_attention)
 KERNEL(rope)
 KERNEL_OF_CONSTANTS(rope_table)

@@ -3,6 +3,7 @@
 #include "rnn_softmax.h"
 #include "scan.h"
 #include "selective_scan.h"
+#include "ssd_step.h"
 #include "step.h"
 
 namespace helmholtz {
@@ -14,5 +15,6 @@ FORWARD_KERNEL(linear_step)
 FORWARD_KERNEL(rnn_softmax_step)
 FORWARD_KERNEL(rope_step)
 FORWARD_KERNEL(selective_step)
+FORWARD_KERNEL(ssd_step)
 
 }  // namespace helmholtz

@@ -43,7 +43,7 @@ void norm_all(const Tensor& x, const Tensor& weight, double eps, const Tensor& y
   each((rows + NORM_ROWS - 1) / NORM_ROWS, [&](int64_t part) {
     for (int64_t row = part * NORM_ROWS, end = std::min(row + NORM_ROWS, rows); row < end; ++row)
       scale[row] = norm_row<S, T>(from + row * width, w, T(eps), to + row * width, width);
-  });
+  }, std::min(NORM_ROWS, rows) * width);
 }
 
 // dweights: a row per piece of work

@@ -27,14 +27,14 @@ INLINE void turn(const S* x, const at::opmath_type<S>* cos, const at::opmath_typ
   }
 }
 
-// work(b, t, table row) for all tokens
+// work(b, t, table row) for all tokens of `size` numbers
 template <typename F>
-void each_token(int64_t batch, int64_t steps, bool per_row, const F& work) {
+void each_token(int64_t batch, int64_t steps, bool per_row, int64_t size, const F& work) {
   const int64_t pieces = (steps + ROPE_STEPS - 1) / ROPE_STEPS;
   each(batch * pieces, [&](int64_t part) {
     const int64_t b = part / pieces, first = part % pieces * ROPE_STEPS, last = std::min(first + ROPE_STEPS, steps);
     for (int64_t t = first; t < last; ++t) work(b, t, (per_row ? b * steps : 0) + t);
-  });
+  }, std::min(ROPE_STEPS, steps) * size);
 }
 
 template <typename S>
@@ -62,7 +62,7 @@ void rope_all(const Tensor& joint, const Tensor& cosines, const Tensor& sines, c
     whole = {joint.const_data_ptr<S>(), joint.stride(0), joint.stride(1), joint.stride(2)};
     for (int i = 0; i < 3; ++i) sides[i] = heads_out<S>(apart[i]);
   }
-  each_token(batch, steps, cosines.dim() == 3, [&](int64_t b, int64_t t, int64_t row) {
+  each_token(batch, steps, cosines.dim() == 3, joint.size(2) * width, [&](int64_t b, int64_t t, int64_t row) {
     int64_t n = 0;
     for (int i = 0; i < 3; ++i)
       for (int64_t h = 0; h < apart[i].size(1); ++h, ++n) {

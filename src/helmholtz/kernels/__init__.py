@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_exporting
 
 from helmholtz._checks import check_choice
 from helmholtz.kernels import operators
@@ -44,7 +45,7 @@ def usable(*tensors: Tensor | None) -> bool:
     for x in tensors:  # no generator: a step of a stream asks a dozen times a layer
         if x is not None and (not x.is_cpu or x.dtype == torch.float16):
             return False
-    return LOADED and not wants_plain_forms() and not torch.compiler.is_exporting()
+    return LOADED and not wants_plain_forms() and not is_exporting()
 
 
 def wants_plain_forms() -> bool:

@@ -106,6 +106,25 @@ _define(
     "sample(Tensor logits, Tensor uniform, float temperature, int top_k, float top_p) -> Tensor",
     lambda logits, *_: logits.new_empty(len(logits), dtype=torch.long),
 )
+
+
+def _attention_step(joint: Tensor, cos: object, sin: object, keys: Tensor, *others: Any) -> Tensor:
+    return joint.new_empty(*joint.shape[:2], others[-1] * keys.shape[3])
+
+
+_define(
+    "attention_step(Tensor joint, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor? key_mask, "
+    "int before, int heads) -> Tensor",
+    _attention_step,
+)
+_define(
+    "ssd_step(Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? gate, Tensor state, "
+    "bool strict) -> (Tensor, Tensor)",
+    lambda x, delta, A, B, C, D, gate, state, strict: (
+        x.new_empty(x.shape),
+        x.new_empty(state.shape, dtype=_opmath(x)),
+    ),
+)
 BLOCK, KEPT = 16, 32
 """Channels that the selective scan works on at once, and steps from one state that it keeps to the next."""
 

@@ -12,7 +12,7 @@ from helmholtz.layers.init import init_normal
 from helmholtz.layers.placement import device_of
 from helmholtz.layers.sequence import SequenceLayout
 from helmholtz.layers.state import KVCache
-from helmholtz.ops.attention import softmax_attention
+from helmholtz.ops.attention import attention_step, softmax_attention
 from helmholtz.ops.rope import rotate_split
 
 
@@ -65,10 +65,17 @@ class Attention(AbstractMixer[KVCache]):
         layout: SequenceLayout,
         state: KVCache | None,
     ) -> tuple[Float[Tensor, "B T D"], KVCache | None]:
-        joint = self._project(x, source)
+        joint, mask = self._project(x, source), layout.mask
         cos, sin = layout.rotation(self.d_head, self.rope_theta)
-        q, k, v = rotate_split(joint, cos, sin, self.n_heads, self.n_kv_heads)
-        mask = layout.mask
+        memory = None if state is None else state.claim(joint, mask)
+        if state is not None and memory is not None:
+            after = state.grown(memory, layout)
+            read = attention_step(
+                joint, cos, sin, *memory[:2], before=state.k.shape[2], heads=self.n_heads, key_mask=after.mask
+            )
+            return self.o_proj(read), after
+        heads = joint.unflatten(-1, (-1, self.d_head))
+        q, k, v = rotate_split(heads, cos, sin, self.n_heads, self.n_kv_heads)
         if state is not None:
             state = state.append(k, v, mask, capacity=layout.capacity)
             k, v, mask = state.k, state.v, state.mask
@@ -77,7 +84,7 @@ class Attention(AbstractMixer[KVCache]):
 
     def _project(
         self, x: Float[Tensor, "#B #T D"], source: Float[Tensor, "B T D"] | None
-    ) -> Float[Tensor, "B T N K"]:
+    ) -> Float[Tensor, "B T NK"]:
         """Queries of ``x``, keys and values of ``source``, side by side.
 
         With a source the joint projection runs on both and half of each result is kept: the product that is thrown
@@ -89,7 +96,7 @@ class Attention(AbstractMixer[KVCache]):
             queries = self.n_heads * self.d_head
             q = joint[..., :queries].expand(*source.shape[:2], -1)
             joint = torch.cat([q, written[..., queries:]], dim=-1)
-        return joint.unflatten(-1, (-1, self.d_head))
+        return joint
 
 
 def check_heads(d_model: int, n_heads: int, n_kv_heads: int) -> None:

@@ -185,8 +185,9 @@ class MambaMixer(_Recomputed, AbstractMixer[MambaState]):
         u, b, c = signal.split([self.d_inner, self.d_state, self.d_state], dim=-1)
         delta, rates = self.step_sizes(step, layout)
         heads = u.unflatten(-1, (self.n_heads, self.d_head))
-        read, ssm = ssd(heads, delta, rates, b, c, self.D, state=ssm, reset=layout.reset)
-        return self.o_proj(self.norm(read.flatten(2).to(gate.dtype) * F.silu(gate))), conv, ssm
+        gate = gate.unflatten(-1, (self.n_heads, self.d_head))
+        read, ssm = ssd(heads, delta, rates, b, c, self.D, gate=gate, state=ssm, reset=layout.reset)
+        return self.o_proj(self.norm(read.flatten(2))), conv, ssm
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         widths = [self.d_inner, self.d_inner + 2 * self.d_state, self.n_heads]

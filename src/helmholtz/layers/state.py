@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from helmholtz._once import is_traced
+from helmholtz.layers.sequence import SequenceLayout
 
 StateT = TypeVar("StateT")
 Parts = tuple[Tensor, ...]
@@ -61,6 +62,13 @@ class Room:
             parts.append(buffer.narrow(dim, 0, after))
         held = tuple(parts)
         return held, Room(held, buffers)
+
+    def take(self, held: Parts, new: Parts, after: int) -> Parts | None:
+        """The memory behind ``held`` for a caller who writes what follows there, up to ``after`` tokens in all.
+
+        None if another continuation has it, or if it does not fit ``new``, of which dtype and device matter.
+        """
+        return None if torch.is_grad_enabled() or is_traced() else self._take(held, new, after)
 
     def _take(self, held: Parts, new: Parts, after: int) -> Parts | None:
         """The memory behind ``held``, if nobody has it and it takes ``new``."""
@@ -148,6 +156,26 @@ class KVCache:
         held, new = (self.k, self.v, *before), (k, v, *after)
         (k, v, *masks), room = self.room.append(held, new, capacity=capacity)
         return KVCache(k, v, masks[0] if masks else None, position, room)
+
+    def claim(self, like: Float[Tensor, "B T C"], mask: Bool[Tensor, "B T"] | None) -> Parts | None:
+        """Memory of keys, values and, if the cache has one, mask, behind which the tokens of ``like`` will be written.
+
+        None where the next cache has to be memory of its own (``append``).
+        """
+        after = self.k.shape[2] + like.shape[1]
+        if self.mask is not None:
+            return self.room.take((self.k, self.v, self.mask), (like, like, self.mask), after)
+        return self.room.take((self.k, self.v), (like, like), after) if mask is None else None
+
+    def grown(self, memory: Parts, layout: SequenceLayout) -> "KVCache":
+        """The cache of what ``claim`` gave, once the keys and values of these tokens are written there."""
+        before = self.k.shape[2]
+        after = before + layout.positions.shape[-1]
+        held = tuple(part.narrow(_time(part), 0, after) for part in memory)
+        if self.mask is not None:
+            held[2][:, before:] = True if layout.mask is None else layout.mask
+        mask = None if self.mask is None else held[2]
+        return KVCache(held[0], held[1], mask, layout.advance(self.position), Room(held, memory))
 
 
 def map_state(fn: Callable[[Tensor], Tensor], state: StateT) -> StateT:

@@ -6,9 +6,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from helmholtz import kernels
+from helmholtz._checks import check
 from helmholtz._once import mark_as_once
 from helmholtz.ops._average import average, check_queries, has_tiles, kernel_reads, visible
 from helmholtz.ops._dispatch import Backend, choose
+from helmholtz.ops.rope import rotate_split
 
 
 def softmax_attention(
@@ -41,10 +44,59 @@ def softmax_attention(
     return run(q, k, v, causal, key_mask, cu_seqlens)
 
 
+def attention_step(
+    joint: Float[Tensor, "B T NK"],
+    cos: Float[Tensor, "*BT K"],
+    sin: Float[Tensor, "*BT K"],
+    keys: Float[Tensor, "B G C K"],
+    values: Float[Tensor, "B G C K"],
+    *,
+    before: int,
+    heads: int,
+    key_mask: Bool[Tensor, "B S"] | None = None,
+) -> Float[Tensor, "B T HK"]:
+    """Causal attention of the next T tokens of a stream, whose keys and values are written into the memory of a cache.
+
+    Args:
+        joint: queries, keys and values of ``H + 2 G`` heads side by side, not rotated.
+        cos: and ``sin``, the ``rope_table`` of these tokens.
+        keys: memory of C tokens that holds ``before`` rotated ones. Those of the next T are written behind them, as
+            are their ``values``.
+        key_mask: True where a key may be seen, of the first ``S = before + T`` keys.
+
+    Cost: O(T S K) time; the kernel is one call where the plain form makes a dozen. No gradients, as memory is changed.
+    Raises: ValueError if heads do not add up or the memory is too short.
+    """
+    assert not torch.is_grad_enabled()
+    of_one_dtype = joint.dtype == keys.dtype == values.dtype
+    if (
+        of_one_dtype
+        and joint.dtype in kernels.STORED
+        and kernels.usable(joint, keys)
+        and not _in_tiles(joint)
+    ):
+        read: Tensor = torch.ops.helmholtz.attention_step(
+            joint, cos, sin, keys, values, key_mask, before, heads
+        )
+        return read
+    groups, time = keys.shape[1], joint.shape[1]
+    q, k, v = rotate_split(joint.unflatten(-1, (-1, keys.shape[-1])), cos, sin, heads, groups)
+    check(before + time <= keys.shape[2], "keys", tuple(keys.shape), f"memory for {before} + {time} tokens")
+    for memory, new in ((keys, k), (values, v)):
+        memory.narrow(2, before, time).copy_(new)
+    keys, values = (memory.narrow(2, 0, before + time) for memory in (keys, values))
+    return softmax_attention(q, keys, values, key_mask=key_mask).transpose(1, 2).flatten(2)
+
+
+def _in_tiles(x: Tensor) -> bool:
+    """Whether torch's own attention is the faster one for this dtype."""
+    return x.dtype == torch.bfloat16 and has_tiles()
+
+
 def _torch(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, key_mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
-    if kernel_reads(q, k, v) and not (q.dtype == torch.bfloat16 and has_tiles()):
+    if kernel_reads(q, k, v) and not _in_tiles(q):
         read, _ = torch.ops.helmholtz.softmax_read(q, k, v, None, key_mask, cu_seqlens, causal, 0.0)
         return read.squeeze(3).to(q.dtype)
     times, sources = q.shape[2], k.shape[2]

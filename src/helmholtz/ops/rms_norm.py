@@ -21,8 +21,9 @@ def rms_norm(
         ``helmholtz.reference.rms_norm``.
     Raises: ValueError if the weight has another width.
     """
-    if weight.shape != x.shape[-1:]:
+    if weight.shape != (x.shape[-1],):
         raise ValueError(f"weight: wanted {x.shape[-1]} numbers, got shape {tuple(weight.shape)}")
     if kernels.usable(x, weight) and x.dtype in kernels.STORED:
-        return torch.ops.helmholtz.rms_norm(x, weight.to(compute_dtype(x)), eps)[0]
+        wide = compute_dtype(x)
+        return torch.ops.helmholtz.rms_norm(x, weight if weight.dtype == wide else weight.to(wide), eps)[0]
     return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)

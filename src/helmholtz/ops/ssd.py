@@ -1,9 +1,11 @@
 """State-space duality: a matrix-valued state with one decay per head, chosen by the input, as matrix products."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from helmholtz import kernels
 from helmholtz._checks import check
 from helmholtz.ops._chunks import chunked_sums
 from helmholtz.ops._compute import compute_dtype
@@ -19,7 +21,7 @@ def _step(
     state: Tensor,
     strict: bool,
 ) -> tuple[Tensor, Tensor]:
-    """One token of a stream."""
+    """One token of a stream, in torch's operations."""
     u = (x * delta.unsqueeze(-1)).squeeze(1).unsqueeze(-1)
     past = steps.exp().view(*u.shape[:2], 1, 1) * state
     state = torch.addcmul(past, u, B.unsqueeze(2))
@@ -35,6 +37,7 @@ def ssd(
     C: Float[Tensor, "B T N"],
     D: Float[Tensor, "H"] | None = None,
     *,
+    gate: Float[Tensor, "B T H P"] | None = None,
     state: Float[Tensor, "B H P N"] | None = None,
     reset: Bool[Tensor, "B T"] | None = None,
     strict: bool = False,
@@ -48,6 +51,7 @@ def ssd(
         delta: step sizes, at least 0. 0 is a pad: the state passes through and takes no input.
         A: rates, at most 0.
         B: what a step writes; one for all heads, as C, what it reads.
+        gate: multiplies y as :math:`\mathrm{silu}(\text{gate})`.
         state: :math:`h_{-1}`; zeros by default.
         reset: where True, :math:`h_{t-1}` counts as 0.
         strict: let :math:`y_t` read :math:`e^{\Delta_t A}\, h_{t-1}` in place of :math:`h_t`: the past alone.
@@ -72,6 +76,9 @@ def ssd(
         state = x.new_zeros((batch, heads, width, B.shape[2]), dtype=compute)
     if x.numel() == 0:
         return x, state.to(compute)
+    if num_steps == 1 and reset is None and _has_kernel(x, compute, state):
+        y, last = torch.ops.helmholtz.ssd_step(x, delta, A, B, C, D, gate, state, strict)
+        return y, last
     u, step_sizes, b, c = (z.to(compute) for z in (x, delta, B, C))
     skip = u.new_zeros(heads) if D is None else D.to(compute)
     steps = step_sizes * A.to(compute)
@@ -79,7 +86,7 @@ def ssd(
         steps = steps.masked_fill(reset.unsqueeze(-1), -torch.inf)
     if num_steps == 1:
         y, last = _step(u, step_sizes, steps, b, c, skip, state.to(compute), strict)
-        return y.to(x.dtype), last
+        return _gated(y, gate, x), last
     y, last = chunked_sums(
         c.unsqueeze(1),
         b.unsqueeze(1),
@@ -89,4 +96,15 @@ def ssd(
         chunk=chunk,
         strict=strict,
     )
-    return torch.addcmul(y.transpose(1, 2), u, skip.unsqueeze(-1)).to(x.dtype), last.mT
+    return _gated(torch.addcmul(y.transpose(1, 2), u, skip.unsqueeze(-1)), gate, x), last.mT
+
+
+def _gated(y: Tensor, gate: Tensor | None, x: Tensor) -> Tensor:
+    y = y.to(x.dtype)
+    return y if gate is None else y * F.silu(gate)
+
+
+def _has_kernel(x: Tensor, compute: torch.dtype, state: Tensor) -> bool:
+    """It has no derivative: it is of streams."""
+    known = x.dtype in kernels.STORED and compute == compute_dtype(x)
+    return known and not torch.is_grad_enabled() and kernels.usable(x, state)
