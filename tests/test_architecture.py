@@ -36,6 +36,7 @@ WITHOUT_REFERENCE = {
     "potential_of_scores": "second half of hopfield_potential",
     "retrieval_margin": "a formula; held to the median of pattern_margins over random patterns",
     "energy_components": "the summands of token_energy",
+    "token_jacobian": "first half of token_jvp",
     "token_map_and_energy": "token_map and token_energy at once; held to both, bit for bit",
     "hidden_temperature": "float64 bisection already; held to the equation it solves",
 }

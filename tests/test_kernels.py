@@ -272,6 +272,10 @@ OPERATORS = {
         torch.rand(6, 5), torch.rand(6), torch.rand(3, 2), torch.rand(2, 3, 6, 5), 1e-6, 40.0,
     ),
     "rope_step": lambda: ([torch.rand(2, 1, 12), torch.rand(2, 1, 4)], torch.rand(2, 1, 4), torch.rand(2, 1, 4)),
+    "token_energy": lambda: (
+        *(torch.rand(5, 3) for _ in range(2)), *(torch.rand(5, 4) for _ in range(4)), torch.rand(5, 6),
+        torch.tensor([0, 0, -torch.inf, 0, 0, 0]), torch.rand(1), torch.rand(1), 2.0,
+    ),
     "cross_entropy": lambda: (leaf(5, 7), torch.tensor([0, 6, -100, 2, 2]), -100),
 }  # fmt: skip
 

@@ -25,6 +25,7 @@ HAVE_KERNELS = [
     "test_softmax_read",
     "test_ssd",
     "test_swiglu",
+    "test_token_energy",
 ]
 FORMS = ["plain", *(["kernel"] if kernels.LOADED else [])]
 

@@ -5,6 +5,7 @@
 #include "rms_norm.h"
 #include "sample.h"
 #include "swiglu.h"
+#include "token_energy.h"
 
 namespace helmholtz {
 
@@ -13,5 +14,6 @@ KERNEL(cross_entropy)
 KERNEL(rms_norm)
 KERNEL_OF_CONSTANTS(sample)
 KERNEL(swiglu)
+FORWARD_KERNEL(token_energy)
 
 }  // namespace helmholtz

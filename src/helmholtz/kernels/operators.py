@@ -330,3 +330,8 @@ def _rope_step(features: list[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]
 
 
 _define("rope_step(Tensor[] features, Tensor cos, Tensor sin) -> Tensor[]", _rope_step)
+_define(
+    "token_energy(Tensor z, Tensor u, Tensor a, Tensor gate, Tensor delta, Tensor drive, Tensor overlaps, "
+    "Tensor? log_prior, Tensor kappa, Tensor strength, float beta) -> (Tensor, Tensor, Tensor)",
+    lambda z, u, a, gate, delta, drive, overlaps, *_: (*_like(drive, overlaps), z.new_empty(len(z))),
+)

@@ -22,9 +22,11 @@ from helmholtz.ops.token_energy import (
     EnergyComponents,
     EnergyParameters,
     TokenField,
+    TokenJacobian,
     contraction_certificate,
     energy_components,
     token_energy,
+    token_jacobian,
     token_jvp,
     token_map,
     token_map_and_energy,
@@ -60,6 +62,9 @@ class TokenProblem(AbstractProblem):
 
     def jvp(self, z: Float[Tensor, "N D"], v: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
         return token_jvp(z, v, self.field, self.parameters)
+
+    def jacobian(self, z: Float[Tensor, "N D"]) -> TokenJacobian:
+        return token_jacobian(z, self.field, self.parameters)
 
     def take(self, rows: Int[Tensor, "n"]) -> "TokenProblem":
         return TokenProblem(TokenField(*(x[rows] for x in self.field)), self.parameters)

@@ -15,9 +15,10 @@ the candidate ``z``: the past's part ``a``, and the gain ``delta`` of the step, 
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from helmholtz import kernels
 from helmholtz._checks import check_positive
 from helmholtz.ops._compute import compute_dtype, full_precision
 from helmholtz.ops._logcosh import log_cosh_quotient
@@ -75,7 +76,12 @@ class _Products(NamedTuple):
     strength: Tensor
     beta: float
     drive: Tensor  # W z
-    scores: Tensor  # beta M z + b
+    overlaps: Tensor  # M z
+
+    def scores(self) -> Tensor:
+        """``beta M z + b``."""
+        scores = self.beta * self.overlaps
+        return scores if self.log_prior is None else scores + self.log_prior
 
 
 def _products(z: Tensor, field: TokenField, parameters: EnergyParameters) -> _Products:
@@ -84,11 +90,23 @@ def _products(z: Tensor, field: TokenField, parameters: EnergyParameters) -> _Pr
     wide = compute_dtype(z, *field, weight, patterns, log_prior, kappa, strength)
     z, weight, patterns, kappa, strength = (x.to(wide) for x in (z, weight, patterns, kappa, strength))
     log_prior = None if log_prior is None else log_prior.to(wide)
-    scores = beta * (z @ patterns.T)
-    if log_prior is not None:
-        scores = scores + log_prior
     field = TokenField(*(x.to(wide) for x in field))
-    return _Products(z, field, weight, patterns, log_prior, kappa, strength, beta, z @ weight.T, scores)
+    drive, overlaps = z @ weight.T, z @ patterns.T
+    return _Products(z, field, weight, patterns, log_prior, kappa, strength, beta, drive, overlaps)
+
+
+def _by_kernel(p: _Products) -> tuple[Tensor, Tensor, Tensor] | None:
+    """``kappa gamma tanh``, ``strength softmax`` and the energy; None where the kernel is not used. It has no gradient
+    and a solver asks for none."""
+    given = (p.z, *p.field, p.drive, p.overlaps, p.log_prior, p.kappa, p.strength)
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (*given, p.weight, p.patterns)
+    ):
+        return None
+    if not kernels.usable(*given):
+        return None
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.helmholtz.token_energy(*given, p.beta)
+    return found
 
 
 def _components(p: _Products) -> EnergyComponents:
@@ -97,14 +115,23 @@ def _components(p: _Products) -> EnergyComponents:
         quadratic=p.z.square().sum(-1) / 2,
         field=-(p.field.u * p.z).sum(-1),
         mamba=-p.kappa * (p.field.gate * quotient).sum(-1),
-        hopfield=-p.strength * potential_of_scores(p.scores, p.beta, p.log_prior),
+        hopfield=-p.strength * potential_of_scores(p.scores(), p.beta, p.log_prior),
     )
+
+
+def _energy(p: _Products) -> Tensor:
+    quadratic, linear, mamba, hopfield = _components(p)
+    return quadratic + linear + mamba + hopfield
 
 
 def _map(p: _Products) -> Tensor:
     emitted = p.field.gate * torch.tanh(p.field.a + p.field.delta * p.drive)
-    retrieved = weights_of_scores(p.scores, p.log_prior) @ p.patterns
+    retrieved = weights_of_scores(p.scores(), p.log_prior) @ p.patterns
     return p.field.u + p.kappa * (emitted @ p.weight) + p.strength * retrieved
+
+
+def _joined(p: _Products, emitted: Tensor, weights: Tensor) -> Tensor:
+    return torch.addmm(p.field.u, emitted, p.weight).addmm_(weights, p.patterns)
 
 
 def energy_components(
@@ -125,8 +152,10 @@ def token_energy(
     Raises: ValueError unless ``beta`` is finite and positive. Signs of the other parameters are the caller's.
     Reference: ``helmholtz.reference.token_energy``.
     """
-    quadratic, linear, mamba, hopfield = energy_components(z, field, parameters)
-    return quadratic + linear + mamba + hopfield
+    with full_precision(z.device):
+        products = _products(z, field, parameters)
+        found = _by_kernel(products)
+        return _energy(products) if found is None else found[2]
 
 
 def token_map(
@@ -140,7 +169,9 @@ def token_map(
     Computed in at least float32, returned in the dtype of ``z``. Reference: ``helmholtz.reference.token_map``.
     """
     with full_precision(z.device):
-        return _map(_products(z, field, parameters)).to(z.dtype)
+        products = _products(z, field, parameters)
+        found = _by_kernel(products)
+        return (_map(products) if found is None else _joined(products, *found[:2])).to(z.dtype)
 
 
 def token_map_and_energy(
@@ -149,30 +180,62 @@ def token_map_and_energy(
     """``token_map`` and ``token_energy``, with the products :math:`W z` and :math:`M z` formed once."""
     with full_precision(z.device):
         products = _products(z, field, parameters)
-        quadratic, linear, mamba, hopfield = _components(products)
-        return _map(products).to(z.dtype), quadratic + linear + mamba + hopfield
+        found = _by_kernel(products)
+        if found is None:
+            return _map(products).to(z.dtype), _energy(products)
+        emitted, weights, energy = found
+        return _joined(products, emitted, weights).to(z.dtype), energy
+
+
+class TokenJacobian(NamedTuple):
+    r"""The Jacobian of ``token_map``, row by row; symmetric and positive semi-definite.
+
+    .. math:: J = \kappa W^\top \mathrm{diag}\big( \gamma \delta \,\mathrm{sech}^2(a + \delta W z) \big) W
+              + \lambda \beta M^\top \big( \mathrm{diag}(p) - p p^\top \big) M
+    """
+
+    slopes: Float[Tensor, "N E"]
+    """With kappa."""
+    weights: Float[Tensor, "N K"]
+    """Retrieval weights ``p``."""
+    weight: Float[Tensor, "E D"]
+    patterns: Float[Tensor, "K D"]
+    steepness: Float[Tensor, "1"]
+    """Strength times beta."""
+
+    def product(self, v: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        """``J v``, which is also the transposed product; costs what the map costs."""
+        with full_precision(v.device):
+            wide = v.to(self.slopes.dtype)
+            emitted = (self.slopes * (wide @ self.weight.T)) @ self.weight
+            overlaps = wide @ self.patterns.T
+            mean = (self.weights * overlaps).sum(-1, keepdim=True)
+            retrieved = (self.weights * (overlaps - mean)) @ self.patterns
+            return (emitted + self.steepness * retrieved).to(v.dtype)
+
+    def take(self, rows: Int[Tensor, "n"]) -> "TokenJacobian":
+        """Those of some rows."""
+        return self._replace(slopes=self.slopes[rows], weights=self.weights[rows])
+
+
+def token_jacobian(z: Float[Tensor, "N D"], field: TokenField, parameters: EnergyParameters) -> TokenJacobian:
+    """The Jacobian of ``token_map`` at ``z``, in at least float32, for any number of products."""
+    with full_precision(z.device):
+        p = _products(z, field, parameters)
+        slope = 1 - torch.tanh(p.field.a + p.field.delta * p.drive).square()
+        slopes = p.kappa * p.field.gate * p.field.delta * slope
+        weights = weights_of_scores(p.scores(), p.log_prior)
+        return TokenJacobian(slopes, weights, p.weight, p.patterns, p.strength * p.beta)
 
 
 def token_jvp(
     z: Float[Tensor, "N D"], v: Float[Tensor, "N D"], field: TokenField, parameters: EnergyParameters
 ) -> Float[Tensor, "N D"]:
-    r"""The Jacobian of ``token_map`` at ``z`` times ``v``, row by row.
+    """The Jacobian of ``token_map`` at ``z`` (see ``TokenJacobian``) times ``v``, row by row; in the dtype of ``z``.
 
-    .. math:: J v = \kappa W^\top \big( \gamma \delta \,\mathrm{sech}^2(a + \delta W z) \odot W v \big)
-              + \lambda \beta M^\top \big( p \odot (M v) - p\, (p \cdot M v) \big)
-
-    Symmetric, so this is also the transposed product, and positive semi-definite: the second part is the covariance
-    of the patterns under ``p``. Costs what the map costs, twice. Reference: ``helmholtz.reference.token_jvp``.
+    Costs what the map costs, and half of it for the Jacobian. Reference: ``helmholtz.reference.token_jvp``.
     """
-    with full_precision(z.device):
-        p = _products(z, field, parameters)
-        v = v.to(p.z.dtype)
-        slope = 1 - torch.tanh(p.field.a + p.field.delta * p.drive).square()
-        emitted = (p.field.gate * p.field.delta * slope * (v @ p.weight.T)) @ p.weight
-        weights, projected = weights_of_scores(p.scores, p.log_prior), v @ p.patterns.T
-        mean = (weights * projected).sum(-1, keepdim=True)
-        retrieved = (weights * (projected - mean)) @ p.patterns
-        return (p.kappa * emitted + p.strength * p.beta * retrieved).to(z.dtype)
+    return token_jacobian(z, field, parameters).product(v).to(z.dtype)
 
 
 @torch.no_grad()

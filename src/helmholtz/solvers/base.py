@@ -4,7 +4,7 @@ import abc
 import warnings
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal, TypeVar, get_args
+from typing import Literal, Protocol, TypeVar, get_args, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -39,6 +39,17 @@ class NonFiniteInputError(ValueError):
     """An equilibrium was asked for from a start that is NaN or infinite."""
 
 
+@runtime_checkable
+class Jacobian(Protocol):
+    """The Jacobian of a map at one point per row, for several products."""
+
+    def product(self, v: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        """With a vector per row."""
+
+    def take(self, rows: Int[Tensor, "n"]) -> "Jacobian":
+        """Those of ``rows``."""
+
+
 class AbstractProblem(abc.ABC):
     r"""Independent problems :math:`z = f(z)` with :math:`f(z) = z - \nabla E(z)`, one per row.
 
@@ -59,9 +70,27 @@ class AbstractProblem(abc.ABC):
     def jvp(self, z: Float[Tensor, "N D"], v: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
         """The Jacobian of ``map`` at ``z`` times ``v``; symmetric, so also the transposed product."""
 
+    def jacobian(self, z: Float[Tensor, "N D"]) -> Jacobian:
+        """For several products at one ``z``: what they have in common can be computed once."""
+        return _AnyJacobian(self, z)
+
     @abc.abstractmethod
     def take(self: Problem, rows: Int[Tensor, "n"]) -> Problem:
         """The problems ``rows``, which may repeat."""
+
+
+@dataclass(frozen=True, slots=True)
+class _AnyJacobian:
+    """Computed anew for every product."""
+
+    problem: AbstractProblem
+    z: Float[Tensor, "N D"]
+
+    def product(self, v: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        return self.problem.jvp(self.z, v)
+
+    def take(self, rows: Int[Tensor, "n"]) -> "_AnyJacobian":
+        return _AnyJacobian(self.problem.take(rows), self.z[rows])
 
 
 class Status(IntEnum):

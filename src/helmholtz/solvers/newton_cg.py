@@ -22,6 +22,12 @@ class LinearSolution(NamedTuple):
     indefinite: Bool[Tensor, "n"]
     """A direction without positive curvature was met; ``value`` is what was reached before."""
 
+    def put(self, rows: Int[Tensor, "n"], into: "LinearSolution | None") -> "LinearSolution":
+        """These rows in their places ``into`` all; None: these are all."""
+        if into is None:
+            return self
+        return LinearSolution(*(x.index_copy(0, rows, mine) for x, mine in zip(into, self, strict=True)))
+
 
 def conjugate_gradients(
     rows: Rows, z: Float[Tensor, "n D"], v: Float[Tensor, "n D"], *, rtol: float, max_steps: int
@@ -32,37 +38,39 @@ def conjugate_gradients(
     make ``max_steps`` steps, of which those after its end change nothing in what is said of a row.
     """
     size = v.abs().amax(1, keepdim=True)
-    unit = v / torch.where(size > 0, size, 1)
-    value, residual = torch.zeros_like(v), (size.squeeze(1) > 0).to(v.dtype)
-    num_steps = v.new_zeros(v.shape[0], dtype=torch.long)
-    indefinite = torch.zeros_like(num_steps, dtype=torch.bool)
-    rows, left = rows.only(residual > 0), unit
-    g, direction, square = torch.zeros_like(left), left, row_dot(left, left)
-    index, full = torch.arange(v.shape[0], device=v.device), square
+    left = v / torch.where(size > 0, size, 1)
+    none = v.new_zeros(len(v), dtype=torch.long)
+    now = LinearSolution(torch.zeros_like(v), (size.squeeze(1) > 0).to(v.dtype), none, none > 0)
+    index, found, going = torch.arange(len(v), device=v.device), None, rows.going & (now.residual > 0)
+    jacobian, direction, square = rows.own.jacobian(z), left, row_dot(left, left)
+    full = square
     for _ in range(max_steps):
-        kept = those_left(rows.going)
+        kept = those_left(going)
         if kept is not None:
             if not len(kept):
                 break
-            rows = rows.take(kept)
-            index, z, g, left, direction, square, full = (
-                x[kept] for x in (index, z, g, left, direction, square, full)
+            found = now.put(index, found)
+            jacobian, now = jacobian.take(kept), LinearSolution(*(x[kept] for x in now))
+            index, going, left, direction, square, full = (
+                x[kept] for x in (index, going, left, direction, square, full)
             )
-        image = direction - rows.jvp(z, direction)
+        image = direction - jacobian.product(direction)
         curvature = row_dot(direction, image)
         positive = curvature > torch.finfo(v.dtype).eps * row_dot(direction, direction)
         length = torch.where(positive, square / curvature, 0).unsqueeze(1)
-        g, left = g + length * direction, left - length * image
+        g, left = now.value + length * direction, left - length * image
         new = row_dot(left, left)
-        relative = (new / full).sqrt()
-        direction, square = left + (new / square).unsqueeze(1) * direction, new
-        going = rows.going
-        value[index] = choose(going, g, value[index])
-        residual[index] = torch.where(going, relative, residual[index])
-        num_steps[index] += going
-        indefinite[index] |= going & ~positive
-        rows = rows.only(positive & (relative > rtol))
-    return LinearSolution(value * size, residual, num_steps, indefinite)
+        now = LinearSolution(
+            choose(going, g, now.value),
+            torch.where(going, (new / full).sqrt(), now.residual),
+            now.num_steps + going,
+            now.indefinite | (going & ~positive),
+        )
+        direction, square = torch.addcmul(left, (new / square).unsqueeze(1), direction), new
+        going = going & positive & (now.residual > rtol)
+    value, *rest = now.put(index, found)
+    rows.counts.products[rows.index] += rest[1]
+    return LinearSolution(value * size, *rest)
 
 
 class Newton(AbstractRule):

@@ -28,9 +28,9 @@ def top_eigenvector(
     check_integer("steps", steps, minimum=0)
     start = torch.randn(z.shape[-1], generator=generator, dtype=torch.float64)
     v = F.normalize(start, dim=-1).to(z).repeat(len(z), 1)
-    rows = Rows.of(problem, z)
+    jacobian = problem.jacobian(z)
     for _ in range(steps):
-        product = rows.jvp(z, v)
+        product = jacobian.product(v)
         v = F.normalize(torch.where(product.any(dim=-1, keepdim=True), product, v), dim=-1)
     return v
 
