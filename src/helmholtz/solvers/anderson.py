@@ -47,7 +47,7 @@ class Anderson(AbstractRule):
     def propose(self, rows: Rows, point: Point, step: int) -> Float[Tensor, "n D"]:
         self.remember(point)
         if self.damping is None or self.is_guarded(step):
-            return self.mix()
+            return self.mix() if self._count > 1 else point.f
         return descent_step(point, self.damping)
 
     def is_guarded(self, step: int) -> bool:
@@ -89,6 +89,8 @@ class Anderson(AbstractRule):
 
     def restart(self, rows: Bool[Tensor, "n"]) -> None:
         """Forget all but the newest iterate of these rows."""
+        if self._count == 1:
+            return
         newest = torch.zeros_like(self._valid[0])
         newest[(self._count - 1) % self.window] = True
         self._valid &= newest | ~rows.unsqueeze(1)

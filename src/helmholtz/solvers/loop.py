@@ -199,7 +199,7 @@ class Trace:
 
     def __init__(self, *, record: bool) -> None:
         self.record = record
-        self._now: Point | None = None
+        self._now: tuple[Tensor, ...] | None = None
         self.energy_history: list[float] = []
         self.residual_history: list[float] = []
         self.iterates: list[Tensor] | None = [] if record else None
@@ -207,25 +207,29 @@ class Trace:
 
     def begin(self, start: Point) -> None:
         """All rows before a step."""
-        self._now = start.clone() if has_values(start.z) else None
+        self._now = tuple(x.clone() for x in self._kept(start)) if has_values(start.z) else None
+
+    def _kept(self, point: Point) -> tuple[Tensor, ...]:
+        return (point.residual, point.energy, point.z)[: 3 if self.record else 2]
 
     def move(self, rows: Int[Tensor, "n"], point: Point, these: Bool[Tensor, "n"], *, energies: bool) -> None:
         """``these`` of the ``rows`` made a step."""
         if self._now is not None:
-            self._now.put(rows, point, these)
+            for mine, theirs in zip(self._now, self._kept(point), strict=True):
+                mine[rows] = choose(these, theirs, mine[rows])
             self.add(energies=energies)
 
     def add(self, *, energies: bool) -> None:
         """Remember where all rows are."""
-        now = self._now
-        if now is None:
+        if self._now is None:
             return
-        self.residual_history.append(now.residual.mean().item())
+        residual, energy, *z = self._now
+        self.residual_history.append(residual.mean().item())
         if energies:
-            self.energy_history.append(now.energy.mean().item())
+            self.energy_history.append(energy.mean().item())
         if self.iterates is not None and self.energies is not None:
-            self.iterates.append(now.z.clone())
-            self.energies.append(now.energy.clone())
+            self.iterates.append(z[0].clone())
+            self.energies.append(energy.clone())
 
 
 @dataclass(frozen=True, slots=True)
