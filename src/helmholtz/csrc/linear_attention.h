@@ -5,7 +5,7 @@
 // forward, L K + 3/2 L (K + V) + 5 K V backward, L/2 exponentials each.
 #pragma once
 
-#include "product.h"
+#include "products.h"
 
 namespace helmholtz {
 
@@ -163,11 +163,11 @@ void linear_forward(const LinearInputs<T>& in, const HeadRows<T>& out, T* last, 
       load_chunk(in.k, b, h, first, n, L, k, z.keys, K);
       load_chunk(in.v, b, h, first, n, L, v, z.values, V, z.normalize);
       transpose(k, kt, L, K);
-      product(L, K, L, rows(q, K), kt, p, false, Part::LOWER_RESULT);
+      multiply<false, Part::LOWER_RESULT>(L, K, L, rows(q, K), kt, p);
       weigh(p, decays.w, n, L, z.strict);
-      product(L, L, V, rows(p, L), v, o, false, Part::LOWER_LEFT);
+      multiply<false, Part::LOWER_LEFT>(L, L, V, rows(p, L), v, o);
       scaled_rows(q, decays.since, q, n, K);
-      product(L, K, V, rows(q, K), s, o, true);
+      multiply<true>(L, K, V, rows(q, K), s, o);
       for (int64_t i = 0; i < n; ++i) {
         T* row = o + i * V;
         if (z.normalize) {
@@ -182,7 +182,7 @@ void linear_forward(const LinearInputs<T>& in, const HeadRows<T>& out, T* last, 
       const T kept = decays.since[n - 1];
 #pragma omp simd
       for (int64_t i = 0; i < K * V; ++i) s[i] *= kept;
-      product(K, L, V, columns(k, K), v, s, true);
+      multiply<true>(K, L, V, columns(k, K), v, s);
     }
     store_matrix(s, last + part * z.keys * z.columns(), z.keys, z.columns(), V);
   };
@@ -274,15 +274,15 @@ void linear_reverse(const LinearInputs<T>& in, const LinearResults<T>& r, const 
       transpose(v, vt, L, V);
       transpose(s, st, K, V);
       transpose(ds, dst, K, V);
-      product(L, K, L, rows(q, K), kt, p, false, Part::LOWER_RESULT);
+      multiply<false, Part::LOWER_RESULT>(L, K, L, rows(q, K), kt, p);
       weigh(p, decays.w, n, L, z.strict);
-      product(L, V, L, rows(d, V), vt, dp, false, Part::LOWER_RESULT);
+      multiply<false, Part::LOWER_RESULT>(L, V, L, rows(d, V), vt, dp);
       for (int64_t i = 0; i < n; ++i)
 #pragma omp simd
         for (int64_t j = 0; j < i; ++j) e[i * L + j] = dp[i * L + j] * p[i * L + j];
       weigh(dp, decays.w, n, L, z.strict);
-      product(L, V, K, rows(d, V), st, x, false);  // of the state before
-      product(L, L, K, rows(dp, L), k, dq, false, Part::LOWER_LEFT);
+      multiply<false>(L, V, K, rows(d, V), st, x);  // of the state before
+      multiply<false, Part::LOWER_LEFT>(L, L, K, rows(dp, L), k, dq);
       for (int64_t i = 0; i < n; ++i) {
         const T a = decays.since[i];
         after[i] = a * dot(q + i * K, x + i * K, K);
@@ -290,8 +290,8 @@ void linear_reverse(const LinearInputs<T>& in, const LinearResults<T>& r, const 
         for (int64_t c = 0; c < K; ++c) dq[i * K + c] += a * x[i * K + c];
         to.q.store(b, h, first + i, dq + i * K, z.keys);
       }
-      product(L, V, K, rows(v, V), dst, x, false);  // of the state after
-      product(L, L, K, columns(dp, L), q, dk, false, Part::UPPER_LEFT);
+      multiply<false>(L, V, K, rows(v, V), dst, x);  // of the state after
+      multiply<false, Part::UPPER_LEFT>(L, L, K, columns(dp, L), q, dk);
       for (int64_t i = 0; i < n; ++i) {
         const T a = decays.until[i];
         before[i] = a * dot(k + i * K, x + i * K, K);
@@ -304,14 +304,14 @@ void linear_reverse(const LinearInputs<T>& in, const LinearResults<T>& r, const 
         const T through = kept * dot(s, ds, K * V);
         decay_gradients(e, after, before, through, sums, to.g + part * z.steps + first, n, L);
       }
-      product(L, L, V, columns(p, L), d, dv, false, Part::UPPER_LEFT);
+      multiply<false, Part::UPPER_LEFT>(L, L, V, columns(p, L), d, dv);
       scaled_rows(k, decays.until, k, n, K);
-      product(L, K, V, rows(k, K), ds, dv, true);
+      multiply<true>(L, K, V, rows(k, K), ds, dv);
       for (int64_t i = 0; i < n; ++i) to.v.store(b, h, first + i, dv + i * V, z.values);
       scaled_rows(q, decays.since, q, n, K);
 #pragma omp simd
       for (int64_t i = 0; i < K * V; ++i) ds[i] *= kept;
-      product(K, L, V, columns(q, K), d, ds, true);
+      multiply<true>(K, L, V, columns(q, K), d, ds);
     }
     store_matrix(ds, to.state + part * z.keys * z.columns(), z.keys, z.columns(), V);
   };

@@ -1,4 +1,5 @@
-// Small matrix products for kernels that work in blocks: C (+)= A B, with B packed in panels. Measured at the processor's
+// Small matrix products for kernels that work in blocks: C (+)= A B, with B packed in panels, or in rows as it lies where
+// it fits a core's nearest cache. Measured at the processor's
 // peak (AMD Zen 5, one core: 256 of 256 GFLOP/s in float32, where MKL reaches 105; 500 in bf16). bf16 operands come in pairs along the
 // contraction, as the instruction that multiplies them wants them; without it they are widened in registers.
 #pragma once
@@ -81,43 +82,51 @@ struct Left {
   int64_t row, step;
 };
 
-template <bool ADD, typename T>
-INLINE void put(T* c, int64_t stride, const Register<T> (&sums)[TILE][2]) {
+// The right operand: its rows are `row` units apart, its panels `panel`.
+template <typename S>
+struct Right {
+  const Unit<S>* data;
+  int64_t row, panel;
+};
+
+template <bool ADD, int V, typename T>
+INLINE void put(T* c, int64_t stride, const Register<T> (&sums)[TILE][V]) {
   constexpr int64_t LANES = VECTOR / sizeof(T);
   UNROLLED for (int64_t i = 0; i < TILE; ++i) {
-    UNROLLED for (int64_t n = 0; n < 2; ++n) {
+    UNROLLED for (int64_t n = 0; n < V; ++n) {
       auto& to = *reinterpret_cast<Register<T>*>(c + i * stride + n * LANES);
       to = ADD ? to + sums[i][n] : sums[i][n];
     }
   }
 }
 
-// TILE rows times one panel.
-template <typename S, bool ADD, typename T = at::opmath_type<S>>
-void tile(Left<S> a, const Unit<S>* b, T* c, int64_t stride, int64_t depth) {
+// TILE rows times V registers of columns, at most a panel; `row` from one row of B to the next.
+template <typename S, bool ADD, int V, typename T = at::opmath_type<S>>
+INLINE void tile(Left<S> a, const Unit<S>* b, int64_t row, T* c, int64_t stride, int64_t depth) {
   constexpr int64_t LANES = VECTOR / sizeof(T);
-  Register<T> sums[TILE][2] = {};
-  for (int64_t k = 0; k < depth; ++k, b += 2 * LANES) {
+  Register<T> sums[TILE][V] = {};
+  for (int64_t k = 0; k < depth; ++k, b += row) {
     if constexpr (PAIRED<S>) {
-      const auto first = *reinterpret_cast<const Register<uint32_t>*>(b), second = *reinterpret_cast<const Register<uint32_t>*>(b + LANES);
-      const auto even0 = reinterpret_cast<Register<T>>(first << 16), odd0 = reinterpret_cast<Register<T>>(first & 0xffff0000u);
-      const auto even1 = reinterpret_cast<Register<T>>(second << 16), odd1 = reinterpret_cast<Register<T>>(second & 0xffff0000u);
+      Register<T> evens[V], odds[V];
+      UNROLLED for (int64_t n = 0; n < V; ++n) {
+        const auto pairs = *reinterpret_cast<const Register<uint32_t>*>(b + n * LANES);
+        evens[n] = reinterpret_cast<Register<T>>(pairs << 16), odds[n] = reinterpret_cast<Register<T>>(pairs & 0xffff0000u);
+      }
       UNROLLED for (int64_t i = 0; i < TILE; ++i) {
         const uint32_t pair = a.data[i * a.row + k * a.step];
         const T even = std::bit_cast<float>(pair << 16), odd = std::bit_cast<float>(pair & 0xffff0000u);
-        sums[i][0] += even * even0 + odd * odd0;
-        sums[i][1] += even * even1 + odd * odd1;
+        UNROLLED for (int64_t n = 0; n < V; ++n) sums[i][n] += even * evens[n] + odd * odds[n];
       }
     } else {
-      const auto first = *reinterpret_cast<const Register<T>*>(b), second = *reinterpret_cast<const Register<T>*>(b + LANES);
+      Register<T> numbers[V];
+      UNROLLED for (int64_t n = 0; n < V; ++n) numbers[n] = *reinterpret_cast<const Register<T>*>(b + n * LANES);
       UNROLLED for (int64_t i = 0; i < TILE; ++i) {
         const T x = a.data[i * a.row + k * a.step];
-        sums[i][0] += x * first;
-        sums[i][1] += x * second;
+        UNROLLED for (int64_t n = 0; n < V; ++n) sums[i][n] += x * numbers[n];
       }
     }
   }
-  put<ADD, T>(c, stride, sums);
+  put<ADD, V, T>(c, stride, sums);
 }
 
 #if defined(__AVX512F__)
@@ -149,25 +158,40 @@ inline bool multiplies_pairs() {
 }
 #endif
 
-// C (+)= A B. `rows` is a multiple of TILE; columns are those of whole panels, `whole` units apart from one panel to
-// the next; of the contraction the first `depth` units are taken.
-template <typename S, bool ADD, typename T = at::opmath_type<S>>
-void product(Left<S> a, const Unit<S>* panels, int64_t whole, T* c, int64_t stride, int64_t rows, int64_t columns,
-             int64_t depth) {
-  for (int64_t n = 0; n < columns; n += PANEL<S>, panels += whole * PANEL<S>) {
-    for (int64_t i = 0; i < rows; i += TILE) {
-      const Left<S> left{a.data + i * a.row, a.row, a.step};
+// What of a product is not 0, or is wanted.
+enum class Part { ALL, LOWER_RESULT, LOWER_LEFT, UPPER_LEFT };
+
+// C (+)= A B. `rows` is a multiple of TILE, columns are those of whole registers, of the contraction the first `depth`
+// units are taken.
+template <typename S, bool ADD, Part PART = Part::ALL, typename T = at::opmath_type<S>>
+void product(Left<S> a, Right<S> b, T* c, int64_t stride, int64_t rows, int64_t columns, int64_t depth) {
+  for (int64_t n = 0; n < columns; n += PANEL<S>, b.data += b.panel) {
+    for (int64_t i = PART == Part::LOWER_RESULT ? n : 0; i < rows; i += TILE) {
+      const int64_t from = PART == Part::UPPER_LEFT ? i : 0;
+      const int64_t here = (PART == Part::LOWER_LEFT ? std::min(i + TILE, depth) : depth) - from;
+      const Left<S> left{a.data + i * a.row + from * a.step, a.row, a.step};
+      const Unit<S>* right = b.data + from * b.row;
+      T* to = c + i * stride + n;
 #if defined(__AVX512F__)
       if constexpr (PAIRED<S>) {
         if (multiplies_pairs()) {
-          tile_of_pairs<ADD>(left, panels, c + i * stride + n, stride, depth);
+          tile_of_pairs<ADD>(left, right, to, stride, here);
           continue;
         }
       }
 #endif
-      tile<S, ADD>(left, panels, c + i * stride + n, stride, depth);
+      const int64_t wanted = PART == Part::LOWER_RESULT ? std::min(i + TILE, columns) : columns;
+      if (!PAIRED<S> && wanted - n <= PANEL<S> / 2) tile<S, ADD, 1>(left, right, b.row, to, stride, here);
+      else tile<S, ADD, 2>(left, right, b.row, to, stride, here);
     }
   }
+}
+
+// The same with packed panels, each of `whole` rows.
+template <typename S, bool ADD, typename T = at::opmath_type<S>>
+void product(Left<S> a, const Unit<S>* panels, int64_t whole, T* c, int64_t stride, int64_t rows, int64_t columns,
+             int64_t depth) {
+  product<S, ADD>(a, Right<S>{panels, PANEL<S>, whole * PANEL<S>}, c, stride, rows, columns, depth);
 }
 
 // Panels of B with B[k][n] = x[k][n]. Rows beyond those of x are 0; x has whole panels of columns.
@@ -199,6 +223,32 @@ void pack_transposed(const S* x, int64_t stride, int64_t rows, Unit<S>* panels, 
       for (int64_t i = here; i < PANEL<S>; ++i) panels[i] = 0;
     }
   }
+}
+
+// Matrices that lie as they are, rows and columns padded to a multiple of this.
+constexpr int64_t PADDED = 16;
+inline int64_t padded(int64_t n) { return round_up(n, PADDED); }
+
+template <typename T>
+Left<T> rows(const T* data, int64_t width) {
+  return {data, width, 1};
+}
+template <typename T>
+Left<T> columns(const T* data, int64_t width) {  // the transpose of `rows`
+  return {data, 1, width};
+}
+
+// c (+)= a b: m by width from m by depth and depth by width.
+template <bool ADD, Part PART = Part::ALL, typename T>
+void multiply(int64_t m, int64_t depth, int64_t width, Left<T> a, const T* b, T* c) {
+  product<T, ADD, PART>(a, Right<T>{b, width, PANEL<T>}, c, width, m, width, depth);
+}
+
+template <typename T>
+void transpose(const T* from, T* to, int64_t m, int64_t n) {  // m by n
+  for (int64_t i = 0; i < m; i += PADDED)
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t r = 0; r < PADDED; ++r) to[j * m + i + r] = from[(i + r) * n + j];
 }
 
 }  // namespace helmholtz
