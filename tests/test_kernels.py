@@ -1,13 +1,16 @@
 """Building and choosing kernels: what happens without a compiler, with a broken one, in a cache nobody can write."""
 
 import os
+import re
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from helmholtz import kernels
 from helmholtz.cli.main import main
@@ -284,6 +287,13 @@ def test_every_operator_has_a_call():
     assert OPERATORS.keys() == set(kernels.NAMES)
 
 
+def test_every_operator_is_in_the_table_of_the_documents():
+    text = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text()
+    (table,) = re.findall(r"\| operator `helmholtz::` .*\n((?:\|.*\n)+)", text)
+    named = [name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(named) == sorted(kernels.NAMES)
+
+
 @built
 @pytest.mark.compile
 @pytest.mark.parametrize("name", OPERATORS)
@@ -294,3 +304,59 @@ def test_an_operator_is_what_torch_wants_of_one(name):
     ]
     done = torch.library.opcheck(operator, inputs)
     assert set(done.values()) == {"SUCCESS"}
+
+
+LAYOUTS = {
+    "expanded last": lambda x: x[..., :1].expand(x.shape),
+    "expanded first": lambda x: x[:1].expand(x.shape),
+    "expanded in the middle": lambda x: x[:, :1].expand(x.shape) if x.dim() > 1 else x,
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "last two transposed": lambda x: x.mT.contiguous().mT if x.dim() > 1 else x,
+    "spread": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+}
+NARROW = {  # a last dimension of 1, which may have any stride
+    "gated_read": lambda: (leaf(2, 5, 3, 2, 1), leaf(3, 1), leaf(2, 5, 3, 1), leaf(2, 5, 3, 1), leaf(2, 5, 3, 1), 1e-6),
+    "tilt": lambda: (leaf(2, 5, 3, 1), leaf(3, 1), 0.5, False),
+    "linear_attention": lambda: (
+        leaf(2, 3, 70, 1), leaf(2, 3, 70, 1), leaf(2, 3, 70, 1), None, leaf(2, 3, 1, 1), True, False,
+    ),
+    "softmax_read": lambda: (
+        leaf(2, 4, 9, 1), leaf(2, 2, 9, 1), leaf(2, 2, 9, 1), leaf(2, 1), None, torch.tensor([0, 4, 9]), True, 40.0,
+    ),
+    "causal_conv": lambda: (leaf(2, 5, 1), leaf(1, 4), leaf(1), leaf(2, 3, 1), None, None, False),
+    "modulate": lambda: (leaf(2, 5, 1), leaf(2, 5, 1), [1]),
+}  # fmt: skip
+WIDTHS = {name: make for name, make in OPERATORS.items() if name not in ("sample", "attention_step")}
+"""Without what draws by place and what writes to a cache."""
+
+
+@built
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "name, make",
+    [*WIDTHS.items(), *NARROW.items()],
+    ids=[*WIDTHS, *(f"{name} of width 1" for name in NARROW)],
+)
+def test_strides_change_nothing(name, make, layout):
+    """Of inputs and of the gradients of outputs: results are those for the same numbers side by side."""
+
+    def found(lay: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        inputs = [lay(x) if torch.is_tensor(x) else x for x in make()]
+        leaves = [x for x in inputs if torch.is_tensor(x) and x.requires_grad]
+        done = tree_leaves(getattr(torch.ops.helmholtz, name)(*inputs))
+        differentiable = [x for x in done if x.requires_grad]
+        if not leaves:
+            return done
+        return done + [
+            *torch.autograd.grad(differentiable, leaves, [lay(torch.rand_like(x)) for x in differentiable])
+        ]
+
+    def lay(x: torch.Tensor) -> torch.Tensor:
+        return LAYOUTS[layout](x) if x.dim() else x
+
+    for strided, whole in zip(found(lay), found(lambda x: lay(x).contiguous()), strict=True):
+        if name == "code_lookup":  # its product is torch's, which rounds by how a matrix lies
+            torch.testing.assert_close(strided, whole)
+        else:
+            assert torch.equal(strided, whole)

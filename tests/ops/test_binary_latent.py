@@ -244,13 +244,14 @@ class LargestResult(TorchDispatchMode):
         return out
 
 
-def test_no_tensor_has_tokens_times_codes_elements():
+def test_no_tensor_has_tokens_times_codes_elements(form):
     table, code, logits = problem(12, batch=(4, 40), dtype=torch.float32)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         out = ops.code_lookup(table.requires_grad_(), code, logits.requires_grad_())
     kept = sum(x.numel() for x in {x.data_ptr(): x for x in saved}.values())
-    assert kept <= table.numel() + code.numel() + logits.numel() + 160 * (3 << binary_latent.TILE_BITS)
+    inputs = table.numel() + code.numel() + logits.numel()
+    assert kept == inputs or form == "plain" and kept <= inputs + 160 * (3 << binary_latent.TILE_BITS)
     with LargestResult() as largest:
         out.sum().backward()
     assert largest.elements <= 160 << binary_latent.TILE_BITS < 160 * 2**12
