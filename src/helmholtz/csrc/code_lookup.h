@@ -90,7 +90,8 @@ inline Tensor code_lookup_cpu(const Tensor& table, const Tensor& code, const Ten
 inline std::tuple<Tensor, Tensor> code_lookup_backward_cpu(const Tensor& dy, const Tensor& table, const Tensor& code,
                                                            const Tensor& logits) {
   const auto type = at::promote_types(at::promote_types(table.scalar_type(), logits.scalar_type()), at::kFloat);
-  const Tensor rows = dy.reshape({-1, table.size(1)}).to(type), wide_logits = logits.reshape({-1, logits.size(-1)}).to(type);
+  const Tensor rows = dy.reshape({-1, table.size(1)}).to(type);
+  const Tensor wide_logits = logits.reshape({-1, logits.size(-1)}).to(type).contiguous();  // read below as rows
   const Tensor on = wide_logits.sigmoid(), off = wide_logits.neg().sigmoid();  // 1 - on would lose a small off
   Tensor dtable = at::zeros(table.sizes(), rows.options()), dlogits = at::empty(on.sizes(), rows.options());
   dtable.index_add_(0, code.reshape(-1), rows);
