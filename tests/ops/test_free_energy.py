@@ -138,6 +138,16 @@ def test_the_gated_read_matches_the_reference(shape, dtype, gates, read):
     assert_op_matches(call(gated_read), call(reference.gated_read), tensors, names, budget=16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_small_own_gate_meets_the_floor_of_its_norm(dtype):
+    own = torch.full((1, 2, 3, 5), -14.0, dtype=dtype)
+    gate = own.exp().log1p() + 1e-6
+    expected = gate * (gate.square() + torch.finfo(dtype).eps) ** -0.5
+    read = gated_read(torch.ones(1, 2, 3, 1, 5, dtype=dtype), None, own=own)
+    torch.testing.assert_close(read, expected)
+    assert dtype == torch.float64 or read.max() < 0.01
+
+
 @pytest.mark.parametrize("signals_first", [False, True])
 def test_the_gated_read_takes_bf16_gates_beside_float32_averages(signals_first):
     """Gates as slices of one projection, averages in either layout, a head that saw nothing; rounded once."""

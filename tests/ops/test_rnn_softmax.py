@@ -104,6 +104,16 @@ def test_pads_have_no_weight():
     assert dx[real].all()
 
 
+def test_a_reset_at_a_pad_forgets():
+    k, signals = torch.randn(1, 5, 3), torch.randn(1, 5, 2, 3)
+    k[:, 2] = -torch.inf
+    reset = torch.tensor([[False, False, True, False, False]])
+    averaged, _ = rnn_softmax(k, signals, reset=reset)
+    alone, _ = rnn_softmax(k[:, 3:], signals[:, 3:])
+    assert not averaged[:, 2].any()
+    assert_matches("after it", averaged[:, 3:], alone, budget=BUDGET)
+
+
 def test_all_pads():
     k, signals = torch.full((2, 5, 3), -torch.inf, requires_grad=True), torch.randn(2, 5, 2, 3)
     averaged, state = rnn_softmax(k, signals)
