@@ -35,8 +35,17 @@ D_MODEL, HEADS, WIDTH, TDC, CHUNK = 512, 8, 64, 32, 64
 """Width of the layer, heads, their keys and values, channels of the conditioning, steps of a chunk."""
 SAMPLING = SamplingSettings(max_new_tokens=1, top_k=50, top_p=0.9)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-STEPS = {"attention_step", "linear_step", "rnn_softmax_step", "rope_step", "selective_step", "ssd_step"}
-"""A stream's step, a few microseconds of one layer's: ``layers/decode.py`` measures the whole of it."""
+STEPS = {
+    "attention_step",
+    "linear_step",
+    "rnn_softmax_step",
+    "rope_step",
+    "selective_step",
+    "ssd_step",
+    "token_energy",
+}
+"""A stream's step, a few microseconds of one layer's, and a solver's: ``layers/decode.py`` and
+``models/equilibrium.py`` measure the whole of it."""
 Output = Tensor | tuple[Tensor, ...]
 
 

@@ -17,6 +17,7 @@ from helmholtz.evals.convergence_model import check_causality
 from helmholtz.layers.dynamics import TokenDynamics
 from helmholtz.layers.equilibrium import TokenProblem
 from helmholtz.models.mamba_hopfield import MambaHopfield, MambaHopfieldConfig
+from helmholtz.ops.token_energy import TokenJacobian
 from helmholtz.solvers import Implicit, SolverConfig, solve
 from other_rounding import OtherRounding
 
@@ -175,8 +176,8 @@ def test_a_residual_map_that_descends_no_energy_is_found(monkeypatch):
 def test_a_map_with_the_right_equilibria_but_another_gradient_is_found(monkeypatch):
     """Damping keeps equilibria, descent and contraction; only the residual is not the gradient any more."""
     with_map(monkeypatch, lambda problem, z, f: 0.01 * z + 0.99 * f)
-    product = TokenProblem.jvp
-    monkeypatch.setattr(TokenProblem, "jvp", lambda self, z, v: 0.01 * v + 0.99 * product(self, z, v))
+    product = TokenJacobian.product
+    monkeypatch.setattr(TokenJacobian, "product", lambda self, v: 0.01 * v + 0.99 * product(self, v))
     report = validate(fresh())
     assert report.failed == ("residual_energy",)
     failed = [check.what for check in report.residual_energy.checks() if not check.passed]
@@ -184,8 +185,8 @@ def test_a_map_with_the_right_equilibria_but_another_gradient_is_found(monkeypat
 
 
 def test_a_wrong_jacobian_product_is_found(monkeypatch):
-    product = TokenProblem.jvp
-    monkeypatch.setattr(TokenProblem, "jvp", lambda self, z, v: 0.99 * product(self, z, v))
+    product = TokenJacobian.product
+    monkeypatch.setattr(TokenJacobian, "product", lambda self, v: 0.99 * product(self, v))
     report = validate(fresh())
     assert set(report.failed) == {"residual_energy", "gradient"}
 
@@ -231,8 +232,8 @@ def test_a_solver_that_goes_uphill_is_found(monkeypatch):
 def test_dynamics_that_hear_the_future_are_found(monkeypatch):
     original = TokenDynamics.forward
 
-    def leaking(self, c, layout, stored, state=None):
-        return original(self, c + 1e-3 * c.mean(1, keepdim=True), layout, stored, state)
+    def leaking(self, c, *rest):
+        return original(self, c + 1e-3 * c.mean(1, keepdim=True), *rest)
 
     monkeypatch.setattr(TokenDynamics, "forward", leaking)
     report = validate(fresh())
@@ -305,8 +306,8 @@ def at_the_edge(model, monkeypatch):
         model.equilibrium.dynamics.log_strengths.copy_(torch.tensor([-20.0, 0.0]))
     original = TokenDynamics.forward
 
-    def forward(self, c, layout, stored, state=None):
-        found = original(self, c, layout, stored, state)
+    def forward(self, *given):
+        found = original(self, *given)
         u = torch.zeros_like(found.field.u) + (tip + gap) * direction.to(found.field.u)
         start = torch.zeros_like(found.start) + radius * direction.to(found.start)
         return replace(found, field=found.field._replace(u=u), start=start)
@@ -331,8 +332,8 @@ def test_tokens_at_rest_on_a_saddle_are_found(monkeypatch):
     at_the_edge(model, monkeypatch)
     edge = TokenDynamics.forward
 
-    def on_the_ridge(self, c, layout, stored, state=None):
-        found = edge(self, c, layout, stored, state)
+    def on_the_ridge(self, *given):
+        found = edge(self, *given)
         return replace(found, field=found.field._replace(u=0 * found.field.u), start=0 * found.start)
 
     monkeypatch.setattr(TokenDynamics, "forward", on_the_ridge)

@@ -38,6 +38,7 @@ def solved(problem, start, shape, index=None, solver=SOLVER):
         problem=problem,
         solution=solution,
         index=index,
+        is_real=None,
     )
 
 

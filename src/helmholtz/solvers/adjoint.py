@@ -7,6 +7,7 @@ from typing import Any, final
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from helmholtz._checks import check_choice, check_integer, check_positive
 from helmholtz._once import DifferentiableOnce
@@ -128,8 +129,9 @@ class Phantom(AbstractAdjoint):
     def attach(self, problem: AbstractProblem, solution: Solution) -> Float[Tensor, "N D"]:
         if not torch.is_grad_enabled():
             return solution.value
+        _refuse_nested_transforms()
         z = _plain_steps(problem, solution.value, self.n_steps)
-        return solution.value + (z - z.detach())
+        return _differentiable_once(solution.value + (z - z.detach()))
 
 
 @final
@@ -146,6 +148,7 @@ class Unrolled(AbstractAdjoint):
             check_integer("n_steps", self.n_steps)
 
     def attach(self, problem: AbstractProblem, solution: Solution) -> Float[Tensor, "N D"]:
+        _refuse_nested_transforms()
         if self.n_steps is not None:
             return _plain_steps(problem, solution.start, self.n_steps)
         z, num_steps = solution.start, solution.num_steps
@@ -153,6 +156,38 @@ class Unrolled(AbstractAdjoint):
         for step in range(taken):
             z = torch.where((num_steps > step).unsqueeze(1), _plain_steps(problem, z, 1), z)
         return z
+
+
+def _differentiable_once(z: Tensor) -> Tensor:
+    """``z``, of which a second derivative raises: it would take the equilibrium for a constant."""
+    why = (
+        "a phantom gradient is differentiable once: its derivative would leave out how the equilibrium moves"
+    )
+    transformed = (
+        torch._C._are_functorch_transforms_active()
+    )  # whose own backward pass always keeps its graph
+    if torch.compiler.is_compiling() or transformed or not z.requires_grad:
+        return z
+
+    def refuse(grad: Tensor) -> None:
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            raise RuntimeError(why)
+
+    z.register_hook(refuse)
+    return z
+
+
+def _refuse_nested_transforms() -> None:
+    """A solver's iterations are cut off from one transform of ``torch.func`` by detaching, not from one around it."""
+    if not torch._C._are_functorch_transforms_active():
+        return
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    kinds = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+    if sum(level.key() in kinds for level in levels) > 1:
+        raise RuntimeError(
+            "the gradient of an equilibrium is differentiable once under transforms of torch.func: for a second "
+            "derivative take torch.autograd.grad(..., create_graph=True)"
+        )
 
 
 def _plain_steps(problem: AbstractProblem, z: Float[Tensor, "N D"], n_steps: int) -> Float[Tensor, "N D"]:
