@@ -1,6 +1,7 @@
 """Schemas and fake rules of the kernels: operators ``helmholtz::name``, implemented for CPU tensors in ``csrc/``.
 
-Each has a backward operator beside it, which has no derivative of its own: asking for one raises.
+What is trained through has a backward operator beside it, which has no derivative of its own: asking for one raises.
+A stream's steps, sampling and the token energy have none and say so.
 """
 
 from collections.abc import Callable

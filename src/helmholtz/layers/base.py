@@ -66,9 +66,6 @@ class AbstractMixer(nn.Module, abc.ABC, Generic[StateT]):
         layout = self._layout(written, attention_mask, cu_seqlens, layout, state)
         if not written.numel():
             return written if state is None else (written, state)
-        if layout.mask is None:
-            y, after = self._mix(x, source, layout, state)
-            return y if state is None else (y, after)
         x = zero_pads(x, layout) if x.shape[:2] == written.shape[:2] else x
         source = None if source is None else zero_pads(source, layout)
         y, after = self._mix(x, source, layout, state)

@@ -106,7 +106,8 @@ def selective_scan(
         Computed in at least float32, one step after another; no exponent is above 0.
 
     Cost:
-        Time ``O(B T S C N)``. Memory ``O(B T S C)``: states are kept every 32 steps and recomputed.
+        Time ``O(B T S C N)``. Memory ``O(B T S C)``: the kernel keeps a state every 32 steps, the plain form one per
+        chunk of 64; others are recomputed.
 
     Source: Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, section 3.2.
     """
