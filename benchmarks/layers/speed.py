@@ -75,7 +75,7 @@ def measure(dtype: str, batch: int, time: int, rounds: int) -> list[dict[str, An
     seconds = interleave(
         {name: partial(step, layer, x, cotangent, DTYPES[dtype]) for name, layer in layers.items()},
         rounds=rounds,
-        warmup=1,
+        warmup=6,
     )
     place = SHAPES.index((batch, time))
     return [
