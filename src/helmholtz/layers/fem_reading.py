@@ -44,6 +44,7 @@ class _Places(Tilt):
     """A signal per token: 1 at its place, 0 elsewhere."""
 
     __slots__ = ()
+    by_kernels = False
 
     def __call__(
         self, values: Float[Tensor, "B G T V"], *, signals_first: bool = False

@@ -3,7 +3,7 @@
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -19,9 +19,10 @@ Features = Mapping[str, Float[Tensor, "B T W"]]
 
 @dataclass(frozen=True, slots=True)
 class Tilt:
-    """The signals that a prior averages: made by a call, or by a kernel from ``beta`` and ``cap``. A subclass makes
-    others, by its call alone: a kernel is for ``type(tilt) is Tilt``."""
+    """The signals that a prior averages: made by a call, or by a kernel from ``beta`` and ``cap``."""
 
+    by_kernels: ClassVar[bool] = True
+    """Whether a kernel may make them. A subclass of another call says no."""
     beta: Float[Tensor, "G V"] | None
     """Inverse temperature per value head and channel; None where the values alone are averaged."""
     cap: float
@@ -79,7 +80,7 @@ class AbstractPrior(nn.Module, abc.ABC):
 
 def is_step(x: Float[Tensor, "B T C"], tilt: Tilt, layout: SequenceLayout, state: Tensor) -> bool:
     """Whether a kernel of ``ops._step`` takes this call: one real token, signals that the kernel can make itself."""
-    return type(tilt) is Tilt and layout.mask is None and takes_steps(x, state)
+    return tilt.by_kernels and layout.mask is None and takes_steps(x, state)
 
 
 def split_heads(x: Float[Tensor, "B T W"], heads: int) -> Float[Tensor, "B H T K"]:

@@ -44,7 +44,7 @@ class SoftmaxPrior(AbstractPrior):
         if state is not None:
             state = state.append(k, values, mask, capacity=key_layout.capacity)
             k, values, mask = state.k, state.v, state.mask
-        if type(tilt) is Tilt and tilt.beta is not None:
+        if tilt.by_kernels and tilt.beta is not None:
             return softmax_read(
                 q,
                 k,
