@@ -127,3 +127,41 @@ def test_a_step_beyond_the_memory_is_refused() -> None:
     with pytest.raises(ValueError, match="keys"):
         attention_step(joint.flatten(2), cos, sin, *memory, before=4, heads=h)
     assert not memory.any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows_differ", [False, True])
+def test_what_a_step_writes_was_rounded_once(rows_differ) -> None:
+    joint, cos, sin, h, g = problem((2, 3, 4, 2, 6), torch.bfloat16)
+    positions = torch.arange(3) + (torch.tensor([[0], [1000]]) if rows_differ else 0)
+    if rows_differ:
+        cos, sin = rope_table(positions, 6)
+    keys, values = torch.zeros(2, 2, g, 3, 6, dtype=torch.bfloat16)
+    attention_step(joint.flatten(2), cos, sin, keys, values, before=0, heads=h)
+    _, k, v = joint.transpose(1, 2).split([h, g, g], dim=1)
+    a, b = k.double().chunk(2, dim=-1)
+    c, s = (x.double()[..., None, :, :] if rows_differ else x.double() for x in (cos, sin))
+    wanted = torch.cat([a, b], -1) * c + torch.cat([b, a], -1) * s
+    bound = 2**-8 * wanted.abs() + 1e-6 * wanted.abs().amax()
+    assert ((keys - wanted).abs() <= bound).all() and torch.equal(values, v)
+
+
+@pytest.mark.parametrize("changed", ["keys", "values"])
+def test_a_step_is_a_change_that_autograd_sees(changed) -> None:
+    """What was kept of the memory for a gradient is no longer there."""
+    joint, cos, sin, h, g = problem((1, 2, 2, 1, 4))
+    memory = dict(zip(["keys", "values"], torch.zeros(2, 1, g, 5, 4), strict=True))
+    kept = torch.ones(4, requires_grad=True) * memory[changed]
+    with torch.no_grad():
+        attention_step(joint.flatten(2), cos, sin, *memory.values(), before=1, heads=h)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.sum().backward()
+
+
+def test_a_step_in_inference_mode_is_the_same() -> None:
+    with torch.inference_mode():
+        joint, cos, sin, h, g = problem((1, 2, 2, 1, 4))
+        memory = torch.zeros(2, 1, g, 5, 4)
+        out = attention_step(joint.flatten(2), cos, sin, *memory, before=0, heads=h)
+    wanted = reference.rotary_attention(joint, torch.arange(2).expand(1, -1), h, g)
+    assert_matches("out", out, wanted.flatten(2), budget=60)

@@ -6,6 +6,7 @@ import torch
 from helmholtz import kernels
 from helmholtz.layers import FreeEnergyMixer, FreeEnergyMixerConfig
 from helmholtz.ops import _step
+from helmholtz.ops.rnn_softmax import RNNSoftmaxState, rnn_softmax
 from helmholtz.ops.rope import rope_table, rotate
 
 pytestmark = pytest.mark.skipif(not kernels.LOADED, reason="the kernels are not built")
@@ -47,6 +48,9 @@ def layer_of(prior, dtype=torch.float32, **options):
         ("gla", {"decay": "channel"}),
         ("linear", {"read": "free_energy", "d_head_v": 5}),
         ("mamba", {"d_state": 3, "d_head_v": 17}),
+        ("linear", {"cap": 0.1}),
+        ("rnn_softmax", {"cap": 0.1}),
+        ("mamba", {"cap": 0.1}),
     ],
 )
 @torch.no_grad()
@@ -86,6 +90,30 @@ def test_the_state_before_a_step_is_unchanged():
         _, state = layer.step(x[:, :2], layer.init_state(2))
         first, _ = layer.step(x[:, 2:], state)
         assert torch.equal(first, layer.step(x[:, 2:], state)[0])
+
+
+@torch.no_grad()
+def test_what_has_no_mass_is_read_as_nothing():
+    """Keys and queries that the feature map sends to 0."""
+    x, v, state = -torch.rand(2, 1, 12), torch.randn(2, 3, 1, 2), torch.zeros(2, 3, 4, 5)
+    mixed, last = _step.linear_step(
+        x, x, v, None, torch.ones(3, 2), (None, None), state, eps=0.0, cap=40.0, temperature=1.0
+    )
+    assert not mixed.any() and not last.any()
+
+
+@torch.no_grad()
+def test_keys_without_a_weight_are_those_of_a_sequence():
+    """After nothing, after such keys alone, and after others."""
+    keys = torch.randn(2, 4, 6)
+    keys[:, 2:, :2] = keys[:, :3, 2:4] = keys[0, :, 4] = -torch.inf
+    v, state = torch.randn(2, 4, 3, 2), RNNSoftmaxState(torch.full((2, 6), -torch.inf), torch.zeros(2, 2, 6))
+    for t in range(4):
+        k, x = keys[:, t : t + 1], v[:, t : t + 1]
+        mixed, after = _step.rnn_softmax_step(k, x.transpose(1, 2), None, (None, None), state, cap=40.0)
+        wanted, state = rnn_softmax(k, x.reshape(2, 1, 1, 6), state=state)
+        torch.testing.assert_close(mixed.flatten(1), wanted.flatten(1))
+        torch.testing.assert_close([after.max, after.sums], [state.max, state.sums])
 
 
 @torch.no_grad()
