@@ -32,7 +32,7 @@ def test_run_goes_on_where_it_was_and_two_machines_share_the_work(capsys, tmp_pa
         capsys, "run", "--profile=tiny", "--tasks", "compression", "--seeds", 0, f"--output={one}"
     )
     assert code == 0 and "2 of 2 runs computed" in out
-    assert "compression-baseline-attention-lr0.001-wd0.1-seed0: done in" in out
+    assert "compression-baseline-attention-lr0.001-wd0.1-fan_in-seed0: done in" in out
     code, out, _ = call(capsys, "run", "--profile=tiny", f"--output={one}")
     assert code == 0 and "6 of 8 runs computed" in out and out.count("done before") == 2
     for share in ("0/2", "1/2"):
@@ -51,7 +51,8 @@ def test_report_says_what_there_is_and_what_is_missing(capsys, tmp_path):
     folder = tmp_path / "tiny"
     content = json.loads((folder / "report.json").read_text())
     assert content["missing"] == [
-        f"{task}-baseline-fem_softmax-lr0.001-wd0.1-seed1" for task in ("compression", "in-context-recall")
+        f"{task}-baseline-fem_softmax-lr0.001-wd0.1-fan_in-seed1"
+        for task in ("compression", "in-context-recall")
     ]
     rows = {row["model"]: row for row in content["rows"]}
     found = [
@@ -78,11 +79,39 @@ def test_the_pilot_writes_the_rates_when_it_is_whole(capsys, tmp_path):
     assert not (tmp_path / "learning_rates.json").exists()
     code, out, _ = call(capsys, "pilot", f"--output={tmp_path}")
     content = json.loads((tmp_path / "learning_rates.json").read_text())
-    for task, rate in content["learning_rates"].items():
-        tried = {t["lr"]: (t["score"], -t["loss"]) for t in content["tried"] if t["task"] == task}
-        assert sorted(tried) == [1e-4, 1e-2] and tried[rate] == max(tried.values())
+    for task, rates in content["learning_rates"].items():
+        assert list(rates) == ["attention"]
+        tried = {t["lr"]: -t["loss"] for t in content["tried"] if t["task"] == task}
+        assert sorted(tried) == [1e-4, 1e-2] and tried[rates["attention"]] == max(tried.values())
+    assert {(t["model"], t["initialization"]) for t in content["tried"]} == {("attention", "fan_in")}
     assert {t["seed"] for t in content["tried"]} == {7} and content["protocol"]["steps"] == 2
     assert f"LEARNING_RATES = {content['learning_rates']}" in out
+
+
+def test_a_grid_of_starts_shows_every_seed(capsys, tmp_path, monkeypatch):
+    starts = ("fan_in", "normal_0.02")
+    grid = replace(
+        PROFILES["tiny"], initializations=starts, lrs=(1e-3, 5e-4), extra_seeds=(2,), tasks_first=True
+    )
+    monkeypatch.setitem(PROFILES, "tiny", grid)
+    call(capsys, "run", "--profile=tiny", "--tasks", "compression", f"--output={tmp_path}")
+    call(
+        capsys, "run", "--profile=tiny", "--tasks", "compression", "--models", "attention", "--seeds", 2,
+        f"--output={tmp_path}",
+    )  # fmt: skip
+    code, out, _ = call(capsys, "report", "--profile=tiny", f"--output={tmp_path}")
+    assert code == 0 and "16 of 36 runs are missing" in out and "seed 2" in out
+    content = json.loads((tmp_path / "tiny" / "report.json").read_text())
+    cells = {(c["model"], c["initialization"], c["lr"]): c["scores"] for c in content["cells"]}
+    assert len(cells) == 8 and content["finished"] == 20
+    for (model, *_), scores in cells.items():
+        assert list(scores) == ["0", "1", "2"][: 3 if model == "attention" else 2]
+    lines = (tmp_path / "tiny" / "report.md").read_text().splitlines()
+    table = [line for line in lines if line.startswith("| Compr.")]
+    scores = cells["attention", "fan_in", 1e-3]
+    first = " | ".join(f"{100 * score:.1f}" for score in scores.values())
+    assert table[0].startswith(f"| Compr. | attention | fan_in | 0.001 | {first} | ") and len(table) == 8
+    assert table[0].endswith("| 44.3 |") and "normal_0.02" in table[2] and "fem_softmax" in table[4]
 
 
 @pytest.mark.parametrize(

@@ -220,8 +220,9 @@ def test_a_result_is_a_function_of_the_settings():
         replace(run, lr=1e-4).name,
         replace(run, seed=2).name,
         replace(run, model="mamba").name,
+        replace(run, initialization="normal_0.02").name,
     }
-    assert len(names) == 4
+    assert len(names) == 5
 
 
 def test_a_partial_queue_has_whole_tasks_on_the_first_seed():
@@ -244,34 +245,77 @@ def test_the_profiles():
     assert len(runs) == len({run.name for run in runs}) == 66 * 6
     assert paper.models == tuple(MODELS) and paper.protocol.batch_size == 128
     assert not set(quick.seeds) & set(pilot.seeds), "the pilot sees none of the measured data"
-    assert pilot.models == ("attention",) and len(pilot.runs(list(TASKS), pilot.models, pilot.seeds)) == 18
+    tuned = ("attention", "fem_softmax", "fem_gla", "mamba")
+    assert pilot.models == tuned and len(pilot.runs(list(TASKS), tuned, pilot.seeds)) == 18 * 4
+    assert set(quick.models) == {*tuned, *mad_run.ABLATION}
     assert (quick.protocol.batch_size, quick.protocol.steps, quick.weight_decays) == (32, 3000, (0.1,))
     assert all(settings[0].name == "baseline" and len(settings) == 1 for settings in quick.settings.values())
+
+
+def test_the_grid_of_starts_has_fuzzy_recall_and_the_new_start_first():
+    start = PROFILES["start"]
+    runs = start.runs(list(start.settings), start.models, start.seeds)
+    assert start.protocol == PROFILES["quick"].protocol
+    assert [(r.setting.task_name, r.seed, r.initialization, r.lr, r.model) for r in runs] == [
+        (task, seed, initialization, lr, model)
+        for task in ("fuzzy-in-context-recall", "selective-copying")
+        for seed in (0, 1)
+        for initialization in ("fan_in", "normal_0.02")
+        for lr in (1e-3, 5e-4)
+        for model in ("attention", "fem_softmax", "fem_gla")
+    ]
+    assert len({run.name for run in runs}) == 48
+
+
+def test_kept_results_of_the_former_start_are_no_results_of_today():
+    folder = ROOT / "docs" / "experiments" / "mad" / "quick_normal_0.02"
+    kept = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+    assert len(kept) == 64 and all("initialization" not in run["settings"] for run in kept)
+    names = {run["name"] for run in kept}
+    for initialization in ("fan_in", "normal_0.02"):
+        same = replace(PROFILES["quick"], lrs=(1e-3,), initializations=(initialization,))
+        assert not names & {run.name for run in same.runs(list(TASKS), same.models, same.seeds)}
 
 
 def test_quick_takes_the_learning_rates_that_the_pilot_chose(monkeypatch):
     file = ROOT / "docs" / "experiments" / "mad" / "learning_rates.json"
     committed = json.loads(file.read_text())["learning_rates"] if file.exists() else {}
     assert committed == mad_run.LEARNING_RATES
-    monkeypatch.setattr(mad_run, "LEARNING_RATES", {"compression": 5e-4})
+    rates = {"compression": {"attention": 5e-4, "fem_softmax": 1e-3}}
+    monkeypatch.setattr(mad_run, "LEARNING_RATES", rates)
     quick = PROFILES["quick"]
-    assert [run.lr for run in quick.runs(["compression"], ["attention"], [0])] == [5e-4]
-    with pytest.raises(ValueError, match=r"tasks must be one that a pilot has chosen .* \(compression\)"):
+    runs = quick.runs(["compression"], ["attention", "fem_softmax", "fem_softmax_c"], [0])
+    assert [run.lr for run in runs] == [5e-4, 1e-3, 1e-3], "the ablation has the rate of what it takes apart"
+    wanted = (
+        r"tasks must be a task and model that a pilot has .* \(compression: attention fem_softmax\), got "
+    )
+    with pytest.raises(ValueError, match=wanted + "'memorization with attention'"):
         quick.runs(list(TASKS), ["attention"], [0])
+    with pytest.raises(ValueError, match=wanted + "'compression with mamba'"):
+        quick.runs(["compression"], ["mamba"], [0])
 
 
-def test_the_rate_with_the_lowest_loss_is_chosen():
-    def done(task, lr, score, loss):
+def test_the_rate_with_the_lowest_loss_is_chosen_for_each_model():
+    def done(task, lr, score, loss, model="attention"):
         final = None if loss is None else {"loss": loss}
-        return FinishedRun(
-            QueuedRun(f"{task}-{lr}", {"task": task, "lr": lr}), {"score": score, "final": final}, {}
-        )
+        settings = {"task": task, "model": model, "lr": lr}
+        return FinishedRun(QueuedRun(f"{task}-{model}-{lr}", settings), {"score": score, "final": final}, {})
 
     runs = [done("a", 1, 0.5, 2.5), done("a", 2, 0.7, 3.0), done("a", 3, 0.6, 2.0)]
+    runs += [done("a", 1, 0.5, 1.5, "mamba"), done("a", 3, 0.5, 1.7, "mamba")]
     runs += [done("b", 1, None, None), done("b", 2, 0.1, 9.0)]
-    assert chosen_rates(runs) == {"a": 3, "b": 2}
-    with pytest.raises(ValueError, match="a task with a run that did not diverge"):
-        chosen_rates(runs[3:4])
+    assert chosen_rates(runs) == {"a": {"attention": 3, "mamba": 1}, "b": {"attention": 2}}
+    with pytest.raises(ValueError, match="a pair with a run that did not diverge, got 'b with attention'"):
+        chosen_rates(runs[5:6])
+
+
+def test_a_third_seed_is_reported_where_it_is():
+    tiny = profile(settings={"in-context-recall": (RECALL,)}, extra_seeds=(2,))
+    runs = tiny.runs(["in-context-recall"], ["attention", "fem_softmax"], [0, 1, 2])
+    scores = zip(runs[:-1], (0.1, 0.2, 0.3, 0.4, 0.8), strict=True)
+    done = [FinishedRun(run.queued(), {"score": score, "parameters": 5}, {}) for run, score in scores]
+    cells = [row.tasks["in-context-recall"] for row in rows_of(tiny, done)]
+    assert [(cell.n, round(cell.mean, 3)) for cell in cells] == [(3, 0.4), (2, 0.3)]
 
 
 def test_a_task_scores_the_mean_of_its_settings_and_the_best_of_their_grids():

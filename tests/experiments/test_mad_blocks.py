@@ -14,11 +14,11 @@ from helmholtz.models.decoder_config import DecoderConfig
 VOCAB, D_MODEL, T = 11, 16, 6
 
 
-def config(vocab_size=VOCAB, d_model=D_MODEL, n_heads=2, n_layers=2, d_ff=24):
+def config(vocab_size=VOCAB, d_model=D_MODEL, n_heads=2, n_layers=2, d_ff=24, initializer_range=None):
     layer = LayerConfig(mixer=AttentionConfig(d_model=d_model, n_heads=n_heads), d_ff=d_ff)
     return DecoderConfig(
         vocab_size=vocab_size, d_model=d_model, layers=(layer,) * n_layers, max_seq_len=T,
-        tie_embeddings=False, norm_eps=1e-5,
+        tie_embeddings=False, norm_eps=1e-5, initializer_range=initializer_range,
     )  # fmt: skip
 
 
@@ -66,8 +66,21 @@ def test_positions_are_sines_and_cosines():
 
 
 @torch.no_grad()
-def test_weights_start_as_published():
+def test_all_weights_start_by_their_fan_in():
     sizes = config(300, 128, n_heads=16, n_layers=1, d_ff=352)
+    for model in (language_model(sizes), autoencoder(sizes)):
+        linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        assert len(linears) == (7 if model.unembed not in linears else 5)
+        for linear in linears:
+            assert linear.weight.std() == pytest.approx((3 * linear.in_features) ** -0.5, rel=0.03)
+            assert linear.weight.abs().max() > 3 * linear.weight.std(), "normal, not uniform"
+            assert linear.bias is None or (linear.bias == 0).all()
+        assert model.embed.weight.std() == pytest.approx((3 * 128) ** -0.5, rel=0.03)
+
+
+@torch.no_grad()
+def test_weights_start_as_published():
+    sizes = config(300, 128, n_heads=16, n_layers=1, d_ff=352, initializer_range=0.02)
     lm = language_model(sizes)
     for linear in (lm.unembed, lm.blocks[0].mixer.in_proj, lm.blocks[0].mlp.down_proj):
         bound = linear.in_features**-0.5  # uniform, as torch draws

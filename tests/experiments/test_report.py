@@ -157,8 +157,8 @@ def test_mad_tables_say_what_is_missing_of_the_grid(tmp_path, monkeypatch):
     assert table.columns == ("model", "memorization", "compression"), "in the order of the profile"
     assert [cell.text for cell in table.rows[0][1:]] == ["", "50.0% ± 35.4%"]
     assert table.rows[1][2].text == "50.0%"
-    assert section.missing[:2] == ("memorization: 1 of 14 runs", "compression: 3 of 14 runs")
-    assert "selective-copying: 0 of 14 runs" in section.missing and len(section.missing) == 6
+    assert section.missing[:2] == ("memorization: 1 of 16 runs", "compression: 3 of 16 runs")
+    assert "selective-copying: 0 of 16 runs" in section.missing and len(section.missing) == 6
     assert check_page(render([section], [tmp_path]), tmp_path) >= 2
 
 

@@ -11,6 +11,7 @@ from fem_cases import WIDTH, difference, make_mixer, mixer_config, stir, tokens
 from fem_oracle import mixer_output
 from helmholtz.layers.fem import FreeEnergyMixer
 from helmholtz.layers.fem_config import PRIORS, FreeEnergyMixerConfig
+from helmholtz.layers.init import initializer_range
 from helmholtz.layers.sequence import sequence_layout
 
 every_prior = pytest.mark.parametrize("prior", PRIORS)
@@ -212,10 +213,14 @@ def test_the_initial_gates_and_temperature(prior):
     torch.testing.assert_close(mixer.beta_max, torch.full((8, 32), math.log1p(math.exp(1.8)) + 1e-6))
     for name, parameter in mixer.named_parameters():
         if name.startswith(("in_proj", "o_proj", "tdc.in_proj.weight")):
-            assert abs(parameter.std() - 0.02) < 0.001, name
+            fan_in = 256 if name.startswith("o_proj") else 512
+            assert parameter.std().item() == pytest.approx((3 * fan_in) ** -0.5, rel=0.03), name
     x = torch.randn(1, 64, 512)
-    inner = mixer.project(x, sequence_layout(x))[0]["inner"].sigmoid()
-    assert abs(inner.mean() - 0.5) < 0.01 and abs(inner.std() - 0.108) < 0.01
+    with initializer_range(0.02):
+        small = FreeEnergyMixer(mixer.config)
+    for started, deviation in ((mixer, 0.132), (small, 0.108)):  # the gates' logits: 3^(-1/2), 0.02 sqrt(512)
+        inner = started.project(x, sequence_layout(x))[0]["inner"].sigmoid()
+        assert abs(inner.mean() - 0.5) < 0.01 and abs(inner.std() - deviation) < 0.01
 
 
 @every_prior

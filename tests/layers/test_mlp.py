@@ -28,7 +28,7 @@ def test_init_normal_reaches_linear_and_embedding_weights_and_clears_biases() ->
     module = nn.Sequential(nn.Embedding(200, 100), nn.Linear(100, 200), nn.LayerNorm(200))
     init_normal(module)
     for weight in (module[0].weight, module[1].weight):
-        assert weight.std().item() == pytest.approx(0.02, rel=0.03)
+        assert weight.std().item() == pytest.approx(300**-0.5, rel=0.03)
     assert (module[1].bias == 0).all() and (module[2].weight == 1).all()
 
 

@@ -67,7 +67,7 @@ def test_what_a_block_writes_is_scaled_by_depth() -> None:
     torch.manual_seed(0)
     model = Mamba(MambaConfig(vocab_size=5, d_model=128, n_layers=8))
     for block in model.blocks:
-        assert block.mixer.o_proj.weight.std().item() == pytest.approx(0.02 / 8**0.5, rel=0.05)
+        assert block.mixer.o_proj.weight.std().item() == pytest.approx((3 * 256 * 8) ** -0.5, rel=0.05)
 
 
 def test_gradient_checkpointing_changes_no_gradient_and_keeps_less() -> None:

@@ -76,14 +76,14 @@ def test_greedy_decoding_matches_the_equations(model) -> None:
         assert new == sequence[len(prompt) :]
 
 
-def test_initialisation_is_small_and_scaled_by_depth() -> None:
+def test_initialisation_is_by_fan_in_and_scaled_by_depth() -> None:
     torch.manual_seed(0)
     model = Transformer(TransformerConfig(vocab_size=500, d_model=128, n_layers=8))
     block = model.blocks[3]
     for weight in (model.embed.weight, block.mixer.in_proj.weight, block.mlp.gate_up_proj.weight):
-        assert weight.std().item() == pytest.approx(0.02, rel=0.03)
-    for weight in (block.mixer.o_proj.weight, block.mlp.down_proj.weight):
-        assert weight.std().item() == pytest.approx(0.02 / 4, rel=0.03)
+        assert weight.std().item() == pytest.approx((3 * 128) ** -0.5, rel=0.03)
+    for writer in (block.mixer.o_proj, block.mlp.down_proj):
+        assert writer.weight.std().item() == pytest.approx((3 * writer.in_features) ** -0.5 / 4, rel=0.03)
 
 
 def test_tied_embeddings_share_one_tensor() -> None:

@@ -86,7 +86,7 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights N(0, 0.02), biases 0; the conditioning's output 0, so that it starts without effect."""
+        """Weights as ``init_normal``, biases 0; the conditioning's output 0, so that it starts without effect."""
         init_normal(self)
         if self.tdc is not None:
             nn.init.zeros_(self.tdc.out_proj.weight)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from helmholtz._checks import check
 from helmholtz._values import free_to_read
 from helmholtz.layers.block import Block
-from helmholtz.layers.init import STANDARD_DEVIATION, init_normal
+from helmholtz.layers.init import init_normal, init_weight
 from helmholtz.layers.norm import RMSNorm
 from helmholtz.layers.placement import dtype_of
 from helmholtz.layers.row_draws import POSTERIOR, PRIOR, drawn_uniform
@@ -93,7 +93,8 @@ class LatentEncoder(nn.Module):
 
     def __init__(self, block: Block[Any], d_model: int, n_latent_bits: int, *, norm_eps: float) -> None:
         super().__init__()
-        self.query = nn.Parameter(torch.randn(d_model) * STANDARD_DEVIATION)
+        self.query = nn.Parameter(torch.empty(d_model))
+        init_weight(self.query, d_model)
         self.block = block
         self.norm = RMSNorm(d_model, eps=norm_eps)
         self.readout = nn.Linear(d_model, n_latent_bits, bias=False)
@@ -116,8 +117,7 @@ class TablePostSampler(nn.Module):
     def __init__(self, n_latent_bits: int, d_model: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(2**n_latent_bits, d_model))
-        if not self.weight.is_meta:
-            nn.init.normal_(self.weight, std=STANDARD_DEVIATION)
+        init_weight(self.weight, d_model)
 
     def forward(self, plan: Plan | Float[Tensor, "B T C"]) -> Float[Tensor, "B T D"]:
         """Of a plan, or of one-hot vectors with the gradient that they carry."""
@@ -140,7 +140,7 @@ class BitsPostSampler(nn.Module):
         super().__init__()
         self.n_latent_bits = n_latent_bits
         self.proj = nn.Linear(n_latent_bits, d_model, bias=False)
-        init_normal(self.proj)
+        init_weight(self.proj.weight, n_latent_bits * d_model)  # the sum over the bits is as a code's vector
 
     def forward(self, plan: Plan) -> Float[Tensor, "B T D"]:
         bits = code_to_bits(plan.code, self.n_latent_bits).to(dtype_of(self.proj))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from helmholtz._checks import check_divides, check_integer
 from helmholtz.layers.base import AbstractMixer
-from helmholtz.layers.init import STANDARD_DEVIATION
+from helmholtz.layers.init import init_weight
 from helmholtz.layers.norm import RMSNorm
 from helmholtz.layers.placement import device_of
 from helmholtz.layers.sequence import SequenceLayout, zero_pads
@@ -74,11 +74,15 @@ def _check_width(name: str, x: Tensor, width: int) -> None:
 
 @torch.no_grad()
 def _init_projection(projection: nn.Linear, n_heads: int) -> None:
-    """Outputs of unit variance for inputs of unit mean square; those that become step sizes, the last, N(0, 0.02)."""
+    """Outputs of unit variance for inputs of unit mean square; the last of them, which become step sizes, by fan-in.
+
+    Not all by fan-in, because three signals are multiplied into a read, ``v B C``: at unit variance it is not small.
+    The short convolution, uniform to ``d_conv^(-1/2)``, brings its outputs to the variance 1/3 of all other mixers'.
+    """
     if projection.weight.is_meta:
         return
     nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
-    nn.init.normal_(projection.weight[-n_heads:], std=STANDARD_DEVIATION)
+    init_weight(projection.weight[-n_heads:], projection.in_features)
 
 
 class _Recomputed:
@@ -141,7 +145,7 @@ class MambaMixer(_Recomputed, AbstractMixer[MambaState]):
         self.norm = RMSNorm(d_inner, eps=_NORM_EPS)
         self.o_proj = nn.Linear(d_inner, d_model, bias=False)
         _init_projection(self.in_proj, self.n_heads)
-        nn.init.normal_(self.o_proj.weight, std=STANDARD_DEVIATION)
+        init_weight(self.o_proj.weight, d_inner)
 
     def init_state(self, batch_size: int) -> MambaState:
         return MambaState(self._start(batch_size, device_of(self)), None, None)

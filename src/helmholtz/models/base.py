@@ -83,12 +83,16 @@ class ModelConfig(abc.ABC):
     """Added to the mean square in every RMS norm."""
     dropout: float = 0.0
     """Probability to drop what a block writes into the residual stream."""
+    initializer_range: float | None = None
+    """Standard deviation of the weights at the start; None: (3 fan_in)^(-1/2), the same signals at every width."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "max_seq_len"):
             check_integer(name, getattr(self, name))
         check_positive("norm_eps", self.norm_eps)
         check_fraction("dropout", self.dropout)
+        if self.initializer_range is not None:
+            check_positive("initializer_range", self.initializer_range)
         check(isinstance(self.tie_embeddings, bool), "tie_embeddings", self.tie_embeddings, "true or false")
 
     @abc.abstractmethod
@@ -108,8 +112,14 @@ class ModelConfig(abc.ABC):
             object.__setattr__(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested values, ready for JSON; ``from_dict`` gives an equal config back."""
-        return asdict(self)
+        """Plain nested values, ready for JSON; ``from_dict`` gives an equal config back.
+
+        ``initializer_range`` is there only where it is set: a model that is saved has started.
+        """
+        values = asdict(self)
+        if self.initializer_range is None:
+            del values["initializer_range"]
+        return values
 
     @classmethod
     def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:

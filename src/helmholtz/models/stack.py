@@ -13,7 +13,7 @@ from helmholtz._checks import check, check_integer
 from helmholtz.layers.base import AbstractMixer
 from helmholtz.layers.block import Block
 from helmholtz.layers.equilibrium import Equilibrium, EquilibriumLayer
-from helmholtz.layers.init import init_normal, scale_residual
+from helmholtz.layers.init import init_normal, initializer_range, scale_residual
 from helmholtz.layers.latent import BitsPostSampler, LatentEncoder, TablePostSampler
 from helmholtz.layers.mixer_config import build_mixer
 from helmholtz.layers.mlp import SwiGLU
@@ -44,6 +44,11 @@ class AbstractStack(nn.Module, abc.ABC):
         kind = self.config_class
         check(isinstance(config, kind), "config", type(config).__name__, f"a {kind.__name__}")
         self.config, self.plan, self._layers = config, config.plan_config(), config.layer_configs()
+        with initializer_range(config.initializer_range):
+            self._build(config)
+        number_dropouts(self)
+
+    def _build(self, config: ModelConfig) -> None:
         # whatever draws random numbers stays in this order, or seeds give other models
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         blocks = [
@@ -66,7 +71,6 @@ class AbstractStack(nn.Module, abc.ABC):
         keep_ties(self)
         self._add_plan(self.plan)
         self._add_equilibrium()
-        number_dropouts(self)
 
     def build_mixer(self, layer: int) -> AbstractMixer[Any]:
         """The mixer of block ``layer``, initialised; called once per block by the constructor."""

@@ -1,9 +1,10 @@
-"""The language model and the autoencoder of the MAD benchmark: decoders with the published start and heads.
+"""The language model and the autoencoder of the MAD benchmark: decoders with the published heads.
 
-The language model reads logits from every token, the autoencoder all tokens of a sequence from its last state. In the
-language model the linear maps of attention, SwiGLU and head start as PyTorch makes them (uniform to
-``1/sqrt(fan_in)``), in the autoencoder from N(0, 0.02); mixers other than attention keep the initialisation of their
-own layer. Unlike there, attention has no biases.
+The language model reads logits from every token, the autoencoder all tokens of a sequence from its last state. All
+weights start by their fan-in (``layers.init``). With ``config.initializer_range`` they start as in the published code:
+in the language model the linear maps of attention, SwiGLU and head as PyTorch makes them, uniform to ``1/sqrt(fan_in)``
+(the same variance), and all else, which is mixers other than attention and the whole autoencoder, from
+N(0, initializer_range^2). Unlike there, attention has no biases.
 
 Source: Poli et al., "Mechanistic Design and Scaling of Hybrid Architectures", 2024, appendix B and its public code.
 """
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from helmholtz._checks import check, check_integer
 from helmholtz.layers.attention import Attention
 from helmholtz.layers.equilibrium import EquilibriumLayer
-from helmholtz.layers.init import init_normal
+from helmholtz.layers.init import init_normal, initializer_range
 from helmholtz.layers.mixer_config import build_mixer
 from helmholtz.layers.mlp import SwiGLU
 from helmholtz.layers.norm import RMSNorm
@@ -31,11 +32,11 @@ def language_model(config: DecoderConfig) -> Decoder:
     """Next-token logits of a head with a bias."""
     model = _decoder(config)
     model.unembed = nn.Linear(config.d_model, config.vocab_size)
-    nn.init.zeros_(model.unembed.bias)
-    for block in model.blocks:
-        for module in (block.mixer, block.mlp):
-            if isinstance(module, Attention | SwiGLU):
-                _init_as_torch(module)
+    if config.initializer_range is None:
+        init_normal(model.unembed)
+    else:
+        nn.init.zeros_(model.unembed.bias)
+        _init_as_torch(model)
     return model
 
 
@@ -43,9 +44,10 @@ def autoencoder(config: DecoderConfig) -> Decoder:
     """Logits of all tokens of a sequence of ``max_seq_len`` tokens from the last state."""
     model = _decoder(config)
     model.norm = nn.Identity()  # type: ignore[assignment]
-    model.unembed = LastStateHead(  # type: ignore[assignment]
-        config.max_seq_len, config.d_model, config.vocab_size, norm_eps=config.norm_eps
-    )
+    with initializer_range(config.initializer_range):
+        model.unembed = LastStateHead(  # type: ignore[assignment]
+            config.max_seq_len, config.d_model, config.vocab_size, norm_eps=config.norm_eps
+        )
     return model
 
 
@@ -56,15 +58,16 @@ def _decoder(config: DecoderConfig) -> Decoder:
     """
     with torch.random.fork_rng(devices=[]):  # all that it draws is drawn anew
         model = Decoder(config)
-    for block, layer in zip(model.blocks, config.layers, strict=True):
-        block.mixer = build_mixer(layer.mixer)
-    if config.equilibrium is not None:
-        model.equilibrium = EquilibriumLayer(config.equilibrium)
-    model.embed = nn.Embedding(config.vocab_size, config.d_model)
-    init_normal(model.embed)
-    for block, layer in zip(model.blocks, config.layers, strict=True):
-        assert layer.d_ff is not None
-        block.mlp = SwiGLU(config.d_model, layer.d_ff)
+    with initializer_range(config.initializer_range):
+        for block, layer in zip(model.blocks, config.layers, strict=True):
+            block.mixer = build_mixer(layer.mixer)
+        if config.equilibrium is not None:
+            model.equilibrium = EquilibriumLayer(config.equilibrium)
+        model.embed = nn.Embedding(config.vocab_size, config.d_model)
+        init_normal(model.embed)
+        for block, layer in zip(model.blocks, config.layers, strict=True):
+            assert layer.d_ff is not None
+            block.mlp = SwiGLU(config.d_model, layer.d_ff)
     return model
 
 
@@ -105,7 +108,10 @@ def sinusoids(n: int, d_model: int, device: torch.device | None = None) -> Float
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def _init_as_torch(module: nn.Module) -> None:
-    for child in module.modules():
-        if isinstance(child, nn.Linear):
-            child.reset_parameters()
+def _init_as_torch(model: Decoder) -> None:
+    for block in model.blocks:
+        for module in (block.mixer, block.mlp):
+            if isinstance(module, Attention | SwiGLU):
+                for child in module.modules():
+                    if isinstance(child, nn.Linear):
+                        child.reset_parameters()

@@ -5,6 +5,7 @@ All have the parameters of the attention row, within half a percent: the SwiGLUs
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 
@@ -20,6 +21,9 @@ from helmholtz.models.base import LayerConfig
 from helmholtz.models.decoder import Decoder
 from helmholtz.models.decoder_config import DecoderConfig
 
+Initialization = Literal["fan_in", "normal_0.02"]
+"""How weights start: all by their fan-in (``layers.init``); or, as in the published code, at N(0, 0.02) but for the
+linear maps of attention, SwiGLU and head in the language model, which torch draws by fan-in."""
 NORM_EPS = 1e-5
 D_FF_STEP = 4
 
@@ -98,17 +102,25 @@ MODELS: dict[str, MadModel] = {
 """C: local conditioning. L: the read is the free energy. T: learned temperature and inner gate. G: outer gate."""
 
 
-def build_model(name: str, task: AbstractMadTask, sizes: MadSizes, *, seed: int) -> Decoder:
+def build_model(
+    name: str,
+    task: AbstractMadTask,
+    sizes: MadSizes,
+    *,
+    seed: int,
+    initialization: Initialization = "fan_in",
+) -> Decoder:
     """The model of a row for a task, its weights drawn by the seed; torch's global generator is left as it was.
 
     Raises: ValueError for an unknown name, or if its mixers leave no room for a SwiGLU.
     """
     check_choice("model", name, MODELS)
+    check_choice("initialization", initialization, get_args(Initialization))
     check_integer("seed", seed, minimum=0)
     with torch.random.fork_rng(devices=[]):
         d_ff = mad_d_ff(name, task, sizes)
         torch.manual_seed(seed)
-        return _build(name, task, sizes, d_ff)
+        return _build(name, task, sizes, d_ff, initialization)
 
 
 def mad_d_ff(name: str, task: AbstractMadTask, sizes: MadSizes) -> int:
@@ -122,7 +134,13 @@ def mad_d_ff(name: str, task: AbstractMadTask, sizes: MadSizes) -> int:
     )
 
 
-def _build(name: str, task: AbstractMadTask, sizes: MadSizes, d_ff: int) -> Decoder:
+def _build(
+    name: str,
+    task: AbstractMadTask,
+    sizes: MadSizes,
+    d_ff: int,
+    initialization: Initialization = "fan_in",
+) -> Decoder:
     row = MODELS[name]
     config = DecoderConfig(
         vocab_size=task.vocab_size,
@@ -132,6 +150,7 @@ def _build(name: str, task: AbstractMadTask, sizes: MadSizes, d_ff: int) -> Deco
         max_seq_len=task.seq_len,
         tie_embeddings=False,
         norm_eps=NORM_EPS,
+        initializer_range=None if initialization == "fan_in" else 0.02,
     )
     return (autoencoder if isinstance(task, Compression) else language_model)(config)
 

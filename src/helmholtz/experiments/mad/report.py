@@ -10,7 +10,7 @@ from helmholtz.experiments.base import spread_text
 from helmholtz.experiments.mad.data import TASKS
 from helmholtz.experiments.mad.models import MODELS
 from helmholtz.experiments.mad.run import MadProfile, MadRun
-from helmholtz.experiments.queue import FinishedRun, QueuedRun, Spread, spread
+from helmholtz.experiments.queue import FinishedRun, QueuedRun, Spread, runs_of, spread, values_of
 
 SHORT = {
     "memorization": "Memory",
@@ -88,7 +88,8 @@ def rows_of(profile: MadProfile, finished: Sequence[FinishedRun]) -> list[Row]:
 
 
 def _row(profile: MadProfile, model: str, by_name: Mapping[str, FinishedRun]) -> Row | None:
-    runs = profile.runs(list(profile.settings), [model], profile.seeds)
+    seeds = (*profile.seeds, *profile.extra_seeds)
+    runs = profile.runs(list(profile.settings), [model], seeds)
     there = [by_name[run.name] for run in runs if run.name in by_name]
     if not there:
         return None
@@ -97,13 +98,13 @@ def _row(profile: MadProfile, model: str, by_name: Mapping[str, FinishedRun]) ->
             [run for run in runs if (run.setting.task_name, run.seed) == (task, seed)], by_name
         )
         for task in profile.settings
-        for seed in profile.seeds
+        for seed in seeds
     }
     tasks = {
-        task: [scores[task, seed] for seed in profile.seeds if scores[task, seed] is not None]
+        task: [scores[task, seed] for seed in seeds if scores[task, seed] is not None]
         for task in profile.settings
     }
-    whole = [[scores[task, seed] for task in profile.settings] for seed in profile.seeds]
+    whole = [[scores[task, seed] for task in profile.settings] for seed in seeds]
     averages = [
         statistics.fmean(s for s in of_seed if s is not None) for of_seed in whole if None not in of_seed
     ]
@@ -203,15 +204,26 @@ def report_content(
         "profile": name,
         "protocol": asdict(profile.protocol),
         "model_sizes": asdict(profile.sizes),
+        "initializations": list(profile.initializations),
         "learning_rates": {
-            task: sorted({done.run.settings["lr"] for done in finished if done.run.settings["task"] == task})
+            task: {
+                model: values_of(runs_of(finished, task=task, model=model), "lr")
+                for model in values_of(runs_of(finished, task=task), "model")
+            }
             for task in profile.settings
         },
-        "seeds": list(profile.seeds),
+        "seeds": sorted({done.run.settings["seed"] for done in finished}),
         "rows": [asdict(row) | {"label": row.label} for row in rows],
         "published": [asdict(row) for row in PUBLISHED],
         "published_ablation_averages": ABLATION_AVERAGES,
         "comparisons": comparisons(rows, stop_at=profile.protocol.stop_at),
+        **provenance(finished, missing),
+    }
+
+
+def provenance(finished: Sequence[FinishedRun], missing: Sequence[QueuedRun]) -> dict[str, Any]:
+    """Which runs a report is of."""
+    return {
         "finished": len(finished),
         "missing": [run.name for run in missing],
         "diverged": [done.run.name for done in finished if done.result["stopped"] == "diverged"],
@@ -249,32 +261,51 @@ def cell_text(found: Spread | None) -> str:
 
 def markdown(content: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> str:
     """The report as a page."""
-    head, *body = ["| " + " | ".join(line) + " |" for line in (rows[0], *(row.values() for row in rows))]
-    total = content["finished"] + len(content["missing"])
-    protocol = ", ".join(f"{key} {value}" for key, value in content["protocol"].items())
-    rates = "; ".join(f"{task} {_numbers(lrs)}" for task, lrs in content["learning_rates"].items())
+    rates = "; ".join(f"{task}: {_rates(of_task)}" for task, of_task in content["learning_rates"].items())
     text = [
-        f"# MAD, profile {content['profile']}",
+        *page_head(content, "Accuracy in per cent, mean and sample deviation over seeds."),
+        *page_table(rows),
         "",
-        f"{content['finished']} of {total} runs, {content['cpu_seconds']} CPU seconds on "
-        f"{'; '.join(content['processors'])}; commits {', '.join(content['commits'])}; seeds "
-        f"{', '.join(map(str, content['seeds']))}. Accuracy in per cent, mean and sample deviation over seeds.",
-        "",
-        head,
-        "|---|" + "---:|" * (len(rows[0]) - 1),
-        *body,
-        "",
-        f"Protocol: {protocol}.",
-        f"Learning rates: {rates}.",
-        *_listed("Missing", content["missing"]),
-        *_listed("Diverged", content["diverged"]),
+        *page_protocol(content),
+        f"Initialisation: {', '.join(content['initializations'])}. Learning rates: {rates}.",
+        *page_gaps(content),
         *_compared_table(content["comparisons"]),
     ]
     return "\n".join(text) + "\n"
 
 
-def _numbers(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:g}" for value in values) or "-"
+def page_head(content: Mapping[str, Any], what: str) -> list[str]:
+    total = content["finished"] + len(content["missing"])
+    return [
+        f"# MAD, profile {content['profile']}",
+        "",
+        f"{content['finished']} of {total} runs, {content['cpu_seconds']} CPU seconds on "
+        f"{'; '.join(content['processors'])}; commits {', '.join(content['commits'])}; seeds "
+        f"{', '.join(map(str, content['seeds']))}. {what}",
+        "",
+    ]
+
+
+def page_table(rows: Sequence[Mapping[str, str]], left: int = 1) -> list[str]:
+    """The first ``left`` columns are words, the others numbers."""
+    head, *body = ["| " + " | ".join(line) + " |" for line in (rows[0], *(row.values() for row in rows))]
+    return [head, "|" + "---|" * left + "---:|" * (len(rows[0]) - left), *body]
+
+
+def page_protocol(content: Mapping[str, Any]) -> list[str]:
+    return [f"Protocol: {', '.join(f'{key} {value}' for key, value in content['protocol'].items())}."]
+
+
+def page_gaps(content: Mapping[str, Any]) -> list[str]:
+    return [*_listed("Missing", content["missing"]), *_listed("Diverged", content["diverged"])]
+
+
+def _rates(of_task: Mapping[str, Sequence[float]]) -> str:
+    """One rate for all models is said once."""
+    by_model = {model: " and ".join(f"{lr:g}" for lr in lrs) for model, lrs in of_task.items()}
+    if len(set(by_model.values())) < 2:
+        return next(iter(by_model.values()), "-")
+    return ", ".join(f"{model} {lrs}" for model, lrs in by_model.items())
 
 
 def _listed(title: str, names: Sequence[str]) -> list[str]:

@@ -6,21 +6,16 @@ from typing import Any
 
 from helmholtz._checks import check, check_choices
 from helmholtz.experiments.mad.data import TASKS, MadSetting, baseline, draw, ladder
-from helmholtz.experiments.mad.models import MODELS, MadSizes, build_model
+from helmholtz.experiments.mad.models import MODELS, Initialization, MadSizes, build_model
 from helmholtz.experiments.mad.training import MadProtocol, StepCallback, train
 from helmholtz.experiments.queue import FinishedRun, QueuedRun, grouped
 from helmholtz.layers.sizing import count_parameters
 
 LR_GRID = (1e-4, 5e-4, 1e-3)
-LEARNING_RATES: dict[str, float] = {
-    "memorization": 0.001,
-    "compression": 0.001,
-    "in-context-recall": 0.001,
-    "noisy-in-context-recall": 0.001,
-    "fuzzy-in-context-recall": 0.001,
-    "selective-copying": 0.001,
-}
-"""Of each task in the profile ``quick``: what the pilot chose (``docs/experiments/mad/learning_rates.json``)."""
+LEARNING_RATES: dict[str, dict[str, float]] = {}
+"""Of each task and model in ``quick``: what the pilot chose (``docs/experiments/mad/learning_rates.json``)."""
+ABLATION = ("fem_softmax_clt", "fem_softmax_cl", "fem_softmax_c", "fem_softmax_mean")
+"""They have the learning rates of ``fem_softmax``: its parts are compared with all else equal."""
 BASELINES = {name: (baseline(name),) for name in TASKS}
 
 
@@ -35,12 +30,13 @@ class MadRun:
     seed: int
     protocol: MadProtocol
     sizes: MadSizes
+    initialization: Initialization = "fan_in"
 
     @property
     def name(self) -> str:
         s = self.setting
         grid = f"lr{self.lr:g}-wd{self.weight_decay:g}"
-        return f"{s.task_name}-{s.name}-{self.model}-{grid}-seed{self.seed}"
+        return f"{s.task_name}-{s.name}-{self.model}-{grid}-{self.initialization}-seed{self.seed}"
 
     def queued(self) -> QueuedRun:
         """With everything that the result depends on."""
@@ -53,6 +49,7 @@ class MadRun:
             "n_test": s.n_test,
             "model": self.model,
             "model_sizes": asdict(self.sizes),
+            "initialization": self.initialization,
             "lr": self.lr,
             "weight_decay": self.weight_decay,
             "seed": self.seed,
@@ -63,7 +60,9 @@ class MadRun:
     def compute(self, callback: StepCallback = lambda step: None) -> dict[str, Any]:
         """Draw the data, train, test: JSON values, a function of the fields alone (and of the processor)."""
         data = draw(self.setting, seed=self.seed)
-        model = build_model(self.model, self.setting.task, self.sizes, seed=self.seed)
+        model = build_model(
+            self.model, self.setting.task, self.sizes, seed=self.seed, initialization=self.initialization
+        )
         mixer, mlp = model.blocks[0].mixer, model.blocks[0].mlp
         assert mlp is not None
         counted = {
@@ -91,58 +90,87 @@ class MadProfile:
     """Of each task."""
     models: tuple[str, ...]
     seeds: tuple[int, ...]
+    extra_seeds: tuple[int, ...] = ()
+    """Of cells whose seeds disagree: computed where they are asked for, and reported where they are."""
     lrs: tuple[float, ...] | None
-    """None means the one that the pilot chose for the task."""
+    """None means the one that the pilot chose for the task and the model."""
     weight_decays: tuple[float, ...]
     protocol: MadProtocol
     sizes: MadSizes = field(default_factory=MadSizes)
+    initializations: tuple[Initialization, ...] = ("fan_in",)
+    tasks_first: bool = False
+    """Whether all seeds of a task come before the next task; else all tasks on a seed come before the next seed."""
 
     def runs(self, tasks: Sequence[str], models: Sequence[str], seeds: Sequence[int]) -> list[MadRun]:
-        """All models on one seed of a task, then the next task, then the next seed.
+        """All models on one seed of a task under one start, learning rate and weight decay, then the next of these.
 
-        Raises: ValueError for a task or model that the profile does not have, or a task whose learning rate is not
-            chosen yet.
+        Raises: ValueError for a task or model that the profile does not have, or a task and model whose learning rate
+            is not chosen yet.
         """
         check_choices("tasks", tasks, self.settings)
         check_choices("models", models, MODELS)
+        wanted = [task for task in self.settings if task in tasks]
+        pairs = [(seed, task) for seed in seeds for task in wanted]
+        if self.tasks_first:
+            pairs = [(seed, task) for task in wanted for seed in seeds]
         return [
-            MadRun(setting, model, lr, weight_decay, seed, self.protocol, self.sizes)
-            for seed in seeds
-            for task in self.settings
-            if task in tasks
+            MadRun(
+                setting,
+                model,
+                chosen_rate(task, model) if lr is None else lr,
+                weight_decay,
+                seed,
+                self.protocol,
+                self.sizes,
+                initialization,
+            )
+            for seed, task in pairs
             for setting in self.settings[task]
-            for model in models
-            for lr in self._lrs(task)
+            for initialization in self.initializations
+            for lr in self.lrs or (None,)
             for weight_decay in self.weight_decays
+            for model in models
         ]
 
-    def _lrs(self, task: str) -> tuple[float, ...]:
-        if self.lrs is not None:
-            return self.lrs
-        wanted = (
-            f"one that a pilot has chosen a learning rate for ({', '.join(LEARNING_RATES) or 'none yet'})"
-        )
-        check(task in LEARNING_RATES, "tasks", task, wanted)
-        return (LEARNING_RATES[task],)
+
+def chosen_rate(task: str, model: str) -> float:
+    """What the pilot chose. Raises: ValueError if it has not."""
+    rates = LEARNING_RATES.get(task, {})
+    tuned = "fem_softmax" if model in ABLATION else model
+    known = ", ".join(f"{task}: {' '.join(of_task)}" for task, of_task in LEARNING_RATES.items())
+    wanted = f"a task and model that a pilot has chosen a learning rate for ({known or 'none yet'})"
+    check(tuned in rates, "tasks", f"{task} with {model}", wanted)
+    return rates[tuned]
 
 
-ABLATION = ("fem_softmax_clt", "fem_softmax_cl", "fem_softmax_c", "fem_softmax_mean")
 PROFILES: dict[str, MadProfile] = {
     "quick": MadProfile(
         settings=BASELINES,
-        models=("attention", "fem_softmax", "fem_gla", *ABLATION),
+        models=("attention", "fem_softmax", "fem_gla", "mamba", *ABLATION),
         seeds=(0, 1),
+        extra_seeds=(2,),
         lrs=None,
         weight_decays=(0.1,),
         protocol=MadProtocol(batch_size=32, steps=3000, n_evaluations=10),
     ),
     "pilot": MadProfile(
         settings=BASELINES,
-        models=("attention",),
+        models=("attention", "fem_softmax", "fem_gla", "mamba"),
         seeds=(1000,),
         lrs=LR_GRID,
         weight_decays=(0.1,),
         protocol=MadProtocol(batch_size=32, steps=300, n_evaluations=3),
+    ),
+    "start": MadProfile(
+        settings={name: BASELINES[name] for name in ("fuzzy-in-context-recall", "selective-copying")},
+        models=("attention", "fem_softmax", "fem_gla"),
+        seeds=(0, 1),
+        extra_seeds=(2,),
+        lrs=(1e-3, 5e-4),
+        weight_decays=(0.1,),
+        protocol=MadProtocol(batch_size=32, steps=3000, n_evaluations=10),
+        initializations=("fan_in", "normal_0.02"),
+        tasks_first=True,
     ),
     "paper": MadProfile(
         settings={name: ladder(name) for name in TASKS},
@@ -153,19 +181,20 @@ PROFILES: dict[str, MadProfile] = {
         protocol=MadProtocol(batch_size=128, epochs=200, n_evaluations=200, select="best_test_perplexity"),
     ),
 }
-"""``quick`` for two cores; ``pilot`` chooses its learning rates on attention alone, in 300 steps of another seed;
-``paper`` is the published grid of 396 runs per model."""
+"""``quick`` for two cores; ``pilot`` chooses its learning rates, in 300 steps of another seed; ``start`` is the grid
+{by fan-in, at 0.02} x {1e-3, 5e-4} on the two tasks that need longest; ``paper`` is the published grid of 396 runs per
+model."""
 
 
-def chosen_rates(finished: Sequence[FinishedRun]) -> dict[str, float]:
-    """Per task the learning rate with the lowest loss on the test: after few steps accuracy is still chance.
+def chosen_rates(finished: Sequence[FinishedRun]) -> dict[str, dict[str, float]]:
+    """Per task and model the learning rate with the lowest loss on the test: after few steps accuracy is still chance.
 
-    Raises: ValueError for a task of which every run diverged.
+    Raises: ValueError for a task and model of which every run diverged.
     """
-    chosen = {}
-    for (task,), of_task in grouped(finished, "task").items():
-        scored = [done for done in of_task if done.result["score"] is not None]
-        check(bool(scored), "runs", task, "a task with a run that did not diverge")
+    chosen: dict[str, dict[str, float]] = {}
+    for (task, model), tried in grouped(finished, "task", "model").items():
+        scored = [done for done in tried if done.result["score"] is not None]
+        check(bool(scored), "runs", f"{task} with {model}", "a pair with a run that did not diverge")
         best = min(scored, key=lambda done: float(done.result["final"]["loss"]))
-        chosen[task] = best.run.settings["lr"]
+        chosen.setdefault(task, {})[model] = best.run.settings["lr"]
     return chosen

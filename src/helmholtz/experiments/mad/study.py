@@ -17,10 +17,11 @@ from helmholtz.experiments.base import (
     add_seeds,
     make_table,
 )
+from helmholtz.experiments.mad.grid import grid_content, grid_markdown, grid_rows
 from helmholtz.experiments.mad.plots import plot_accuracy, plot_curves
 from helmholtz.experiments.mad.report import markdown, report_content, rows_of, table_rows
 from helmholtz.experiments.mad.run import PROFILES, MadRun, chosen_rates
-from helmholtz.experiments.queue import FinishedRun, QueuedRun
+from helmholtz.experiments.queue import FinishedRun, QueuedRun, split_finished
 
 RATES = "learning_rates.json"
 
@@ -33,7 +34,7 @@ class Mad(Study):
         "run": "Train the models of a profile on the MAD tasks. Finished runs are kept, an interrupted queue goes on.",
         "report": "Table, figures and report.json of a profile's finished runs, beside the published rows.",
         "list": LIST,
-        "pilot": "Choose the learning rate of each task for the profile quick: attention alone, on a seed of its own.",
+        "pilot": "Choose the learning rate of each task and model for the profile quick, on a seed of its own.",
     }
 
     def __init__(self, action: str, values: Mapping[str, Any]) -> None:
@@ -51,13 +52,16 @@ class Mad(Study):
             add_names(parser, "models", [], "default: all of the profile")
             add_seeds(parser, "default: those of the profile", [])
         if action != "report":
-            add_names(parser, "tasks", [], "default: all six")
+            add_names(parser, "tasks", [], "default: all of the profile")
 
     def runs(self) -> list[QueuedRun]:
         return [run.queued() for run in self._runs(self.values.get("tasks"))]
 
     def runs_of_report(self) -> list[QueuedRun]:
-        return [run.queued() for run in self._runs()]
+        profile = self.profile
+        extra = profile.runs(list(profile.settings), profile.models, profile.extra_seeds)
+        there, _ = split_finished(self.folder, [run.queued() for run in extra])
+        return [run.queued() for run in self._runs()] + [done.run for done in there]
 
     def _runs(self, tasks: Sequence[str] | None = None) -> list[MadRun]:
         return self.profile.runs(
@@ -76,6 +80,9 @@ class Mad(Study):
         if self.action == "pilot":
             self._write_rates(done, missing, console)
             return
+        if len(self.profile.initializations) > 1:
+            self._write_grid(done, missing, console)
+            return
         rows = rows_of(self.profile, done)
         cells = table_rows(rows, list(self.profile.settings))
         console.print(make_table("Accuracy in per cent", [_narrow(row) for row in cells]))
@@ -88,6 +95,17 @@ class Mad(Study):
         files = "report.json, report.md, accuracy.png and curves.png"
         console.print(f"wrote {files} in {self.folder}", markup=False)
 
+    def _write_grid(
+        self, done: Sequence[FinishedRun], missing: Sequence[QueuedRun], console: Console
+    ) -> None:
+        """Every run by itself: a profile of several starts has no single score of a model."""
+        cells = grid_rows(done)
+        console.print(make_table("Accuracy in per cent", cells, left=4))
+        content = grid_content(self.profile_name, self.profile, done, missing)
+        write_json(self.folder / "report.json", content)
+        write_atomically(self.folder / "report.md", grid_markdown(content, cells))
+        console.print(f"wrote report.json and report.md in {self.folder}", markup=False)
+
     def _write_rates(
         self, done: Sequence[FinishedRun], missing: Sequence[QueuedRun], console: Console
     ) -> None:
@@ -97,7 +115,7 @@ class Mad(Study):
             return
         rates, file = chosen_rates(done), Path(self.values["output"]) / RATES
         tried = [
-            {"task": d.run.settings["task"], "lr": d.run.settings["lr"], "seed": d.run.settings["seed"],
+            {**{name: d.run.settings[name] for name in ("task", "model", "initialization", "lr", "seed")},
              "score": d.result["score"], "loss": d.result["final"] and d.result["final"]["loss"],
              "commit": d.timing.get("commit"), "hardware": d.timing.get("hardware")}
             for d in done

@@ -24,8 +24,8 @@ IMAGES = {
 
 @parts.section(
     "MAD: six synthetic tasks",
-    "Which mixers remember, copy and compress? The baseline setting of every task of the MAD benchmark, one learning "
-    "rate per task that a pilot chose on attention alone.",
+    "Which mixers remember, copy and compress? The baseline setting of every task of the MAD benchmark, a learning "
+    "rate per task and model that a pilot chose.",
     "helmholtz study mad run --profile quick --output docs/experiments/mad",
     "mad/quick",
     find=parts.locate_queue,

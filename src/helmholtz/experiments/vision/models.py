@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from helmholtz._checks import check_divides, check_integer
-from helmholtz.layers.init import STANDARD_DEVIATION, init_normal
+from helmholtz.layers.init import init_normal, init_weight
 from helmholtz.models.encoder import Encoder, EncoderConfig
 
 
@@ -47,7 +47,7 @@ class ViT(nn.Module):
         self.head = nn.Linear(c.d_model, c.n_classes)
         init_normal(self.embed)
         init_normal(self.head)
-        nn.init.normal_(self.positions, std=STANDARD_DEVIATION)
+        init_weight(self.positions, c.d_model)
 
     def forward(self, images: Float[Tensor, "B S S"]) -> Float[Tensor, "B classes"]:
         """Logits of the classes."""

@@ -23,7 +23,7 @@ from helmholtz.interop.hf.inputs import Inputs, check_arguments
 from helmholtz.interop.hf.losses import Asked, read_with_loss
 from helmholtz.interop.hf.plans import plan_seeds, seeded_plan
 from helmholtz.interop.hf.taps import is_flat, keeper, tapped
-from helmholtz.layers.init import init_normal
+from helmholtz.layers.init import init_normal, initializer_range
 from helmholtz.layers.placement import dtype_of
 from helmholtz.models import MODELS
 from helmholtz.models.decoder import Decoder, PlanOf
@@ -81,7 +81,8 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """The rows that ``resize_token_embeddings`` adds."""
-        init_normal(module)
+        with initializer_range(self.model.config.initializer_range):
+            init_normal(module)
 
     @classmethod
     def _finalize_model_loading(cls, model: Any, load_config: Any, loading_info: Any) -> Any:
