@@ -5,6 +5,7 @@ import re
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -145,6 +146,18 @@ def test_two_processes_build_at_once(cache, tmp_path):
     assert found == {str(file)} and file.read_bytes() == whole.read_bytes()
 
 
+def test_what_a_killed_build_left_is_removed_by_a_later_one(cache, tmp_path, monkeypatch, capsys):
+    """A signal that ends a process at once leaves its parts; those of a build that still runs stay."""
+    monkeypatch.setenv("CXX", compiler_that(tmp_path, "exit 1"))
+    for name, age in [("old", 2 * building.ABANDONED), ("new", 0)]:
+        parts = cache / f"{building.PARTS}{name}"
+        parts.mkdir(parents=True)
+        (parts / "scan.o").write_text("half")
+        os.utime(parts, (time.time() - age,) * 2)
+    assert main(["kernels", "build"]) == 2 and "failed (1)" in capsys.readouterr().err
+    assert [folder.name for folder in cache.iterdir()] == [f"{building.PARTS}new"]
+
+
 def test_another_torch_another_processor_and_other_sources_are_another_file(cache, monkeypatch):
     names = {building.library_file().name}
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SOMETHING")
@@ -283,6 +296,9 @@ OPERATORS = {
 }  # fmt: skip
 
 
+TRAINED = [name for name in OPERATORS if hasattr(torch.ops.helmholtz, f"{name}_backward")]
+
+
 def test_every_operator_has_a_call():
     assert OPERATORS.keys() == set(kernels.NAMES)
 
@@ -304,6 +320,19 @@ def test_an_operator_is_what_torch_wants_of_one(name):
     ]
     done = torch.library.opcheck(operator, inputs)
     assert set(done.values()) == {"SUCCESS"}
+
+
+@built
+@pytest.mark.parametrize("name", TRAINED)
+def test_no_second_derivative_is_silently_left_out(name):
+    """Of any pair: a backward operator that did not take an input could not know that its gradients depend on it."""
+    inputs = OPERATORS[name]()
+    leaves = [x for x in inputs if torch.is_tensor(x) and x.requires_grad]
+    done = [x for x in tree_leaves(getattr(torch.ops.helmholtz, name)(*inputs)) if x.requires_grad]
+    first = torch.autograd.grad(sum(x.square().sum() for x in done), leaves, create_graph=True)
+    for x in leaves:
+        with pytest.raises(RuntimeError, match="derivative for helmholtz::.*_backward is not implemented"):
+            torch.autograd.grad(sum(g.square().sum() for g in first), x, retain_graph=True)
 
 
 LAYOUTS = {

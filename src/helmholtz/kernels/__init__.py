@@ -58,7 +58,11 @@ def refusal() -> str | None:
     """Why no call of this process takes a kernel, or None."""
     if _plain:
         return f"{SWITCH}=plain"
-    return None if LOADED else "they are not built for this torch and processor: helmholtz kernels build"
+    return (
+        None
+        if LOADED
+        else "they were not built for this torch and processor when this process began: helmholtz kernels build"
+    )
 
 
 __all__ = ["LOADED", "NAMES", "STORED", "SWITCH", "plain_forms", "refusal", "usable", "wants_plain_forms"]

@@ -1,5 +1,6 @@
 """Compiles ``csrc/`` into a library for this torch and this kind of processor, and loads it."""
 
+import contextlib
 import hashlib
 import os
 import shlex
@@ -8,6 +9,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +22,9 @@ OPTIONS = {"AVX512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "AVX2": 
 LAST_LINES = 12
 """Of a compiler's complaint, which say what is wrong."""
 CACHE = "HELMHOLTZ_CACHE"
+PARTS = "building-"
+ABANDONED = 3600
+"""Seconds after which a folder of parts belongs to a build that was killed: one takes a minute."""
 TRIAL = "import sys, torch; torch.ops.load_library(sys.argv[1])"
 
 
@@ -109,10 +114,10 @@ def build() -> Path:
 
     Raises: ValueError without a compiler; BuildError if it fails; OSError if the cache cannot be written.
     """
-    done = find_library()
-    if done:
-        return done
     file, command = library_file(), compiler()
+    _remove_abandoned(file.parent)
+    if find_library():
+        return file
     if command is None:
         wanted = (
             f"CXX={os.environ['CXX']}" if os.environ.get("CXX") else "c++, g++ or clang++; CXX names another"
@@ -120,7 +125,7 @@ def build() -> Path:
         raise ValueError(f"no C++ compiler found ({wanted}): the plain forms are used")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=file.parent, prefix="building-")
+        folder = tempfile.TemporaryDirectory(dir=file.parent, prefix=PARTS)
     except OSError as error:
         raise OSError(f"{error}; {CACHE} names another folder for the kernels") from error
     with folder:
@@ -129,6 +134,13 @@ def build() -> Path:
         _run("loading what was built", [sys.executable, "-c", TRIAL, str(made)])
         made.replace(file)
     return file
+
+
+def _remove_abandoned(cache: Path) -> None:
+    for folder in cache.glob(f"{PARTS}*"):
+        with contextlib.suppress(OSError):  # another process removes it as well
+            if time.time() - folder.stat().st_mtime > ABANDONED:
+                shutil.rmtree(folder)
 
 
 def _compile(command: list[str], made: Path) -> None:
