@@ -1,15 +1,17 @@
 """Break one line at a time and see the tests fail.
 
 Reads ``tools/mutants/*.toml``. Each entry changes one place of a file in a temporary copy of the package (never in the
-work tree) and runs its test file against that copy. A mutant that survives means a test that cannot fail.
+work tree) and runs its test file against that copy; kernels are built for it, about a minute each. A mutant that survives
+means a test that cannot fail; one that is stale changes a line that is no longer there.
 
     python tools/mutants.py                 all of them
     python tools/mutants.py scan rope       the lists scan.toml and rope.toml
+    python tools/mutants.py kernels         those in C++
 
 An entry::
 
     [[mutant]]
-    file = "ops/scan.py"                    # below src/helmholtz
+    file = "ops/scan.py"                    # below src/helmholtz; csrc/scan.h is C++
     find = "h[t - 1]"                       # must occur exactly once
     replace = "h[t]"
     test = "tests/ops/test_scan.py"
@@ -29,7 +31,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = Path(__file__).with_suffix("")
-PASSED, FAILED = 0, 1
+PASSED, FAILED, UNBUILT, STALE = 0, 1, -1, -2
+VERDICTS = {FAILED: "killed", PASSED: "SURVIVED", UNBUILT: "UNBUILT", STALE: "STALE"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +47,12 @@ class Mutant:
     def apply(self, source: Path) -> None:
         path = source / "helmholtz" / self.file
         text = path.read_text()
-        if text.count(self.find) != 1:
-            raise SystemExit(f"{self.file}: {self.find!r} occurs {text.count(self.find)} times, wanted once")
         path.write_text(text.replace(self.find, self.replace))
+
+    @property
+    def stale(self) -> bool:
+        path = ROOT / "src" / "helmholtz" / self.file
+        return not path.exists() or path.read_text().count(self.find) != 1
 
 
 def read(names: Iterable[str]) -> list[Mutant]:
@@ -69,6 +75,11 @@ def run(test: str, mutant: Mutant | None) -> int:
         found = subprocess.run(where, env=env, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         if not found.startswith(str(source)):
             raise SystemExit(f"tests would import {found.strip()} instead of the copy")
+        if mutant is not None and mutant.file.startswith("csrc/"):
+            env["HELMHOLTZ_CACHE"] = folder
+            build = [sys.executable, "-c", "import helmholtz.kernels.build as b; b.build()"]
+            if subprocess.run(build, env=env, cwd=ROOT, capture_output=True).returncode:
+                return UNBUILT
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", test]
         return subprocess.run(command, env=env, cwd=ROOT, capture_output=True).returncode
 
@@ -85,8 +96,8 @@ def main() -> None:
     survivors = 0
     for mutant in mutants:
         start = time.perf_counter()
-        code = run(mutant.test, mutant)
-        verdict = {FAILED: "killed", PASSED: "SURVIVED"}.get(code, f"BROKEN (pytest exit {code})")
+        code = STALE if mutant.stale else run(mutant.test, mutant)
+        verdict = VERDICTS.get(code, f"BROKEN (pytest exit {code})")
         survivors += code != FAILED
         print(
             f"{verdict:9} {time.perf_counter() - start:5.1f} s  {mutant.file}: {mutant.find!r} -> {mutant.replace!r}"
