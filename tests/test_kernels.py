@@ -335,6 +335,24 @@ def test_no_second_derivative_is_silently_left_out(name):
             torch.autograd.grad(sum(g.square().sum() for g in first), x, retain_graph=True)
 
 
+NO_VALUE = ("code_lookup", 2)
+"""The logits of a code have a gradient and change no value."""
+
+
+@built
+@pytest.mark.parametrize(
+    "name", [name for name in OPERATORS if name != "sample"]
+)  # its output is of integers
+def test_what_is_not_a_number_is_not_hidden(name):
+    """Neither by a comparison, nor where nothing else is left to read."""
+    for i, x in enumerate(OPERATORS[name]()):
+        if torch.is_tensor(x) and x.is_floating_point() and (name, i) != NO_VALUE:
+            inputs = [*OPERATORS[name]()]
+            inputs[i] = torch.full_like(x, torch.nan)
+            done = tree_leaves(getattr(torch.ops.helmholtz, name)(*inputs))
+            assert any(y.isnan().any() for y in done), i
+
+
 LAYOUTS = {
     "expanded last": lambda x: x[..., :1].expand(x.shape),
     "expanded first": lambda x: x[:1].expand(x.shape),

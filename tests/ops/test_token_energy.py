@@ -16,7 +16,7 @@ from helpers import assert_matches, grads
 BUDGETS = {"energy": 45.0, "map": 90.0, "jvp": 75.0}
 """Worst measured: 14, 30 and 25 eps, in float64 (where the reference's rounding counts as well) and for gradients of
 the two strengths, sums over all rows in which most cancels."""
-SIZES = [(1, 1, 1, 1), (3, 7, 5, 9), (65, 16, 33, 130)]
+SIZES = [(1, 1, 1, 1), (3, 7, 5, 9), (65, 16, 33, 130), (2, 3, 4, 1030)]
 EMPTY = [(), (0,), "all"]
 UNUSED = {"energy": {1}, "map": {1}, "jvp": {2}}
 """Inputs that do not enter: v, and u in the Jacobian."""

@@ -38,7 +38,7 @@ void softmax_forward(const S* k, const T* x, const T* top0, const T* sums0, cons
       const bool fresh = reset != nullptr && reset[step];
 #pragma omp simd
       for (int64_t c = 0; c < n; ++c) {
-        const T raw = wide(k[at + c]), key = raw > floor ? raw : floor;
+        const T raw = wide(k[at + c]), key = raw < floor ? floor : raw;  // NaN stays
         weigh(key, m[c], fresh, floor, decay[c], weight[c]);
         m[c] = top[at + c] = fresh || key > m[c] ? key : m[c];
         mass[c] = mass[c] * decay[c] + weight[c];
@@ -79,7 +79,7 @@ void softmax_reverse(const T* dy, const T* dlast, const S* k, const T* x, const 
       const T* before = t > 0 ? top + at - width : top0 + row * width + first;
 #pragma omp simd
       for (int64_t c = 0; c < n; ++c) {
-        const T raw = wide(k[at + c]), key = raw > floor ? raw : floor;
+        const T raw = wide(k[at + c]), key = raw < floor ? floor : raw;  // NaN stays
         weigh(key, before[c] > floor ? before[c] : floor, fresh, floor, decay[c], weight[c]);
         total[c] = 0;
       }

@@ -169,6 +169,8 @@ void weigh(T* score, const T* pads, T scale, int64_t first, int64_t a, int64_t b
     most = most > x ? most : x;
   }
   if (a >= b || most == T(-INFINITY)) {
+    for (int64_t j = a; j < b; ++j)  // no score, or none but NaN, which comparisons pass over
+      if (score[j] != score[j] && !(MASKED && pads[j] != T(0))) mass = score[j];
     std::fill(score + first, score + last, T(0));
     return;
   }

@@ -83,8 +83,8 @@ void linear_step_all(const Tensor& q, const Tensor& k, const Tensor& v, const Te
     angles.turned(token<S>(k, b) + h * K, b, 1, K, write);
 #pragma omp simd
     for (int64_t i = 0; i < K; ++i) {
-      read[i] = (read[i] > T(0) ? read[i] : T(0)) + eps;
-      write[i] = (write[i] > T(0) ? write[i] : T(0)) + eps;
+      read[i] = (read[i] < T(0) ? T(0) : read[i]) + eps;  // NaN stays
+      write[i] = (write[i] < T(0) ? T(0) : write[i]) + eps;
       kept[i] = T(1);
     }
     if (rates > 0) {
@@ -137,7 +137,7 @@ void rnn_softmax_step_all(const Tensor& k, const Tensor& v, const Tensor& beta, 
     T *after = out<T>(top) + b * n, *to = out<T>(last) + b * (signals + 1) * n;
 #pragma omp simd
     for (int64_t c = 0; c < n; ++c) {
-      const T x = key[c] > floor ? key[c] : floor, m = before[c] > floor ? before[c] : floor;
+      const T x = key[c] < floor ? floor : key[c], m = before[c] < floor ? floor : before[c];  // NaN stays
       weigh(x, m, false, floor, decay[c], weight[c]);
       const T most = x > m ? x : m, mass = from[signals * n + c] * decay[c] + weight[c];
       after[c] = most > floor ? most : T(-INFINITY);

@@ -87,7 +87,7 @@ void evaluate_rows(const Tensor (&given)[6], const Tensor& overlaps, const Tenso
                    T beta, const Tensor& emitted, const Tensor& weights, const Tensor& energy) {
   const int64_t rows = given[0].size(0), width = given[0].size(1), channels = given[2].size(1), patterns = overlaps.size(1);
   const T* prior = in<T>(log_prior);
-  const int64_t active = prior == nullptr ? patterns : std::count_if(prior, prior + patterns, [](T x) { return x > -INFINITY; });
+  const int64_t active = prior == nullptr ? patterns : std::count_if(prior, prior + patterns, [](T x) { return x != -INFINITY; });
   each((rows + ENERGY_ROWS - 1) / ENERGY_ROWS, [&](int64_t part) {
     for (int64_t n = part * ENERGY_ROWS; n < std::min((part + 1) * ENERGY_ROWS, rows); ++n) {
       const T *z = in<T>(given[0]) + n * width, *u = in<T>(given[1]) + n * width;
