@@ -1,8 +1,8 @@
 """Break one line at a time and see the tests fail.
 
 Reads ``tools/mutants/*.toml``. Each entry changes one place of a file in a temporary copy of the package (never in the
-work tree) and runs its test file against that copy; kernels are built for it, about a minute each. A mutant that survives
-means a test that cannot fail; one that is stale changes a line that is no longer there.
+work tree) and runs its test file against that copy; one in C++ is built first, about a minute each. A mutant that
+survives means a test that cannot fail; one that is stale changes a line that is no longer there.
 
     python tools/mutants.py                 all of them
     python tools/mutants.py scan rope       the lists scan.toml and rope.toml

@@ -150,7 +150,7 @@ def test_what_a_step_writes_was_rounded_once(rows_differ) -> None:
 def test_a_step_is_a_change_that_autograd_sees(changed) -> None:
     """What was kept of the memory for a gradient is no longer there."""
     joint, cos, sin, h, g = problem((1, 2, 2, 1, 4))
-    memory = dict(zip(["keys", "values"], torch.zeros(2, 1, g, 5, 4), strict=True))
+    memory = {name: torch.zeros(1, g, 5, 4) for name in ("keys", "values")}  # views would share one record
     kept = torch.ones(4, requires_grad=True) * memory[changed]
     with torch.no_grad():
         attention_step(joint.flatten(2), cos, sin, *memory.values(), before=1, heads=h)
