@@ -222,7 +222,7 @@ CHECKSUMS = "checksums.json"
 
 def write_checksums(folder: Path) -> None:
     """Note what is in ``folder``, subfolders included."""
-    sums = {name: _sha256(folder / name) for name in _contents(folder)}
+    sums = {name: sha256(folder / name) for name in _contents(folder)}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
 
 
@@ -244,7 +244,7 @@ def first_damage(folder: Path, names: tuple[str, ...] = (), *, below: str = "") 
     for name in names or inside:
         if not (folder / name).is_file():
             return f"{folder / name} is missing"
-        if name in wanted and _sha256(folder / name) != wanted[name]:
+        if name in wanted and sha256(folder / name) != wanted[name]:
             return f"{folder / name} is damaged: it is not what was written (SHA-256)"
     return ""
 
@@ -254,7 +254,8 @@ def _contents(folder: Path) -> list[str]:
     return [str(path.relative_to(folder)) for path in files]
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """Of the content of a file, in hexadecimal digits."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 

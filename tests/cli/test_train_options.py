@@ -116,3 +116,53 @@ def test_a_model_that_no_memory_holds_is_refused_before_it_is_built(data, tmp_pa
 def test_text_that_was_not_prepared_is_refused_with_the_command_that_does(tmp_path, capsys):
     assert main(["train", f"--data.folder={tmp_path}"]) == 2
     assert "make it with helmholtz data" in capsys.readouterr().err
+
+
+def options(folder, **settings):
+    return [f"--train.{name}={value}" for name, value in (settings | {"output_dir": folder}).items()]
+
+
+def test_it_says_how_a_run_begins_and_a_dry_run_says_it_before(data, tmp_path, capsys):
+    assert train(data, tmp_path / "a") == 0
+    assert "the run" not in capsys.readouterr().out.splitlines()[0], "a new one needs no words"
+    longer = {"steps": 14, "resume": "auto"}
+    ways = {
+        "a": (
+            longer,
+            "the run goes on from {}/a/step-00000007 with train.steps 7 -> 14; the learning rate, 0.0003",
+        ),
+        "b": (
+            {"init_from": tmp_path / "a"},
+            "the run begins at step 0 with the weights of {}/a/best after step 7",
+        ),
+        "c": (
+            {"continue_from": tmp_path / "a", "steps": 12, "lr": 0.001},
+            "the run goes on from {}/a/step-00000007 with train.lr 0.003 -> 0.001, train.steps 7 -> 12; the",
+        ),
+    }
+    for name, (settings, said) in reversed(ways.items()):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        assert train(data, tmp_path / name, *options(tmp_path / name, **settings), "--dry-run") == 0
+        planned = capsys.readouterr().out.splitlines()
+        assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        assert train(data, tmp_path / name, *options(tmp_path / name, **settings)) == 0
+        first = capsys.readouterr().out.splitlines()[0]
+        assert planned[0].startswith(first) and first.startswith(said.format(tmp_path))
+    assert planned[0].endswith("; the counts are of the 7 steps to come")
+    assert any("tokens in all" in line and "448" in line for line in planned)
+    assert train(data, tmp_path / "a", *options(tmp_path / "a", **longer), "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert said == "the run has ended, at step 14; to go on, raise train.steps\n"
+
+
+def test_a_dry_run_refuses_what_training_would(data, tmp_path, capsys):
+    assert train(data, tmp_path / "a") == 0
+    for wrong, message in [
+        ([], "already holds a run; go on with --train.resume=auto"),
+        (
+            options(tmp_path / "b", init_from=tmp_path / "none"),
+            "train.init_from: .*none is neither a checkpoint",
+        ),
+    ]:
+        assert train(data, tmp_path / "a", *wrong, "--dry-run") == 2
+        assert re.search(message, capsys.readouterr().err)

@@ -22,8 +22,8 @@ from helmholtz.cli.documents import Document, documents, read_documents
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 PATHS = {
-    "checkpoint", "data", "data_files", "folder", "folders", "output", "output_dir", "path", "picture", "plan", "runs",
-    "save", "source", "sources", "validation_files", "validation_sources",
+    "checkpoint", "continue_from", "data", "data_files", "folder", "folders", "init_from", "output", "output_dir",
+    "path", "picture", "plan", "runs", "save", "source", "sources", "validation_files", "validation_sources",
 }  # fmt: skip
 """Last names of the options that hold files or folders: a leading ``~`` is the home directory."""
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 from helmholtz._checks import check
-from helmholtz._files import read_complete
 from helmholtz._run_folder import TOKENIZER
 from helmholtz.data.tokenizer import AbstractTokenizer, load_tokenizer
 from helmholtz.evals.runs import find_checkpoint
@@ -49,18 +48,3 @@ def open_checkpoint(path: str, part: Literal["plan", "equilibrium"] | None = Non
     if part is not None and getattr(found.model, part) is None:
         raise ValueError(f"checkpoint: the {architecture_of(found.model)} in {folder} has no {part}")
     return found
-
-
-def check_same_tokenizer(ours: Path, theirs: Path) -> None:
-    """Raises: ValueError if two tokenizer folders differ: the ids of one would mean nothing to the other."""
-    read_complete(ours.parent, lambda around: _compare(around / ours.name, theirs))
-
-
-def _compare(ours: Path, theirs: Path) -> None:
-    names = sorted({path.name for folder in (ours, theirs) for path in folder.iterdir()})
-    for name in names:
-        one, two = ours / name, theirs / name
-        if not one.exists() or not two.exists() or one.read_bytes() != two.read_bytes():
-            raise ValueError(
-                f"data: the tokenizer in {theirs} is not the one the model was trained with ({ours})"
-            )

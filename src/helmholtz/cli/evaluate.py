@@ -9,7 +9,8 @@ from rich.console import Console
 from helmholtz._hardware import PeakMemory
 from helmholtz._run_folder import TOKENIZER
 from helmholtz.cli.arguments import make_parser, parse
-from helmholtz.cli.checkpoints import add_checkpoint, check_same_tokenizer
+from helmholtz.cli.checkpoints import add_checkpoint
+from helmholtz.data.tokenizer import check_same_tokenizer
 from helmholtz.data.tokens import TokenDataset
 from helmholtz.evals.language import decode_tokens_per_second, evaluate_language
 from helmholtz.evals.latent import evaluate_bounds, report

@@ -16,11 +16,12 @@ from helmholtz.training.callbacks import Callback
 from helmholtz.training.config import RunConfig
 from helmholtz.training.distributed import is_launched, is_main_process
 from helmholtz.training.evaluation import AUTOCAST
-from helmholtz.training.run import prepare, train
+from helmholtz.training.run import planned_start, prepare, train
 from helmholtz.training.tracking import Profile
 
 DESCRIPTION = (
-    "Train a model on prepared text. After Ctrl-C or a crash, go on with --train.resume=auto. "
+    "Train a model on prepared text. After Ctrl-C or a crash, go on with --train.resume=auto; after the last step with "
+    "more --train.steps as well. --train.continue_from and --train.init_from begin from another run. "
     "With several processes: torchrun --nproc-per-node=N -m helmholtz.cli.main train ..."
 )
 INTERRUPTED = 130
@@ -34,7 +35,7 @@ def run(arguments: list[str], console: Console) -> int:
         "--dry_run",
         "--dry-run",
         action="store_true",
-        help="count what the run costs, show its first text, and end",
+        help="say how the run would begin, count what it costs, show its first text, and end",
     )
     parser.add_argument(
         "--profile",
@@ -68,11 +69,17 @@ def _program() -> str:
 
 
 def dry_run(config: RunConfig, console: Console) -> None:
-    """Print what a step and the run cost one process that does all of it, and how the first row of text begins."""
-    trainer, c = prepare(config), config.train
+    """Print how the run would begin, what it costs one process that does all of it, and how its first row begins."""
+    start, c = planned_start(config), config.train
+    steps = c.steps - start.progress.step
+    of = "" if start.progress.step == 0 or steps == 0 else f"; the counts are of the {steps} steps to come"
+    console.print(f"the run {start.said}{of}", highlight=False, markup=False, soft_wrap=True)
+    if steps == 0:
+        return
+    trainer = prepare(config, start)
     budget = trainer.budget()
     dtype = AUTOCAST.get(c.precision, dtype_of(trainer.model))
-    seconds = budget.flops * c.steps / matmul_peak(dtype, trainer.device)
+    seconds = budget.flops * steps / matmul_peak(dtype, trainer.device)
     table = Table(title=f"{config.architecture}, nothing trained", show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -80,20 +87,20 @@ def dry_run(config: RunConfig, console: Console) -> None:
         "parameters": f"{budget.parameters:,}",
         "of these trained": f"{budget.trained_parameters:,}",
         "tokens per step": f"{c.tokens_per_step:,}",
-        "tokens in all": f"{c.tokens_per_step * c.steps:,}",
+        "tokens in all": f"{c.tokens_per_step * steps:,}",
         "weights": _megabytes(budget.weight_bytes),
         "gradients": _megabytes(budget.gradient_bytes),
         "optimizer": _megabytes(budget.optimizer_bytes),
         "activations of a micro-batch": _megabytes(budget.activation_bytes),
         "memory in all": _megabytes(budget.total_bytes),
         "products per step": f"{budget.flops / 1e9:.4g} GFLOP",
-        "products in all": f"{budget.flops * c.steps / 1e12:.4g} TFLOP",
+        "products in all": f"{budget.flops * steps / 1e12:.4g} TFLOP",
         "at this machine's matmul speed": f"{seconds:,.0f} s",
     }
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
-    tokens, _ = trainer.batches.micro_batch(trainer.progress.windows, 0)
+    tokens, _ = trainer.batches.micro_batch(trainer.progress.position, 0)
     text = load_tokenizer(trainer.batches.train.tokenizer_folder).decode(tokens[0, :SHOWN_TOKENS].tolist())
     console.print(f"the first of its rows begins with\n{text}")
 

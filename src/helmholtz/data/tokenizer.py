@@ -262,6 +262,51 @@ def tokenizer_files(folder: str | os.PathLike[str]) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir()) if file.is_file()}
 
 
+def check_same_tokenizer(ours: Path, theirs: Path) -> None:
+    """Raises: ValueError if two tokenizer folders differ: the ids of one would mean nothing to the other."""
+    read_complete(ours.parent, lambda around: _compare(around / ours.name, theirs))
+
+
+def _compare(ours: Path, theirs: Path) -> None:
+    names = sorted({path.name for folder in (ours, theirs) for path in folder.iterdir()})
+    for name in names:
+        one, two = ours / name, theirs / name
+        if not one.exists() or not two.exists() or one.read_bytes() != two.read_bytes():
+            raise _another_tokenizer(ours, theirs)
+
+
+def _another_tokenizer(ours: Path, theirs: Path) -> ValueError:
+    return ValueError(f"data: the tokenizer in {theirs} is not the one the model was trained with ({ours})")
+
+
+def check_exported_tokenizer(exported: Path, folder: Path) -> None:
+    """``check_same_tokenizer`` where ``exported`` is the ``tokenizer.json`` that ``helmholtz export`` wrote.
+
+    Raises: ValueError if it is another than the one in ``folder``, or cannot be read.
+    """
+    tokenizer = load_tokenizer(folder)
+    try:
+        saved = parse_json(exported.read_text())
+        model, before = saved["model"], saved["pre_tokenizer"]
+        # what pads has the id of a byte that no text has, or one of its own
+        pads = {token["id"] for token in saved["added_tokens"]}
+        vocabulary = {token: i for token, i in model["vocab"].items() if i not in pads}
+        merges = model.get("merges", [])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{exported}: wanted the tokenizer of an exported model, got {error!r}") from error
+    if isinstance(tokenizer, BPETokenizer):
+        own = parse_json(tokenizer.copy_of_backend().to_str())
+        kept = {token: i for token, i in own["model"]["vocab"].items() if i not in pads}
+        same = (vocabulary, merges, before) == (kept, own["model"]["merges"], own["pre_tokenizer"])
+    elif isinstance(tokenizer, ByteTokenizer):
+        same = not merges and len(vocabulary) == BYTES - 1
+        same = same and all(vocabulary.get(chr(byte)) == byte for byte in range(ord("!"), ord("~") + 1))
+    else:
+        same = vocabulary == {str(i): i for i in range(tokenizer.eos_id)}
+    if not same:
+        raise _another_tokenizer(exported, folder)
+
+
 def _read_kind(folder: str | os.PathLike[str]) -> Any:
     """The settings of a saved tokenizer, ``kind`` among them."""
     path = Path(folder) / "kind.json"

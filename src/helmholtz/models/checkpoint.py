@@ -27,6 +27,10 @@ from helmholtz.models.decoder import Decoder
 from helmholtz.models.tied import EMBED, UNEMBED, is_tied, local_part
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MODEL_TYPE = "helmholtz"
+"""What the config of an exported model says it is."""
+_EXPORTED = {"architecture": "architecture", "config": "core"}
+"""Keys of a checkpoint's config, as that of an exported model calls them."""
 
 
 def save_checkpoint(model: Decoder, folder: str | os.PathLike[str]) -> None:
@@ -83,16 +87,52 @@ def load_checkpoint(
     return read_complete(folder, _load).to(device=device, dtype=dtype).eval()
 
 
+def is_exported(folder: str | os.PathLike[str]) -> bool:
+    """Whether it is the Hugging Face folder of a model of this library."""
+    try:
+        return bool(parse_json((Path(folder) / CONFIG).read_text()).get("model_type") == MODEL_TYPE)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def load_exported(folder: str | os.PathLike[str]) -> Decoder:
+    """The model in a folder that ``helmholtz export`` wrote, in evaluation mode; transformers is not needed.
+
+    Raises: ValueError naming the file, and the tensor or key, if one is missing, damaged or unfit.
+    """
+    file = Path(folder) / CONFIG
+    try:
+        description = parse_json(file.read_text())
+        architecture, config = _parse({name: description.get(of) for name, of in _EXPORTED.items()})
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    weights = dict[str, Tensor]()
+    if not weight_files(folder):
+        raise ValueError(f"{folder}: no weights here (*.safetensors)")
+    for shard in weight_files(folder):
+        weights |= {name.removeprefix("model."): tensor for name, tensor in _read_weights(shard).items()}
+    return _filled(Path(folder) / WEIGHTS, architecture, config, weights).eval()
+
+
+def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """The files of weights of a checkpoint, or of an exported folder, which may have several."""
+    return sorted(Path(folder).glob("*.safetensors"))
+
+
 def _load(folder: Path) -> Decoder:
     architecture, config = read_config(folder)
     damage = first_damage(folder, (CONFIG, WEIGHTS))
     if damage:
         raise ValueError(damage)
-    weights = _read_weights(folder / WEIGHTS)
+    return _filled(folder / WEIGHTS, architecture, config, _read_weights(folder / WEIGHTS))
+
+
+def _filled(source: Path, architecture: str, config: ModelConfig, weights: dict[str, Tensor]) -> Decoder:
+    """The model with these weights, which are those of the file ``source``."""
     if config.tie_embeddings and EMBED in weights:
         weights.setdefault(UNEMBED, weights[EMBED])
-    model = _empty_model(folder / CONFIG, architecture, config)
-    _check_weights(folder / WEIGHTS, weights, model.state_dict())
+    model = _empty_model(source.with_name(CONFIG), architecture, config)
+    _check_weights(source, weights, model.state_dict())
     # each in memory of its own: in the file they start anywhere, and how a product rounds may depend on it
     model.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
     return model

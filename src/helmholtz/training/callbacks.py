@@ -99,16 +99,26 @@ class JSONLMetrics(Callback):
 
     A resumed run drops the records after its checkpoint, so that the file reads as if nothing had happened; if records
     before it have been lost, it says so and goes on.
+
+    Args:
+        start: step of the checkpoint that the run goes on from.
+        begin: step of another run's checkpoint that it was begun from: the first record is of the step after it.
     """
 
     def __init__(
-        self, path: Path, *, start: int, log_every: int, warn: Callable[[str], None] = warnings.warn
+        self,
+        path: Path,
+        *,
+        start: int,
+        log_every: int,
+        begin: int = 0,
+        warn: Callable[[str], None] = warnings.warn,
     ) -> None:
         self.log_every = log_every
-        lines = path.read_text(errors="replace").splitlines() if start > 0 and path.exists() else []
+        lines = path.read_text(errors="replace").splitlines() if start > begin and path.exists() else []
         kept = [line for line in lines if _step(line) <= start]
-        if start > 0:
-            _warn_of_loss(path, lines, start, log_every, warn)
+        if start > begin:
+            _warn_of_loss(path, lines, start, log_every, warn, begin)
         write_atomically(path, "".join(line + "\n" for line in kept))
         self.path, self.file = path, path.open("ab", buffering=0)
 
@@ -143,7 +153,7 @@ def _step(line: str) -> float:
 
 
 def _warn_of_loss(
-    path: Path, lines: list[str], start: int, log_every: int, warn: Callable[[str], None]
+    path: Path, lines: list[str], start: int, log_every: int, warn: Callable[[str], None], begin: int
 ) -> None:
     """Say it if records before the checkpoint are missing at the end, or unreadable in between."""
     steps = [_step(line) for line in lines]
@@ -155,7 +165,7 @@ def _warn_of_loss(
     logged = sorted({step for step in steps if step <= start})
     # the run may have logged more rarely before
     interval = max(log_every, logged[-1] - logged[-2] if len(logged) > 1 else 0)
-    last = logged[-1] if logged else 0
+    last = logged[-1] if logged else begin
     if last + interval <= start:
         until = f"ends at step {last:.0f}" if lines else "is empty or missing"
         warn(f"{path} {until}, the checkpoint is of step {start}: the records between are lost")

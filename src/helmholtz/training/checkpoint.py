@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,10 @@ TrainingState = tuple[torch.optim.Optimizer, torch.amp.GradScaler, Progress, dic
 """What resuming needs beside the weights; the last is the identity of the run, if it has one."""
 _STEP = re.compile(r"step-(\d{8,})")
 DAMAGED = ".damaged"
+HISTORY = "history"
+"""Key of an identity: what the run was begun from and how it was changed (``training.start``), if anything was."""
+RESUME = "resume"
+"""What an event of a history is called that raised ``train.steps`` in the folder of the run."""
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -114,22 +118,32 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
     for left in folder.glob(".step-*.previous"):  # one that was being written once more
         settle_folder(folder / left.stem[1:])
     _settle_last(folder, warn)
-    damaged: list[tuple[Path, str]] = []
-    for _, path in sorted(_steps(folder), reverse=True):
-        damage = _damage(path)
-        if not damage:
-            for other, reason in damaged:
-                _set_aside(other, reason, warn)
-            point_at(folder / LAST, path)
-            return path
-        damaged.append((path, damage))
+    path, damaged = newest_whole(folder)
+    if path is not None:
+        for other, reason in damaged:
+            _set_aside(other, reason, warn)
+        point_at(folder / LAST, path)
+        return path
     for _, reason in damaged:
         warn(reason)
     _check_never_saved(folder, [path.name for path, _ in damaged])
     return None
 
 
-def _damage(checkpoint: Path) -> str:
+def newest_whole(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest complete checkpoint of a run, and the damaged ones that are newer with what is wrong; only read."""
+    damaged: list[tuple[Path, str]] = []
+    last = folder / LAST
+    copies = [last] if last.is_dir() and not last.is_symlink() else []
+    for path in [*(path for _, path in sorted(_steps(folder), reverse=True)), *copies]:
+        damage = whole_damage(path)
+        if not damage:
+            return path, damaged
+        damaged.append((path, damage))
+    return None, damaged
+
+
+def whole_damage(checkpoint: Path) -> str:
     """What is wrong with a checkpoint, in words; empty if nothing is."""
     complete = (checkpoint / CHECKSUMS).exists()
     return first_damage(checkpoint) if complete else f"{checkpoint / CHECKSUMS} is missing"
@@ -150,12 +164,12 @@ def _settle_last(folder: Path, warn: Callable[[str], None]) -> None:
     last = folder / LAST
     if last.is_symlink() or not last.is_dir():
         return
-    damage = _damage(last)
+    damage = whole_damage(last)
     if damage:
         _set_aside(last, damage, warn)
         return
     target = step_folder(folder, load_progress(last).step)
-    damage = _damage(target) if target.exists() else ""
+    damage = whole_damage(target) if target.exists() else ""
     if target.exists() and not damage:
         remove_folder(last)
         return
@@ -209,10 +223,11 @@ def can_resume(folder: Path, identity: dict[str, Any], *, resume: bool) -> bool:
             f"train.output_dir: {folder} already holds a run; go on with --train.resume=auto or name another folder"
         )
     if described:
-        _check_same(f"{folder} holds", _identity_of_run(folder / RUN), identity)
+        _check_same_or_longer(folder, _identity_of_run(folder / RUN), identity)
     known = [(path, found) for path in checkpoints if (found := saved_identity(path)) is not None]
+    lengths = _lengths(declared_identity(folder))
     for path, found in known:
-        _check_same(f"{path} is a checkpoint of", found, identity)
+        _check_same(f"{path} is a checkpoint of", found, identity, lengths)
     if not described and not known:
         names = ", ".join(path.name for path in checkpoints or others)
         raise ValueError(
@@ -233,10 +248,86 @@ def _identity_of_run(file: Path) -> Any:
         raise ValueError(f"{file} is damaged ({reason}); name another train.output_dir") from error
 
 
-def _check_same(what: str, found: Any, identity: dict[str, Any]) -> None:
+def declared_identity(folder: Path) -> Any:
+    """What the run in ``folder`` is by its ``run.json``, or by its newest checkpoint; None if neither says it."""
+    if (folder / RUN).exists():
+        return _identity_of_run(folder / RUN)
+    newest = sorted(_steps(folder), reverse=True)
+    return next((found for _, path in newest if (found := saved_identity(path)) is not None), None)
+
+
+def history_of(identity: Any) -> list[dict[str, Any]]:
+    """The events of a run: what it was begun from, and how it was changed."""
+    found = identity.get(HISTORY) if isinstance(identity, dict) else None
+    return [event for event in found if isinstance(event, dict)] if isinstance(found, list) else []
+
+
+def without_history(identity: Any) -> Any:
+    """What makes a run the run it is, however it came about."""
+    if not isinstance(identity, dict):
+        return identity
+    return {name: value for name, value in identity.items() if name != HISTORY}
+
+
+def _n_steps(identity: Any) -> int | None:
+    """The run's ``train.steps``; None where a file says something else."""
+    train = identity.get("train") if isinstance(identity, dict) else None
+    found = train.get("steps") if isinstance(train, dict) else None
+    return found if isinstance(found, int) else None
+
+
+def _lengths(identity: Any) -> set[int]:
+    """The values of ``train.steps`` that the run has and had in this folder, before it was raised."""
+    found = [_n_steps(identity)]
+    for event in reversed(history_of(identity)):
+        if event.get("how") != RESUME:
+            break
+        changed = event.get("changed")
+        found += changed.get("train.steps", []) if isinstance(changed, dict) else []
+    return {steps for steps in found if steps is not None}
+
+
+def _check_same_or_longer(folder: Path, found: Any, identity: dict[str, Any]) -> None:
+    """``_check_same`` of a run that may be asked for more steps than it had, if it has made those."""
+    before, wanted = _n_steps(found), identity["train"]["steps"]
+    longer = before is not None and before < wanted
+    advice = f"--train.continue_from={folder} goes on with other settings in another --train.output_dir"
+    if before is not None and wanted < before:
+        advice = f"give it {before} or more"
+    _check_same(f"{folder} holds", found, identity, {before} if longer else (), advice)
+    if longer and not _has_made(folder, before):
+        raise ValueError(
+            f"train.resume: {folder} holds a run that has not ended: train.steps was {before}, now {wanted}; go on to "
+            f"step {before} first; or {advice}"
+        )
+
+
+def _has_made(folder: Path, steps: int | None) -> bool:
+    """Whether the run in ``folder`` has come to its last step, this one."""
+    if any(step == steps for step, _ in _steps(folder)):
+        return True
+    try:
+        summary = parse_json((folder / SUMMARY).read_text())
+        return bool(summary["status"] == "finished" and summary["steps"] == steps)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _check_same(
+    what: str, found: Any, identity: dict[str, Any], lengths: Collection[int | None] = (), advice: str = ""
+) -> None:
+    """Raises: ValueError if ``found`` is another run; one whose ``train.steps`` is among ``lengths`` is not.
+
+    Args:
+        advice: what to do if the difference is one of text or training.
+    """
+    found = without_history(found)
+    if _n_steps(found) in lengths:
+        found = found | {"train": found["train"] | {"steps": identity["train"]["steps"]}}
     difference = first_difference(found, identity)
     if difference:
-        raise ValueError(f"train.resume: {what} a different run: {difference}")
+        remedy = f"; {advice}" if advice and difference.startswith(("data.", "train.")) else ""
+        raise ValueError(f"train.resume: {what} a different run: {difference}{remedy}")
 
 
 def claim(folder: Path, identity: dict[str, Any], data_folder: str) -> None:
@@ -246,12 +337,16 @@ def claim(folder: Path, identity: dict[str, Any], data_folder: str) -> None:
     )
 
 
-def first_difference(old: Any, new: Any, name: str = "") -> str:
-    """Where two nested JSON values differ first, in words; empty if they are equal."""
+def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two nested JSON values differ: dotted names, the old and the new value."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            difference = first_difference(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
-            if difference:
-                return difference
-        return ""
-    return "" if old == new else f"{name} was {old!r}, now {new!r}"
+            yield from differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
+    elif old != new:
+        yield name, old, new
+
+
+def first_difference(old: Any, new: Any, name: str = "") -> str:
+    """Where two nested JSON values differ first, in words; empty if they are equal."""
+    found = next(differences(old, new, name), None)
+    return "" if found is None else f"{found[0]} was {found[1]!r}, now {found[2]!r}"

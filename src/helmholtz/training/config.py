@@ -24,10 +24,12 @@ from helmholtz.training.parts import ObjectiveConfig, objective_class
 Precision = Literal["fp32", "bf16", "fp16"]
 
 OPERATIONAL = (
-    *("output_dir", "resume", "threads", "log_every", "save_every", "keep"),
+    *("output_dir", "resume", "init_from", "continue_from", "threads", "log_every", "save_every", "keep"),
     *("tensorboard", "tracker", "project", "utilization"),
 )
-"""Settings that may change between an interruption and its resumption: they do not touch the numbers."""
+"""Settings that may change between an interruption and its resumption: they do not touch the numbers.
+
+Of ``init_from`` and ``continue_from`` the history of the run speaks (``training.start``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +87,12 @@ class TrainConfig:
     utilization: bool = False
     """Also log which fraction of the machine's matmul speed, measured at the start, training reaches."""
     resume: Literal["never", "auto"] = "never"
-    """A folder that holds a run is refused (never), or the run is continued (auto; started if there is none)."""
+    """A folder that holds a run is refused (never), or the run is continued (auto; started if there is none), past its
+    last step if ``steps`` is raised."""
+    init_from: str | None = None
+    """Begin with the weights of this run (its best ones), checkpoint or exported folder: step 0, a new optimizer."""
+    continue_from: str | None = None
+    """Go on from this run's newest checkpoint in a new ``output_dir``, with another learning rate, steps or text."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "seq_len", "accumulation")
@@ -110,6 +117,12 @@ class TrainConfig:
         check(bool(self.project), "train.project", self.project, "a name")
         check_choice("train.resume", self.resume, ("never", "auto"))
         check(bool(self.output_dir), "train.output_dir", self.output_dir, "the name of a folder")
+        for name in ("init_from", "continue_from"):
+            check(getattr(self, name) != "", f"train.{name}", "", "the name of a folder, or null")
+        both = self.init_from is not None and self.continue_from is not None
+        check(
+            not both, "train.init_from", self.init_from, "absent beside train.continue_from: one or the other"
+        )
 
     @property
     def tokens_per_step(self) -> int:

@@ -14,20 +14,28 @@ from helmholtz._checks import check
 from helmholtz._display import losable
 from helmholtz._files import check_free_space
 from helmholtz._locks import LockedFolder, lock_folder
-from helmholtz._run_folder import METRICS
+from helmholtz._run_folder import METRICS, SUMMARY
 from helmholtz.data.prepare import DataConfig
 from helmholtz.data.tokens import TokenDataset, check_contents
 from helmholtz.models import MODELS
-from helmholtz.models.checkpoint import load_checkpoint
+from helmholtz.models.checkpoint import architecture_of, is_exported, load_checkpoint, load_exported
 from helmholtz.models.decoder import Decoder
 from helmholtz.training.budget import check_memory
 from helmholtz.training.callbacks import Callback, JSONLMetrics, ProgressBar, RunResult, Summary, TensorBoard
-from helmholtz.training.checkpoint import can_resume, claim, first_difference, newest_checkpoint
+from helmholtz.training.checkpoint import (
+    can_resume,
+    claim,
+    differences,
+    first_difference,
+    newest_checkpoint,
+    newest_whole,
+)
 from helmholtz.training.config import RunConfig, TrainConfig
 from helmholtz.training.distributed import on_main, process_group, training_device, world
 from helmholtz.training.loop import Trainer, seed_everything
 from helmholtz.training.objectives import ObjectiveFunction, ReportFunction, learned, next_token
 from helmholtz.training.parts import lr_factors, objective_of, train_what_is_reached
+from helmholtz.training.start import Start, find_start
 from helmholtz.training.tracking import ExperimentTracker
 
 
@@ -73,17 +81,61 @@ def _train(
         torch.set_num_threads(config.train.threads)
     folder, identity = Path(config.train.output_dir), config.identity(train_data.metadata.fingerprint)
     begun, owner = on_main(lambda: _enter(folder, identity, stack, resume=config.train.resume == "auto"))
-    checkpoint = on_main(lambda: newest_checkpoint(folder, _warning(console)) if begun else None)
-    trainer = _trainer(config, _model(config, checkpoint), train_data, validation)
-    on_main(lambda: check_free_space(folder, _bytes_needed(config.train, trainer.model, checkpoint)))
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
+    start = on_main(lambda: _start(config, identity, train_data, begun, console))
+    trainer = _trainer(config, _model(config, start), train_data, validation)
+    on_main(
+        lambda: check_free_space(folder, _bytes_needed(config.train, trainer.model, new=not start.is_own))
+    )
+    if start.how in ("resume", "continue_from"):
+        assert start.checkpoint is not None
+        trainer.restore(start.checkpoint)
+        trainer.progress = start.progress
     if config.train.utilization:
         trainer.measure_utilization()
     loggers = _loggers(config, trainer) if world().is_main else []
-    on_main(lambda: claim(folder, identity, config.data.folder))
-    built_in = _built_in(config.train, trainer, console) if world().is_main else []
-    return trainer.fit([*built_in, *loggers, *callbacks], identity=identity, check_folder=owner.check)
+    on_main(lambda: _begin(folder, start, config.data.folder))
+    if console is not None and start.how != "new":
+        console.print(f"the run {start.said}", highlight=False, markup=False, soft_wrap=True)
+    built_in = _built_in(config.train, trainer, start, console) if world().is_main else []
+    return trainer.fit([*built_in, *loggers, *callbacks], identity=start.identity, check_folder=owner.check)
+
+
+def _start(
+    config: RunConfig, identity: dict[str, Any], data: TokenDataset, begun: bool, console: Console | None
+) -> Start:
+    """How the run begins; a damaged checkpoint in its folder is set aside."""
+    warn = _warning(console)
+    return find_start(
+        config.train,
+        identity,
+        data.tokenizer_folder,
+        begun=begun,
+        newest=lambda folder: newest_checkpoint(folder, warn),
+        warn=warn,
+    )
+
+
+def _begin(folder: Path, start: Start, data_folder: str) -> None:
+    """Note what the run is; one that goes on with more steps has not ended any more."""
+    if start.changed:
+        (folder / SUMMARY).unlink(missing_ok=True)
+    claim(folder, start.identity, data_folder)
+
+
+def planned_start(config: RunConfig) -> Start:
+    """How ``train`` would begin the run. Nothing on disk is touched, and the same errors are raised."""
+    data, _ = open_data(config.data)
+    identity, train = config.identity(data.metadata.fingerprint), config.train
+    begun = can_resume(Path(train.output_dir), identity, resume=train.resume == "auto")
+    warn = _warning(None)
+    return find_start(
+        train,
+        identity,
+        data.tokenizer_folder,
+        begun=begun,
+        newest=lambda folder: newest_whole(folder)[0],
+        warn=warn,
+    )
 
 
 def _enter(
@@ -101,10 +153,10 @@ def _warning(console: Console | None) -> Callable[[str], None]:
     return lambda text: console.print(f"warning: {text}", style="bold yellow", highlight=False, markup=False)
 
 
-def _bytes_needed(config: TrainConfig, model: Decoder, checkpoint: Path | None) -> int:
+def _bytes_needed(config: TrainConfig, model: Decoder, *, new: bool) -> int:
     """Of the checkpoints that will be on disk at once: weights and, but for the best, two averages per weight."""
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
-    newest = config.keep + 1 if checkpoint is None else 1
+    newest = config.keep + 1 if new else 1
     return weights * (3 * newest + 2)
 
 
@@ -122,26 +174,32 @@ def open_data(config: DataConfig) -> tuple[TokenDataset, TokenDataset]:
     return data, TokenDataset(config.folder, "validation")
 
 
-def _model(config: RunConfig, checkpoint: Path | None) -> Decoder:
-    if checkpoint is not None:
-        return _saved_model(config, checkpoint)
-    check_memory(config.model)
-    seed_everything(config.train.seed)
-    return MODELS[config.architecture](config.model)
+def _model(config: RunConfig, start: Start) -> Decoder:
+    if start.checkpoint is None or start.how == "init_from":
+        check_memory(config.model)
+        seed_everything(config.train.seed)
+    if start.checkpoint is None:
+        return MODELS[config.architecture](config.model)
+    return _saved_model(config, start.how, start.checkpoint)
 
 
-def _saved_model(config: RunConfig, checkpoint: Path) -> Decoder:
+def _saved_model(config: RunConfig, how: str, checkpoint: Path) -> Decoder:
     """Raises: ValueError if it is another than the run's, which an old checkpoint does not say by itself."""
-    model = load_checkpoint(checkpoint)
-    # whether the output matrix is the embedding is for the tensors to say
-    own = replace(config.model, tie_embeddings=model.config.tie_embeddings)
-    difference = first_difference(model.config.to_dict(), own.to_dict(), "model")
-    if type(model) is not MODELS[config.architecture] or difference:
+    exported = how == "init_from" and is_exported(checkpoint)
+    model = load_exported(checkpoint) if exported else load_checkpoint(checkpoint)
+    own = config.model
+    if how == "resume":  # whether the output matrix is the embedding is for the tensors to say
+        own = replace(own, tie_embeddings=model.config.tie_embeddings)
+    found = differences(model.config.to_dict(), own.to_dict(), "model")
+    difference = "; ".join(f"{name} was {old!r}, now {new!r}" for name, old, new in found)
+    if type(model) is not MODELS[config.architecture]:
+        difference = f"model.architecture was {architecture_of(model)!r}, now {config.architecture!r}"
+    if difference:
+        remedy = "move it away" if how == "resume" else "give the run the model that it holds"
         raise ValueError(
-            f"train.resume: {checkpoint} holds another model than the run's ({difference or type(model).__name__}); "
-            "move it away"
+            f"train.{how}: {checkpoint} holds another model than the run's ({difference}); {remedy}"
         )
-    return model
+    return model.float() if how == "init_from" else model
 
 
 def _trainer(
@@ -165,14 +223,15 @@ def _trainer(
     )
 
 
-def _built_in(config: TrainConfig, trainer: Trainer, console: Console | None) -> list[Callback]:
-    start = trainer.progress.step
+def _built_in(config: TrainConfig, trainer: Trainer, start: Start, console: Console | None) -> list[Callback]:
+    step = trainer.progress.step
     path = Path(config.output_dir) / METRICS
-    callbacks: list[Callback] = [
-        JSONLMetrics(path, start=start, log_every=config.log_every, warn=_warning(console))
-    ]
+    metrics = JSONLMetrics(
+        path, start=step, begin=start.first_step, log_every=config.log_every, warn=_warning(console)
+    )
+    callbacks: list[Callback] = [metrics]
     if console is not None:
-        callbacks.append(ProgressBar(console, start=start, total=config.steps))
+        callbacks.append(ProgressBar(console, start=step, total=config.steps))
     return [*callbacks, Summary(trainer.check_folder)]
 
 
@@ -190,7 +249,14 @@ def _loggers(run: RunConfig, trainer: Trainer) -> list[Callback]:
     return callbacks
 
 
-def prepare(config: RunConfig) -> Trainer:
-    """The trainer of a run that has not begun, in this process alone; nothing on disk is touched."""
+def prepare(config: RunConfig, start: Start | None = None) -> Trainer:
+    """The trainer of a run that has not begun, in this process alone; nothing on disk is touched.
+
+    Args:
+        start: what it would begin with, without the state of its optimizer; None: new weights.
+    """
+    start = Start({}) if start is None else start
     alone = replace(config.parallel, strategy="ddp", replicas=1, gather_dtype="fp32")
-    return _trainer(replace(config, parallel=alone), _model(config, None), *open_data(config.data))
+    trainer = _trainer(replace(config, parallel=alone), _model(config, start), *open_data(config.data))
+    trainer.progress = start.progress
+    return trainer

@@ -34,7 +34,9 @@ class Progress:
     step: int = 0
     """Optimizer steps applied; one skipped for a loss or gradient that is not finite is not one."""
     windows: int = 0
-    """Windows of training text consumed, those of skipped steps included: the position in the data."""
+    """Windows of training text consumed, those of skipped steps included."""
+    windows_before: int = 0
+    """Of these, how many were of another text, with which the run was begun."""
     skipped: int = 0
     """Steps skipped."""
     skipped_in_a_row: int = 0
@@ -44,6 +46,11 @@ class Progress:
     """Time spent in training steps, over all resumptions; evaluations and checkpoints not counted."""
     peak_memory_bytes: int = 0
     """``PeakMemory`` of the processes that trained, the largest; 0 where it cannot be measured."""
+
+    @property
+    def position(self) -> int:
+        """Windows of the present text consumed."""
+        return self.windows - self.windows_before
 
 
 def _random_values() -> dict[str, Any]:

@@ -79,7 +79,7 @@ class Stepper:
         """Loss, bound, bytes and terms, means over the step's tokens; the mean gradient is left in the parameters."""
         n = self.config.accumulation
         found = dict[str, float]()
-        for index, (tokens, keys) in enumerate(self.batches.of_step(self.progress.windows)):
+        for index, (tokens, keys) in enumerate(self.batches.of_step(self.progress.position)):
             with gradients_exchanged(self.parallel_module, index == n - 1), drawn_by_row(keys):
                 with self._autocast():
                     loss, bound, terms = self.parallel_module(tokens, self.progress.step)
@@ -99,7 +99,7 @@ class Stepper:
         except NonFiniteInputError as error:
             if world().size > 1:  # the others do not come to the search for the first bad tensor
                 raise NonFiniteError(self._failure(str(error))) from error
-            self._stop_for(str(error), self.batches.of_step(self.progress.windows))
+            self._stop_for(str(error), self.batches.of_step(self.progress.position))
 
     def _kept(self) -> str:
         last = complete_folder(self.folder / LAST)
@@ -147,7 +147,7 @@ class Stepper:
 
     def budget(self) -> Budget:
         """What a step of this process costs, counted on its next micro-batch; nothing is trained or written."""
-        tokens, keys = self.batches.micro_batch(self.progress.windows, 0)
+        tokens, keys = self.batches.micro_batch(self.progress.position, 0)
         before = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         with drawn_by_row(keys):
             found = measure_budget(
@@ -168,7 +168,7 @@ class Stepper:
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
         if progress.skipped_in_a_row > self.config.max_skipped:
             what = f"{what}, in {progress.skipped_in_a_row} steps in a row"
-            self._stop_for(what, self.batches.of_step(progress.windows))
+            self._stop_for(what, self.batches.of_step(progress.position))
 
     def _stop_for(self, what: str, batches: Iterable[Batch]) -> NoReturn:
         """Raise NonFiniteError with the first bad tensor of any process, which ``non_finite.json`` also names.

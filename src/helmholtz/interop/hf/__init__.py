@@ -10,11 +10,12 @@ if find_spec("transformers") is None:
     raise ImportError("helmholtz.interop.hf needs the package transformers: pip install 'helmholtz-nn[hf]'")
 
 from helmholtz.interop.hf.cache import StateCache
-from helmholtz.interop.hf.config import MODEL_TYPE, HelmholtzConfig
+from helmholtz.interop.hf.config import HelmholtzConfig
 from helmholtz.interop.hf.export import export, from_hf
 from helmholtz.interop.hf.free_energy import load_free_energy, remove_free_energy, use_free_energy
 from helmholtz.interop.hf.model import HelmholtzForCausalLM, register
 from helmholtz.interop.hf.tokenizer import to_transformers
+from helmholtz.models.checkpoint import MODEL_TYPE
 
 if TYPE_CHECKING:
     from helmholtz.interop.hf.trainer import HelmholtzTrainer

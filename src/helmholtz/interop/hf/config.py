@@ -16,8 +16,8 @@ from helmholtz._checks import (
 from helmholtz.layers.mixer_config import MambaMixerConfig
 from helmholtz.models import MODELS
 from helmholtz.models.base import ModelConfig
+from helmholtz.models.checkpoint import MODEL_TYPE
 
-MODEL_TYPE = "helmholtz"
 PLAN_OBJECTIVE = {"kappa_bits": 0.5}
 EQUILIBRIUM_OBJECTIVE = {"convergence_weight": 0.05}
 """What training minimises beside the cross-entropy, and its defaults: those of this library's own trainer."""

@@ -25,12 +25,11 @@ from helmholtz.data.tokenizer import load_tokenizer
 from helmholtz.evals.language import check_window, stream_nats
 from helmholtz.evals.latent import PRIOR_DRAWS, evaluate_bounds
 from helmholtz.evals.runs import find_checkpoint
-from helmholtz.interop.hf.config import MODEL_TYPE
 from helmholtz.interop.hf.export import from_hf
 from helmholtz.interop.hf.generation_kwargs import fit_windows, read_generation_kwargs
 from helmholtz.interop.hf.plans import seeded_plan
 from helmholtz.models.base import evaluation_mode
-from helmholtz.models.checkpoint import load_checkpoint
+from helmholtz.models.checkpoint import MODEL_TYPE, load_checkpoint
 from helmholtz.models.decoder import Decoder
 from helmholtz.models.generation import generate
 

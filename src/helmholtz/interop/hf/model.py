@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from helmholtz._checks import check
 from helmholtz.interop.hf.cache import StateCache
 from helmholtz.interop.hf.checkpointing import Checkpoint, blocks_of, checkpointed, other_switches
-from helmholtz.interop.hf.config import MODEL_TYPE, HelmholtzConfig
+from helmholtz.interop.hf.config import HelmholtzConfig
 from helmholtz.interop.hf.inputs import Inputs, check_arguments
 from helmholtz.interop.hf.losses import Asked, read_with_loss
 from helmholtz.interop.hf.plans import plan_seeds, seeded_plan
@@ -26,6 +26,7 @@ from helmholtz.interop.hf.taps import is_flat, keeper, tapped
 from helmholtz.layers.init import init_normal, initializer_range
 from helmholtz.layers.placement import dtype_of
 from helmholtz.models import MODELS
+from helmholtz.models.checkpoint import MODEL_TYPE
 from helmholtz.models.decoder import Decoder, PlanOf
 from helmholtz.models.outputs import LMState
 from helmholtz.models.tied import is_tied
