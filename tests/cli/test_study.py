@@ -1,13 +1,19 @@
 """``helmholtz study``: what there is, what is done and missing, and reports that compute nothing."""
 
+import json
+
 import pytest
+import torch
 
 from helmholtz.cli.main import COMMANDS, MOVED, main
 from helmholtz.cli.study import STUDIES
+from helmholtz.experiments.mad import run as mad_run
+from helmholtz.experiments.mad.data import TASKS
 from helmholtz.experiments.mad.run import PROFILES
 from helmholtz.experiments.recall import study as recall
+from helmholtz.layers.mlp import SwiGLU
 from mad_cases import profile, protocol
-from study_cases import call_study
+from study_cases import Numbers, call_study
 
 
 def test_studies_are_listed(capsys):
@@ -31,6 +37,8 @@ def test_every_study_runs_reports_and_lists(capsys, study):
 def test_reports_and_lists_of_nothing_compute_nothing_and_leave_nothing(capsys, tmp_path, monkeypatch, study):
     if study in ("vision", "forecasting"):
         monkeypatch.setattr(f"helmholtz.experiments.{study}.study.load_data", lambda *arguments: [])
+    chosen = dict.fromkeys(PROFILES["pilot"].models, 1e-3)  # what quick asks the pilot for
+    monkeypatch.setattr(mad_run, "LEARNING_RATES", dict.fromkeys(TASKS, chosen))
     output = f"--output={tmp_path / 'new'}"
     for action in ("list", "report"):
         code, out, error = call_study(capsys, study, action, output)
@@ -46,6 +54,33 @@ def test_a_list_says_what_is_done(capsys, tmp_path, monkeypatch):
     words = [line.split()[0] for line in lines[:-1]]
     assert words == ["done", "missing", "missing", "missing"] * 2
     assert lines[-1].startswith("6 of 8 runs are missing")
+
+
+class Drawn(Numbers):
+    """The deviation of a linear map of 400 inputs."""
+
+    def compute(self, run, note):
+        assert "start" not in run.settings
+        torch.manual_seed(run.settings["seed"])
+        return {"square": round(SwiGLU(400, 50).gate_up_proj.weight.std().item(), 3)}
+
+
+def test_a_study_starts_as_its_committed_results_did_unless_it_is_asked(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("helmholtz.cli.study.load_study", lambda name: Drawn)
+    kept, other = f"--output={tmp_path / 'kept'}", f"--output={tmp_path / 'other'}"
+    for folder, start, expected in ((kept, "0.02", "0.02"), (other, "fan_in", "0.029")):
+        for action in ("run", "report"):
+            code, out, _ = call_study(capsys, "letters", action, "--seeds=4", f"--start={start}", folder)
+            assert code == 0 and expected in out.split()
+    line = json.loads((tmp_path / "kept" / "runs.jsonl").read_text())
+    assert line["settings"] == {"seed": 4}, "as before there was a choice"
+    line = json.loads((tmp_path / "other" / "runs.jsonl").read_text())
+    assert line["settings"] == {"seed": 4, "start": "fan_in"}
+    for folder, start in ((kept, "fan_in"), (other, "0.02")):
+        code, _, error = call_study(capsys, "letters", "report", "--seeds=4", f"--start={start}", folder)
+        assert code == 2 and "a result of other settings" in error
+    code, _, error = call_study(capsys, "letters", "run", "--seeds=4", "--start=wide", kept)
+    assert code == 2 and "start must be one of" in error
 
 
 @pytest.mark.parametrize("old", MOVED)

@@ -71,6 +71,11 @@ def parse_options(study: type[Study], action: str, arguments: list[str]) -> dict
     parser = make_parser(f"study {study.name} {action}", study.actions[action])
     study.add_options(parser, action)
     parser.add_argument("--output", type=str, default=study.output(action), help="folder of the results")
+    if study.starts:
+        help = (
+            f"how weights start, one of {', '.join(study.starts)}; the first is that of the committed results"
+        )
+        parser.add_argument("--start", type=str, default=study.starts[0], help=help)
     if action in COMPUTING:
         parser.add_argument(
             "--shard", type=str, default="0/1", help="share of this machine: 0/4 is a quarter"
@@ -97,7 +102,7 @@ def compute(study: Study, console: Console) -> None:
     """
     make_losable(console)
     torch.set_num_threads(study.values["threads"])
-    mine = shard(study.runs(), study.values["shard"])
+    mine = shard(study.marked(study.runs()), study.values["shard"])
     study.prepare()
     columns = (
         BarColumn(),
@@ -109,7 +114,8 @@ def compute(study: Study, console: Console) -> None:
 
         def compute_run(run: QueuedRun) -> Mapping[str, Any]:
             bar.reset(current, description=run.name)
-            return study.compute(run, lambda step, total: bar.update(current, completed=step, total=total))
+            note = lambda step, total: bar.update(current, completed=step, total=total)  # noqa: E731
+            return study.compute_marked(run, note)
 
         def tell(run: QueuedRun, event: str) -> None:
             bar.advance(whole, event != "begins")
@@ -121,7 +127,7 @@ def compute(study: Study, console: Console) -> None:
 
 def list_runs(study: Study, console: Console) -> None:
     """A line per run."""
-    runs = study.runs()
+    runs = study.marked(study.runs())
     names = {run.run.name for run in split_finished(study.folder, runs)[0]}
     for run in runs:
         console.print(f"{'done   ' if run.name in names else 'missing'}  {run.name}", markup=False)
@@ -130,7 +136,7 @@ def list_runs(study: Study, console: Console) -> None:
 
 def report(study: Study, console: Console) -> None:
     """The study's report, and how much of it is missing."""
-    done, missing = fold_finished(study.folder, study.runs_of_report())
+    done, missing = fold_finished(study.folder, study.marked(study.runs_of_report()))
     if study.action == "report":
         wanted = f"a folder of results; helmholtz study {study.name} run makes them"
         check(bool(done), "output", str(study.folder), wanted)

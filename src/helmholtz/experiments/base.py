@@ -7,18 +7,23 @@
 import abc
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
-from helmholtz._checks import check, check_integer, check_positive
+from helmholtz._checks import check, check_choice, check_integer, check_positive
 from helmholtz._files import write_json
 from helmholtz.experiments.queue import SEEDS, FinishedRun, QueuedRun, Spread
+from helmholtz.layers.init import initializer_range
 
 T = TypeVar("T")
 
+STARTS = {"0.02": 0.02, "fan_in": None}
+"""How weights start, as ``layers.init.initializer_range`` takes it. Committed results are of 0.02, the default of the
+library when they were computed; its own is by fan-in now."""
 COMPUTING = ("run", "pilot")
 """Actions that compute runs; all others only read results."""
 LIST = "What is done and what is missing."
@@ -41,9 +46,13 @@ class Study(abc.ABC):
     """Help by action: ``run``, ``report`` and ``list``, and ``pilot`` where learning rates are chosen by one."""
     reported: ClassVar[Sequence[str]] = ("pilot", "report")
     """Actions that end with the report."""
+    starts: ClassVar[Sequence[str]] = tuple(STARTS)
+    """Choices of ``--start``, the default first; empty for a study whose runs say theirs."""
 
     def __init__(self, action: str, values: Mapping[str, Any]) -> None:
         _check_values(values)
+        if "start" in values:
+            check_choice("start", values["start"], self.starts)
         self.action, self.values = action, values
         self.folder = Path(values["output"])
 
@@ -66,6 +75,24 @@ class Study(abc.ABC):
     @abc.abstractmethod
     def add_options(cls, parser: argparse.ArgumentParser, action: str) -> None:
         """Add the study's own options; ``--output``, ``--shard`` and ``--threads`` are there already."""
+
+    def marked(self, runs: Sequence[QueuedRun]) -> list[QueuedRun]:
+        """The runs as they are on disk: with their start, unless it is that of the committed results."""
+        start = self._start()
+        return [
+            run if start is None else replace(run, settings={**run.settings, "start": start}) for run in runs
+        ]
+
+    def compute_marked(self, run: QueuedRun, note: Note) -> Mapping[str, Any]:
+        """``compute`` of a run that ``marked`` gave, all its models at its start."""
+        plain = {name: value for name, value in run.settings.items() if name != "start" or not self.starts}
+        constant = STARTS[run.settings.get("start", self.starts[0])] if self.starts else None
+        with initializer_range(constant):
+            return self.compute(replace(run, settings=plain), note)
+
+    def _start(self) -> str | None:
+        start: str | None = self.values.get("start")
+        return None if start in (None, *self.starts[:1]) else start
 
     @abc.abstractmethod
     def runs(self) -> list[QueuedRun]:

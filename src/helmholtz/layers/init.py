@@ -24,12 +24,12 @@ _constant: ContextVar[float | None] = ContextVar("initializer_range", default=No
 
 @contextlib.contextmanager
 def initializer_range(std: float | None) -> Iterator[None]:
-    """Within, whatever goes by fan-in is drawn from N(0, std^2) instead; None is by fan-in.
+    """Within, whatever goes by fan-in is drawn from N(0, std^2) instead; None changes nothing.
 
     In the same order, from the same random numbers. Layers draw when they are built, so a model enters this around its
     construction; with 0.02 it starts as all models did before 1 / (3 fan_in).
     """
-    token = _constant.set(std)
+    token = _constant.set(_constant.get() if std is None else std)
     try:
         yield
     finally:

@@ -8,11 +8,16 @@ import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM, pipeline
+from transformers import (
+    DataCollatorWithFlattening,
+    LlamaConfig,
+    LlamaForCausalLM,
+    pipeline,
+)
 
 from decoder_cases import tokens_of
 from helmholtz.data.tokenizer import ByteTokenizer, IdTokenizer
-from helmholtz.interop.hf import to_transformers
+from helmholtz.interop.hf import HelmholtzConfig, HelmholtzForCausalLM, to_transformers
 from helmholtz.models import MODELS
 from hf_cases import of_architecture
 
@@ -290,10 +295,31 @@ def test_a_vocabulary_grows_shrinks_and_stays(name, tied, tmp_path):
 
 @every_architecture
 def test_new_rows_are_small(name):
-    """As those of a new model; torch's own are fifty times as large."""
-    model = build(name)
-    model.resize_token_embeddings(200, mean_resizing=False)
-    assert 0.01 < embedding(model)[37:].std() < 0.03
+    """As those of a new model; torch's own are ten times as large."""
+    for constant, expected in ((None, (3 * 32) ** -0.5), (0.02, 0.02)):
+        model = build(name)
+        model.config.initializer_range = constant
+        model.resize_token_embeddings(200, mean_resizing=False)
+        assert embedding(model)[37:].std().item() == pytest.approx(expected, rel=0.05)
+
+
+@every_architecture
+@pytest.mark.parametrize("constant", [None, 0.02])
+def test_from_config_draws_what_the_library_draws_once(name, constant):
+    config = HelmholtzConfig.of(name, build(name).model.config)
+    config.initializer_range = constant
+    assert config.core_config().initializer_range == config.initializer_range == constant
+    assert (
+        "initializer_range" not in config.to_diff_dict() and config.to_dict()["initializer_range"] == constant
+    )
+    torch.manual_seed(5)
+    made = HelmholtzForCausalLM._from_config(config)  # what AutoModelForCausalLM.from_config calls
+    after = torch.rand(3)
+    torch.manual_seed(5)
+    core = MODELS[name](config.core_config())
+    assert torch.equal(after, torch.rand(3)), "nothing is drawn twice"
+    assert all(torch.equal(a, b) for a, b in zip(made.model.parameters(), core.parameters(), strict=True))
+    assert HelmholtzConfig(**json.loads(json.dumps(config.to_diff_dict()))).core == config.core
 
 
 @every_model

@@ -30,6 +30,7 @@ class Mad(Study):
     """Each profile has a folder of its own in ``--output``."""
 
     name = "mad"
+    starts = ()
     actions = {
         "run": "Train the models of a profile on the MAD tasks. Finished runs are kept, an interrupted queue goes on.",
         "report": "Table, figures and report.json of a profile's finished runs, beside the published rows.",

@@ -51,7 +51,7 @@ class Reader:
 
     read: ReaderRead
     beta: float | None
-    """Values start at ``beta`` times the cache; None: at N(0, 0.02) times it, like all else."""
+    """Values start at ``beta`` times the cache; None: drawn like all else."""
     n_heads: int
     fixed: bool = True
     """Whether values stay where they start."""

@@ -24,6 +24,7 @@ EQUILIBRIUM_OBJECTIVE = {"convergence_weight": 0.05}
 SIZES = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("intermediate_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
+    "initializer_range",
 )
 
 
@@ -49,8 +50,8 @@ class HelmholtzConfig(PreTrainedConfig):
 
     Sizes have their usual names too: ``vocab_size``, ``hidden_size``, ``num_hidden_layers``, ``num_attention_heads``
     (of the first block; of Mamba groups of channels with one decay), ``num_key_value_heads``, ``intermediate_size`` (of
-    Mamba the channels of a mixer), ``max_position_embeddings``, ``rms_norm_eps``, ``tie_word_embeddings``. Setting one
-    changes ``core``.
+    Mamba the channels of a mixer), ``max_position_embeddings``, ``rms_norm_eps``, ``tie_word_embeddings``,
+    ``initializer_range`` (None: weights start by their fan-in). Setting one changes ``core``.
 
     Raises: ValueError for an unknown architecture or key, and for a setting that the architecture does not have.
     """
@@ -142,6 +143,16 @@ class HelmholtzConfig(PreTrainedConfig):
     max_position_embeddings = _size("max_seq_len")
     rms_norm_eps = _size("norm_eps")
     tie_word_embeddings = _size("tie_embeddings")
+
+    @property
+    def initializer_range(self) -> float | None:
+        assert self.core is not None
+        return self.core.get("initializer_range")
+
+    @initializer_range.setter
+    def initializer_range(self, value: float | None) -> None:
+        assert self.core is not None
+        self.core = self._completed(self.core | {"initializer_range": value})
 
     @property
     def num_hidden_layers(self) -> int:

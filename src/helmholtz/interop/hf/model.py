@@ -82,7 +82,7 @@ class HelmholtzForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """The rows that ``resize_token_embeddings`` adds."""
-        with initializer_range(self.model.config.initializer_range):
+        with initializer_range(self.config.initializer_range):
             init_normal(module)
 
     @classmethod
