@@ -1,6 +1,7 @@
 """Time-decay conditioning against its recurrence, with masks, packing, streams and from the end."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -134,3 +135,21 @@ def test_the_halves_see_opposite_sides():
 def test_an_odd_width_cannot_be_split():
     with pytest.raises(ValueError, match="tdc_width: .* got 5"):
         TimeDecayConditioning(D, 5, 3, bidirectional=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_the_norms_are_summed_wide_under_autocast(dtype):
+    tdc = TimeDecayConditioning(8, 6, 16)
+    for parameter in tdc.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(2, 2000, 8).to(dtype)
+    cotangent = torch.randn(2, 2000, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        features, _ = tdc(x, sequence_layout(x))
+    weights = [*tdc.norm.parameters(), *tdc.state_norm.parameters()]
+    found = torch.autograd.grad(features, weights, cotangent.to(features.dtype))
+    exact = deepcopy(tdc).double()
+    features, _ = exact(x.double(), sequence_layout(x))
+    weights = [*exact.norm.parameters(), *exact.state_norm.parameters()]
+    for a, e in zip(found, torch.autograd.grad(features, weights, cotangent.double()), strict=True):
+        assert (a - e).norm() <= 4 * torch.finfo(torch.bfloat16).eps * e.norm()

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from helmholtz.layers.sequence import SequenceLayout, reversed_reset
+from helmholtz.ops._compute import compute_dtype
 from helmholtz.ops.gated_read import gated_read
 from helmholtz.ops.scan import leaky_scan
 
@@ -49,9 +50,9 @@ class TimeDecayConditioning(nn.Module):
         self, x: Float[Tensor, "B T D"], layout: SequenceLayout, state: Float[Tensor, "B W"] | None = None
     ) -> tuple[Float[Tensor, "B T W"], Float[Tensor, "B W"]]:
         """``(features, state)``; a pad leaves the state as it was."""
-        rate, drive, gate = self.in_proj(self.norm(x)).chunk(3, dim=-1)
+        rate, drive, gate = self.in_proj(self.norm(_wide(x))).chunk(3, dim=-1)
         h, state = self._scan(rate, drive, layout, state)
-        normed = self.state_norm(h).unsqueeze(2).unsqueeze(2)  # one head of one signal
+        normed = self.state_norm(_wide(h)).unsqueeze(2).unsqueeze(2)  # one head of one signal
         return gated_read(normed, None, own=gate, eps=0.0).squeeze(2), state
 
     def _scan(
@@ -65,3 +66,8 @@ class TimeDecayConditioning(nn.Module):
         mask = None if mask is None else mask.flip(1)
         back, first = leaky_scan(turned_rate.flip(1), turned.flip(1), mask=mask, reset=reversed_reset(reset))
         return torch.cat([ahead, back.flip(1)], dim=-1), torch.cat([last, first], dim=-1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """What a norm takes under autocast: on a CPU torch sums the gradients of its weight in the dtype of its input."""
+    return x.to(compute_dtype(x)) if torch.is_autocast_enabled(x.device.type) else x
