@@ -364,3 +364,21 @@ def test_nothing_to_begin_with_is_named(data, tmp_path):
         train(begun(data, tmp_path / "nowhere", tmp_path / "new"))
     with pytest.raises(ValueError, match="train.init_from must be absent beside train.continue_from"):
         TrainConfig(init_from="a", continue_from="b")
+
+
+def test_a_new_folder_has_a_best_of_its_own_though_it_is_worse(data, finished, tmp_path):
+    train(continued(data, finished, tmp_path / "new", lr=20.0, steps=9))
+    first, before = records(tmp_path / "new", "eval")[0], records(finished, "eval")[-1]
+    assert first["validation_loss"] > before["validation_loss"] and first["best"]
+    assert (tmp_path / "new" / "best").is_dir()
+
+
+def test_a_continued_run_has_the_lengths_of_its_own_folder_only(data, copy, tmp_path):
+    raised(data, copy, steps=8)
+    train(continued(data, copy, tmp_path / "new"))
+    assert [event["how"] for event in history(tmp_path / "new")] == ["resume", "continue_from"]
+    shutil.copytree(copy / "step-00000006", tmp_path / "new" / "step-00000006")
+    with pytest.raises(
+        ValueError, match="step-00000006 is a checkpoint of a different run: train.steps was 6"
+    ):
+        raised(data, tmp_path / "new")
