@@ -204,6 +204,13 @@ def test_kernels_are_switched_off(place, monkeypatch):
     assert kernels.usable(X) == kernels.LOADED
 
 
+def test_a_process_older_than_its_kernels_says_what_it_uses(monkeypatch):
+    monkeypatch.setattr(kernels, "_plain", False)
+    monkeypatch.setattr(kernels, "LOADED", False)
+    refusal = kernels.refusal()
+    assert not kernels.usable(X) and refusal is not None and "when this process began" in refusal
+
+
 def test_an_unknown_switch_is_no_switch():
     env = os.environ | {"HELMHOLTZ_KERNELS": "off"}
     code = "import helmholtz_program; raise SystemExit(helmholtz_program.main())"
