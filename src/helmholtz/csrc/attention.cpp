@@ -13,5 +13,6 @@ KERNEL(linear_attention)
 KERNEL(rope)
 KERNEL_OF_CONSTANTS(rope_table)
 KERNEL(softmax_read)
+FORWARD_KERNEL(softmax_step)
 
 }  // namespace helmholtz

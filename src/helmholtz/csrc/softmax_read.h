@@ -84,22 +84,33 @@ struct SoftmaxRead {
   // Row i of a group is a token's query of one head.
   const S* query(int64_t b, int64_t g, int64_t i) const { return q.at(b, g * share + i % share, i / share); }
 
-  SoftmaxRead(const Tensor& queries, const Tensor& keys, const Tensor& given, const Tensor& rate, const Tensor& mask,
-              const Tensor& bounds, bool causal, double largest)
-      : batch(queries.size(0)), heads(queries.size(1)), groups(keys.size(1)), times(queries.size(2)),
-        sources(keys.size(2)), width(keys.size(3)), values(given.size(3)), share(groups ? heads / groups : 0),
-        tilted(rate.defined()), scale(T(1 / std::sqrt(double(width)))), cap(T(largest)), q(rows_of<S>(queries)),
-        k(rows_of<S>(keys)), v(rows_of<S>(given)), beta(in<T>(rate)), real(in<bool>(mask)), from(times, 0),
-        to(times, sources), wide(round_up(width, PANEL<S>)), columns(round_up(parts() * values, PANEL<S>)) {
-    if (bounds.defined()) {
-      const Tensor ends = bounds.to(at::kLong).contiguous();
-      const int64_t* end = ends.const_data_ptr<int64_t>();
-      for (int64_t i = 0; i + 1 < ends.numel(); ++i)
-        for (int64_t t = std::max<int64_t>(end[i], 0); t < std::min(end[i + 1], times); ++t)
-          from[t] = end[i], to[t] = std::min(end[i + 1], sources);
-    }
+  struct Sizes {
+    int64_t batch, heads, groups, times, sources, width, values;
+  };
+
+  SoftmaxRead(const Sizes& n, Rows<const S> queries, Rows<const S> keys, Rows<const S> given, const T* rate,
+              const bool* mask, bool causal, double largest)
+      : batch(n.batch), heads(n.heads), groups(n.groups), times(n.times), sources(n.sources), width(n.width),
+        values(n.values), share(groups ? heads / groups : 0), tilted(rate != nullptr),
+        scale(T(1 / std::sqrt(double(width)))), cap(T(largest)), q(queries), k(keys), v(given), beta(rate), real(mask),
+        from(times, 0), to(times, sources), wide(round_up(width, PANEL<S>)),
+        columns(round_up(parts() * values, PANEL<S>)) {
     if (causal)
       for (int64_t t = 0; t < times; ++t) to[t] = std::min(to[t], sources - times + t + 1);
+  }
+
+  SoftmaxRead(const Tensor& queries, const Tensor& keys, const Tensor& given, const Tensor& rate, const Tensor& mask,
+              const Tensor& bounds, bool causal, double largest)
+      : SoftmaxRead({queries.size(0), queries.size(1), keys.size(1), queries.size(2), keys.size(2), keys.size(3),
+                     given.size(3)},
+                    rows_of<S>(queries), rows_of<S>(keys), rows_of<S>(given), in<T>(rate), in<bool>(mask), causal,
+                    largest) {
+    if (!bounds.defined()) return;
+    const Tensor ends = bounds.to(at::kLong).contiguous();
+    const int64_t* end = ends.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i + 1 < ends.numel(); ++i)
+      for (int64_t t = std::max<int64_t>(end[i], 0); t < std::min(end[i + 1], times); ++t)
+        from[t] = end[i], to[t] = std::min(end[i + 1], to[t]);
   }
 
   // The signals of a value's row: the values, their exponentials, in bf16 the rest of these; then zeros.
@@ -431,11 +442,8 @@ void read_backward(const SoftmaxRead<S>& p, int64_t b, int64_t g, const ReadGrad
     round_row(dq + i * p.wide, p.width, to.dq.at(b, head(i), i / p.share));
 }
 
-template <typename S>
-void softmax_read_all(const SoftmaxRead<S>& p, const Tensor& mixed, const Tensor& lse) {
-  using T = at::opmath_type<S>;
-  const auto to = new_rows<T>(mixed);
-  T* low = out<T>(lse);
+template <typename S, typename T = at::opmath_type<S>>
+void softmax_read_all(const SoftmaxRead<S>& p, Rows<T> to, T* low) {
   const int64_t pairs = p.batch * p.groups, rows = p.rows();
   if (pairs * rows == 0) return;
   if (rows <= FEW) {
@@ -482,8 +490,9 @@ inline std::tuple<Tensor, Tensor> softmax_read_cpu(const Tensor& q, const Tensor
   Tensor mixed = at::empty({q.size(0), q.size(2), q.size(1), signals, v.size(3)}, options).transpose(1, 2);
   Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, options);
   const Tensor rate = beta ? beta->contiguous() : Tensor(), mask = key_mask ? key_mask->contiguous() : Tensor();
-  STORED(q, S, softmax_read_all<S>(SoftmaxRead<S>(queries, keys, values, rate, mask, defined(cu_seqlens), causal, cap),
-                                   mixed, lse));
+  STORED(q, S, using T = at::opmath_type<S>;
+         softmax_read_all<S>(SoftmaxRead<S>(queries, keys, values, rate, mask, defined(cu_seqlens), causal, cap),
+                             new_rows<T>(mixed), out<T>(lse)));
   return {mixed, lse};
 }
 

@@ -118,6 +118,19 @@ _define(
     "int before, int heads) -> Tensor",
     _attention_step,
 )
+
+def _softmax_step(
+    q: Tensor, k: object, v: object, beta: object, cos: object, sin: object, keys: Tensor, values: Tensor, *_: Any
+) -> Tensor:
+    shape = (*q.shape[:2], q.shape[2] // keys.shape[3], 1 if beta is None else 2, values.shape[3])
+    return q.new_empty(shape, dtype=_opmath(q)).transpose(1, 2)
+
+
+_define(
+    "softmax_step(Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor? cos, Tensor? sin, Tensor(a!) keys, "
+    "Tensor(b!) values, Tensor? key_mask, int before, float cap) -> Tensor",
+    _softmax_step,
+)
 _define(
     "ssd_step(Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? gate, Tensor state, "
     "bool strict) -> (Tensor, Tensor)",

@@ -66,8 +66,9 @@ class AbstractMixer(nn.Module, abc.ABC, Generic[StateT]):
         layout = self._layout(written, attention_mask, cu_seqlens, layout, state)
         if not written.numel():
             return written if state is None else (written, state)
-        x = zero_pads(x, layout) if x.shape[:2] == written.shape[:2] else x
-        source = None if source is None else zero_pads(source, layout)
+        if layout.mask is not None:
+            x = zero_pads(x, layout) if x.shape[:2] == written.shape[:2] else x
+            source = None if source is None else zero_pads(source, layout)
         y, after = self._mix(x, source, layout, state)
         y = zero_pads(y, layout)
         return y if state is None else (y, after)
@@ -106,17 +107,13 @@ class AbstractMixer(nn.Module, abc.ABC, Generic[StateT]):
     ) -> SequenceLayout:
         if state is not None:
             self._check_causal("state")
-            check(
-                cu_seqlens is None,
-                "cu_seqlens",
-                cu_seqlens,
-                "None with a state: its rows are one sequence each",
-            )
+            if cu_seqlens is not None:
+                check(False, "cu_seqlens", cu_seqlens, "None with a state: its rows are one sequence each")
         if layout is None:
             position = None if state is None else state.position
             return sequence_layout(x, attention_mask, cu_seqlens, position)
-        given = attention_mask is not None or cu_seqlens is not None
-        check(not given, "layout", "also attention_mask or cu_seqlens", "alone: it holds both")
+        if attention_mask is not None or cu_seqlens is not None:
+            check(False, "layout", "also attention_mask or cu_seqlens", "alone: it holds both")
         return layout
 
     def _check_causal(self, name: str) -> None:

@@ -27,6 +27,7 @@ class SequenceLayout:
     _rotations: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(
         default_factory=dict, compare=False, repr=False
     )
+    _advanced: list[tuple[Tensor, Tensor]] = field(default_factory=list, compare=False, repr=False)
 
     def rotation(self, width: int, theta: float) -> tuple[Float[Tensor, "*BT K"], Float[Tensor, "*BT K"]]:
         """The ``rope_table`` of these positions, made once for all layers that share the layout."""
@@ -36,9 +37,15 @@ class SequenceLayout:
         return self._rotations[key]
 
     def advance(self, position: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
-        """Real tokens seen once this call is over, given those seen before it."""
+        """Real tokens seen once this call is over, given those seen before it: one tensor for all layers that give the
+        same one."""
+        for before, after in self._advanced:
+            if before is position:
+                return after
         added = self.positions.shape[-1] if self.mask is None else self.mask.sum(-1)
-        return position.to(self.positions.device) + added
+        after = position.to(self.positions.device) + added
+        self._advanced.append((position, after))
+        return after
 
 
 def zero_pads(x: Float[Tensor, "B T D"], layout: SequenceLayout) -> Float[Tensor, "B T D"]:

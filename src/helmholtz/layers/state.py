@@ -1,6 +1,5 @@
 """What a layer remembers between calls: frozen dataclasses of tensors whose first dimension is the batch."""
 
-import itertools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -79,7 +78,7 @@ class Room:
         if len(owners) != len(held) or any(map(operator.is_not, owners, held)):
             self._free.append((owners, buffers))  # of other tensors: those of the state were replaced
             return None
-        return buffers if all(map(_fits, buffers, new, itertools.repeat(after))) else None
+        return buffers if _fit(buffers, new, after) else None
 
 
 def _time(x: Tensor) -> int:
@@ -90,11 +89,16 @@ def _length(x: Tensor) -> int:
     return x.shape[1 if x.ndim == 2 else -2]
 
 
-def _fits(buffer: Tensor, x: Tensor, after: int) -> bool:
-    kept, given = buffer.dtype, x.dtype
-    wide = kept == given or kept == torch.promote_types(kept, given)
-    writable = torch.is_inference_mode_enabled() or not buffer.is_inference()
-    return wide and writable and buffer.device == x.device and _length(buffer) >= after
+def _fit(buffers: Parts, new: Parts, after: int) -> bool:
+    if _length(buffers[0]) < after:
+        return False
+    in_inference = torch.is_inference_mode_enabled()
+    for buffer, x in zip(buffers, new, strict=True):
+        kept, given = buffer.dtype, x.dtype
+        wide = kept == given or kept == torch.promote_types(kept, given)
+        if not wide or buffer.device != x.device or (buffer.is_inference() and not in_inference):
+            return False
+    return True
 
 
 def _allocated(held: Tensor, x: Tensor, size: int) -> Tensor:
@@ -171,11 +175,12 @@ class KVCache:
         """The cache of what ``claim`` gave, once the keys and values of these tokens are written there."""
         before = self.k.shape[2]
         after = before + layout.positions.shape[-1]
-        held = tuple(part.narrow(_time(part), 0, after) for part in memory)
-        if self.mask is not None:
-            held[2][:, before:] = True if layout.mask is None else layout.mask
-        mask = None if self.mask is None else held[2]
-        return KVCache(held[0], held[1], mask, layout.advance(self.position), Room(held, memory))
+        k, v, position = memory[0].narrow(2, 0, after), memory[1].narrow(2, 0, after), layout.advance(self.position)
+        if self.mask is None:
+            return KVCache(k, v, None, position, Room((k, v), memory))
+        mask = memory[2].narrow(1, 0, after)
+        mask[:, before:] = True if layout.mask is None else layout.mask
+        return KVCache(k, v, mask, position, Room((k, v, mask), memory))
 
 
 def map_state(fn: Callable[[Tensor], Tensor], state: StateT) -> StateT:

@@ -21,6 +21,7 @@ from helmholtz.layers.norm import RMSNorm
 from helmholtz.layers.placement import device_of
 from helmholtz.layers.row_draws import number_dropouts
 from helmholtz.layers.sequence import SequenceLayout, sequence_layout, zero_pads
+from helmholtz.layers.state import map_state
 from helmholtz.models.base import ModelConfig, PlanConfig
 from helmholtz.models.outputs import LMOutput, LMState, PlanState
 from helmholtz.models.tied import keep_ties
@@ -124,7 +125,7 @@ class AbstractStack(nn.Module, abc.ABC):
         if self.plan is not None:
             hidden = torch.zeros(batch_size, 0, self.config.d_model, device=position.device)
             plan = PlanState(position.new_zeros(batch_size, 0), hidden if encode_again else None, mask=None)
-        blocks = tuple(block.init_state(batch_size) for block in self.blocks)
+        blocks = tuple(_starting_at(position, block.init_state(batch_size)) for block in self.blocks)
         dynamics = None if self.equilibrium is None else self.equilibrium.init_state(batch_size)
         return LMState(blocks, position, plan, dynamics, length=length)
 
@@ -209,3 +210,9 @@ class AbstractStack(nn.Module, abc.ABC):
         self, x: Float[Tensor, "B T D"], state: LMState | None, found: Equilibrium | None
     ) -> LMOutput:
         return LMOutput(self.unembed(self.norm(x)), state, found)
+
+
+def _starting_at(position: Tensor, state: Any) -> Any:
+    """A block's state before the first token with that very tensor for its position: a step then counts once for all."""
+    own = state.position
+    return map_state(lambda x: position if x is own else x, state)

@@ -12,6 +12,11 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
+def as_dtype(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``x`` in that dtype; a call of ``to`` that changes nothing costs a step of a stream more than the question."""
+    return x if x is None or x.dtype == dtype else x.to(dtype)
+
+
 def full_precision(device: torch.device) -> torch.autocast:
     """A context in which autocast narrows no matrix product."""
     return torch.autocast(device.type, enabled=False)

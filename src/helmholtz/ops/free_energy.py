@@ -9,8 +9,9 @@ from torch import Tensor
 
 from helmholtz import kernels
 from helmholtz.ops._average import check_queries, kernel_reads
-from helmholtz.ops._compute import compute_dtype, full_precision
+from helmholtz.ops._compute import as_dtype, compute_dtype, full_precision
 from helmholtz.ops.attention import softmax_attention
+from helmholtz.ops.rope import rotate
 
 
 def tilt_values(
@@ -90,6 +91,53 @@ def softmax_read(
             backend=backend,
         )
     return mixed.unflatten(-1, (2, -1))
+
+
+def softmax_step(
+    q: Float[Tensor, "B T HK"],
+    k: Float[Tensor, "B T GK"],
+    v: Float[Tensor, "B T GV"],
+    beta: Float[Tensor, "G V"] | None,
+    rotation: tuple[Tensor, Tensor] | tuple[None, None],
+    keys: Float[Tensor, "B G C K"],
+    values: Float[Tensor, "B G C V"],
+    *,
+    before: int,
+    cap: float,
+    key_mask: Bool[Tensor, "B S"] | None = None,
+    backend: str = "auto",
+) -> Float[Tensor, "B H T N V"]:
+    """``softmax_read`` of the next T tokens of a stream, as ``attention_step``: their keys and values are written into
+    the memory of a cache, behind those of ``before`` tokens.
+
+    Args:
+        q, k: not rotated.
+        beta: None averages the values alone, N = 1.
+        rotation: the ``rope_table`` of these tokens, or None twice: nothing is rotated.
+
+    Returns: at least float32. No gradients, as memory is changed.
+    """
+    assert not torch.is_grad_enabled()
+    wide = compute_dtype(q, k, v)
+    of_one_dtype = q.dtype == k.dtype == v.dtype == keys.dtype == values.dtype
+    if backend in ("auto", "torch") and of_one_dtype and q.dtype in kernels.STORED and kernels.usable(q, keys):
+        rates = as_dtype(beta, wide)
+        read: Tensor = torch.ops.helmholtz.softmax_step(
+            q, k, v, rates, *rotation, keys, values, key_mask, before, cap
+        )
+        return read
+    time, (groups, _, width) = q.shape[1], keys.shape[1:]
+    q, k = (x.unflatten(-1, (-1, width)).transpose(1, 2) for x in (q, k))
+    cos, sin = rotation
+    if cos is not None and sin is not None:
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    for memory, new in ((keys, k), (values, v.unflatten(-1, (groups, -1)).transpose(1, 2))):
+        memory.narrow(2, before, time).copy_(new)
+    keys, values = (memory.narrow(2, 0, before + time) for memory in (keys, values))
+    if beta is None:
+        mean = softmax_attention(q, keys.to(q.dtype), values.to(q.dtype), key_mask=key_mask, backend=backend)
+        return mean.unsqueeze(-2).to(wide)
+    return softmax_read(q, keys, values, beta, cap=cap, key_mask=key_mask, backend=backend)
 
 
 def free_energy_read(

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from helmholtz import kernels
-from helmholtz.ops._compute import compute_dtype
+from helmholtz.ops._compute import as_dtype, compute_dtype
 
 
 def gated_read(
@@ -41,15 +41,16 @@ def gated_read(
     wide, gates = compute_dtype(mixed), (inner, outer, own)
     dtypes = {x.dtype for x in gates if x is not None}
     stored = torch.bfloat16 if dtypes == {torch.bfloat16} and wide == torch.float32 else wide
-    signals, rates = mixed.to(wide), None if beta is None else beta.to(wide)
+    signals, rates = mixed if mixed.dtype == wide else mixed.to(wide), as_dtype(beta, wide)
     if kernels.usable(signals):
-        inner, outer, own = (None if x is None else x.to(stored) for x in gates)
+        inner, outer, own = as_dtype(inner, stored), as_dtype(outer, stored), as_dtype(own, stored)
         read: Tensor = torch.ops.helmholtz.gated_read(signals, rates, inner, outer, own, eps)
     else:
         heads = (*mixed.shape[:3], mixed.shape[4])
         inner, outer, own = (None if x is None else x.to(wide).reshape(heads) for x in gates)
         read = _plain(signals, rates, inner, outer, own, eps)
-    return read.to(next(iter(dtypes), mixed.dtype))
+    given = next(iter(dtypes), mixed.dtype)
+    return read if read.dtype == given else read.to(given)
 
 
 def _plain(

@@ -84,4 +84,5 @@ def is_step(x: Float[Tensor, "B T C"], tilt: Tilt, layout: SequenceLayout, state
 
 
 def split_heads(x: Float[Tensor, "B T W"], heads: int) -> Float[Tensor, "B H T K"]:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    batch, time, width = x.shape
+    return x.view(batch, time, heads, width // heads).transpose(1, 2)

@@ -8,9 +8,8 @@ from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, split_he
 from helmholtz.layers.sequence import SequenceLayout
 from helmholtz.layers.state import KVCache
 from helmholtz.ops._compute import compute_dtype, full_precision
-from helmholtz.ops._step import rope_step, takes_steps
 from helmholtz.ops.attention import softmax_attention
-from helmholtz.ops.free_energy import softmax_read
+from helmholtz.ops.free_energy import softmax_read, softmax_step
 from helmholtz.ops.rope import rotate
 
 
@@ -39,8 +38,26 @@ class SoftmaxPrior(AbstractPrior):
         key_layout: SequenceLayout,
         state: KVCache | None,
     ) -> tuple[Float[Tensor, "B H T N V"], KVCache | None]:
-        q, k = self._rotated(features["q"], features["k"], layout, key_layout)
         mask = key_layout.mask
+        memory = None if state is None or type(tilt) is not Tilt else state.claim(features["v"], mask)
+        if state is not None and memory is not None:
+            after = state.grown(memory, layout)
+            return softmax_step(
+                features["q"],
+                features["k"],
+                features["v"],
+                tilt.beta,
+                layout.rotation(self.d_head, self.rope_theta) if self.rope_theta else (None, None),
+                *memory[:2],
+                before=state.k.shape[2],
+                cap=tilt.cap,
+                key_mask=after.mask,
+                backend=self.backend,
+            ), after
+        q, k = split_heads(features["q"], self.n_heads), split_heads(features["k"], self.n_kv_heads)
+        if self.rope_theta:
+            q = rotate(q, *layout.rotation(self.d_head, self.rope_theta))
+            k = rotate(k, *key_layout.rotation(self.d_head, self.rope_theta))
         if state is not None:
             state = state.append(k, values, mask, capacity=key_layout.capacity)
             k, values, mask = state.k, state.v, state.mask
@@ -69,20 +86,6 @@ class SoftmaxPrior(AbstractPrior):
                 backend=self.backend,
             )
         return averages.unflatten(-1, signals.shape[-2:]).to(compute_dtype(q)), state
-
-    def _rotated(
-        self, q: Tensor, k: Tensor, layout: SequenceLayout, key_layout: SequenceLayout
-    ) -> tuple[Float[Tensor, "B H T K"], Float[Tensor, "B G S K"]]:
-        if self.rope_theta and layout is key_layout:
-            cos, sin = layout.rotation(self.d_head, self.rope_theta)
-            if q.dtype == k.dtype and takes_steps(q, cos):
-                q, k = rope_step([q, k], cos, sin)
-                return q, k
-        q, k = split_heads(q, self.n_heads), split_heads(k, self.n_kv_heads)
-        if self.rope_theta:
-            q = rotate(q, *layout.rotation(self.d_head, self.rope_theta))
-            k = rotate(k, *key_layout.rotation(self.d_head, self.rope_theta))
-        return q, k
 
     def init_state(self, position: Int[Tensor, "B"]) -> KVCache:
         return KVCache.empty(position, self.n_kv_heads, self.d_head, self.d_head_v)
