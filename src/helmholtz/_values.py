@@ -11,11 +11,18 @@ def has_values(*tensors: Tensor) -> bool:
     device, under ``torch.func.vmap``. What depends on values has another form there, or is left out."""
     if torch.compiler.is_compiling():
         return False
-    if any(transform.key() == TransformType.Vmap for transform in get_interpreter_stack() or ()):
+    stack = get_interpreter_stack()
+    if stack and any(transform.key() == TransformType.Vmap for transform in stack):
         return False
-    return not any(x.is_meta or isinstance(x, FakeTensor) for x in tensors)
+    for x in tensors:  # no generator, as in ``kernels.usable``
+        if x.is_meta or isinstance(x, FakeTensor):
+            return False
+    return True
 
 
 def free_to_read(*tensors: Tensor) -> bool:
     """Whether looking at values costs nothing. Elsewhere data is not checked: a device would have to be waited for."""
-    return all(x.device.type == "cpu" for x in tensors) and has_values(*tensors)
+    for x in tensors:
+        if not x.is_cpu:
+            return False
+    return has_values(*tensors)

@@ -42,10 +42,11 @@ def plain_forms() -> Iterator[None]:
 def usable(*tensors: Tensor | None) -> bool:
     """Whether a call on ``tensors`` takes its kernel: it is built, they are on the CPU and not of float16, and nothing
     looks on that follows torch's own operations alone (a transform of ``torch.func``, forward mode, an export)."""
-    for x in tensors:  # no generator: a step of a stream asks a dozen times a layer
+    for x in tensors:  # no generator and no call: a step of a stream asks a dozen times a layer
         if x is not None and (not x.is_cpu or x.dtype == torch.float16):
             return False
-    return LOADED and not wants_plain_forms() and not is_exporting()
+    plain = _plain or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return LOADED and not plain and not is_exporting()
 
 
 def wants_plain_forms() -> bool:

@@ -49,9 +49,10 @@ class Block(nn.Module, Generic[StateT]):
         source: Float[Tensor, "B T D"] | None = None,
     ) -> Float[Tensor, "B T D"] | tuple[Float[Tensor, "B T D"], StateT]:
         """The arguments and results of ``AbstractMixer.forward``; a ``source`` passes the norm as ``x`` does."""
-        source = None if source is None else self.mixer_norm(source)
+        norm = self.mixer_norm  # read once: a module finds its parts slowly
+        source = None if source is None else norm(source)
         mixed = self.mixer(
-            self.mixer_norm(x),
+            norm(x),
             attention_mask=attention_mask,
             cu_seqlens=cu_seqlens,
             layout=layout,
@@ -72,6 +73,5 @@ class Block(nn.Module, Generic[StateT]):
         return self.mixer.init_state(batch_size)
 
     def _feed_forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        if self.mlp is None or self.mlp_norm is None:
-            return x
-        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)))
+        mlp, norm = self.mlp, self.mlp_norm
+        return x if mlp is None or norm is None else x + self.mlp_dropout(mlp(norm(x)))

@@ -19,6 +19,7 @@ from helmholtz.layers.priors.base import Tilt, split_heads
 from helmholtz.layers.row_draws import RowDropout
 from helmholtz.layers.sequence import SequenceLayout, sequence_layout, zero_pads
 from helmholtz.layers.time_decay_conv import TimeDecayConditioning
+from helmholtz.ops._compute import as_dtype, compute_dtype
 from helmholtz.ops.gated_read import gated_read
 from helmholtz.ops.modulate import modulated_split
 
@@ -96,7 +97,9 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
         """Inverse temperature of the free-energy branch, in 1/units of the values."""
         c = self.config
         if c.read == "temperature":
-            return F.softplus(self.theta.to(torch.promote_types(self.theta.dtype, torch.float32))) + c.eps
+            theta = self.theta
+            wide = compute_dtype(theta)
+            return F.softplus(theta if theta.dtype == wide else theta.to(wide)) + c.eps
         assert c.n_kv_heads is not None and c.d_head_v is not None
         return torch.ones(c.n_kv_heads, c.d_head_v, device=device_of(self))
 
@@ -170,15 +173,15 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
         state: MixerState | None,
     ) -> tuple[Tensor, MixerState]:
         """The read of ``x`` from what is ``written``, a source or a context; None means ``x`` itself."""
+        prior, c = self.prior, self.config
         features, tdc, tdc_source = self._features(x, written, layout, key_layout, state)
-        values = split_heads(features["v"], self.config.n_kv_heads or 0)
+        values = split_heads(features["v"], c.n_kv_heads or 0)
         prior_state = None if state is None else state.prior
-        tilt = Tilt(None if self.config.read == "mean" else self.beta_max, self.config.cap)
-        mixed, prior_state = self.prior(features, values, tilt, layout, key_layout, prior_state)
-        gate = self.prior.output_gate(features, layout)
-        read = self._read(mixed, tilt.beta, features, gate).flatten(2)
-        y = self.dropout(self.o_proj(read.to(features["v"].dtype)))
-        seen = x.new_zeros(x.shape[0], dtype=torch.long) if state is None else state.position.to(x.device)
+        tilt = Tilt(None if c.read == "mean" else self.beta_max, c.cap)
+        mixed, prior_state = prior(features, values, tilt, layout, key_layout, prior_state)
+        read = self._read(mixed, tilt.beta, features, prior.output_gate(features, layout)).flatten(2)
+        y = self.dropout(self.o_proj(as_dtype(read, values.dtype)))
+        seen = x.new_zeros(x.shape[0], dtype=torch.long) if state is None else state.position
         return y, MixerState(layout.advance(seen), prior_state, tdc, tdc_source)
 
     def _features(

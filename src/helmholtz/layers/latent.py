@@ -66,12 +66,14 @@ def sample_code(
 def check_plan(z: Plan, shape: tuple[int, ...], n_latent_bits: int) -> None:
     """ValueError unless there is a code in ``[0, 2**H)`` for each of ``B T`` tokens, and logits of its bits if any."""
     codes = 2**n_latent_bits
-    check(tuple(z.code.shape) == shape, "z.code", tuple(z.code.shape), f"of shape {shape} as the tokens")
+    if z.code.shape != shape:
+        check(False, "z.code", tuple(z.code.shape), f"of shape {shape} as the tokens")
     integer = not (z.code.is_floating_point() or z.code.is_complex() or z.code.dtype == torch.bool)
     check(integer, "z.code", z.code.dtype, "of an integer dtype")
     if z.code.numel() and free_to_read(z.code):
         low, high = (int(bound) for bound in z.code.aminmax())
-        check(low >= 0 and high < codes, "z.code", f"values from {low} to {high}", f"in [0, {codes})")
+        if low < 0 or high >= codes:
+            check(False, "z.code", f"values from {low} to {high}", f"in [0, {codes})")
     if z.logits is not None:
         wanted = (*shape, n_latent_bits)
         check(tuple(z.logits.shape) == wanted, "z.logits", tuple(z.logits.shape), f"of shape {wanted}")

@@ -15,7 +15,7 @@ from helmholtz.layers.init import init_weight
 from helmholtz.layers.norm import RMSNorm
 from helmholtz.layers.placement import device_of
 from helmholtz.layers.sequence import SequenceLayout, zero_pads
-from helmholtz.ops._compute import compute_dtype
+from helmholtz.ops._compute import as_dtype, compute_dtype
 from helmholtz.ops._recompute import recomputed
 from helmholtz.ops.causal_conv import causal_conv
 from helmholtz.ops.ssd import ssd
@@ -55,10 +55,10 @@ class _StepSizes(nn.Module):
     ) -> tuple[Float[Tensor, "B T H"], Float[Tensor, "H"]]:
         """``(delta, A)``; delta is 0 at pads."""
         wide = compute_dtype(x, self.bias)
-        delta = F.softplus(x.to(wide) + self.bias.to(wide))
+        delta = F.softplus(as_dtype(x, wide) + as_dtype(self.bias, wide))
         if layout.mask is not None:
             delta = delta.masked_fill(~layout.mask.unsqueeze(-1), 0)
-        return delta, -self.A_log.to(wide).exp()
+        return delta, -as_dtype(self.A_log, wide).exp()
 
 
 def _check_sizes(d_model: int, d_inner: int, d_state: int, d_head: int) -> None:
@@ -161,7 +161,7 @@ class MambaMixer(_Recomputed, AbstractMixer[MambaState]):
             x = x.expand_as(source)
         conv, ssm = (None, None) if state is None else (state.conv, state.ssm)
         y, conv, ssm = self._call(self._scan, x, source, conv, ssm, layout)
-        seen = x.new_zeros(x.shape[0], dtype=torch.long) if state is None else state.position.to(x.device)
+        seen = x.new_zeros(x.shape[0], dtype=torch.long) if state is None else state.position
         return y, MambaState(layout.advance(seen), conv, ssm)
 
     def _scan(
@@ -188,8 +188,8 @@ class MambaMixer(_Recomputed, AbstractMixer[MambaState]):
         )
         u, b, c = signal.split([self.d_inner, self.d_state, self.d_state], dim=-1)
         delta, rates = self.step_sizes(step, layout)
-        heads = u.unflatten(-1, (self.n_heads, self.d_head))
-        gate = gate.unflatten(-1, (self.n_heads, self.d_head))
+        shape = (*u.shape[:2], self.n_heads, self.d_head)
+        heads, gate = u.view(shape), gate.view(shape)
         read, ssm = ssd(heads, delta, rates, b, c, self.D, gate=gate, state=ssm, reset=layout.reset)
         return self.o_proj(self.norm(read.flatten(2))), conv, ssm
 

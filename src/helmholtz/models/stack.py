@@ -140,8 +140,8 @@ class AbstractStack(nn.Module, abc.ABC):
         position = None if state is None else self._position(state)
         if position is not None and len(position) != len(tokens):
             raise ValueError(f"tokens: {len(tokens)} rows came, the state is of a batch of {len(position)}")
-        packed = state is not None and cu_seqlens is not None
-        check(not packed, "cu_seqlens", cu_seqlens, "None with a state: its rows are one sequence each")
+        if state is not None and cu_seqlens is not None:
+            check(False, "cu_seqlens", cu_seqlens, "None with a state: its rows are one sequence each")
         n_read, length = tokens.shape[1], None
         if state is not None:
             n_read, length = n_read + state.n_read, state.length
@@ -154,12 +154,16 @@ class AbstractStack(nn.Module, abc.ABC):
         return zero_pads(self.embed(tokens), layout), layout
 
     def _position(self, state: LMState) -> Tensor:
-        n_blocks = len(state.blocks)
-        check(n_blocks == len(self.blocks), "state.blocks", n_blocks, f"{len(self.blocks)}, one per block")
-        parts = {"plan": self.plan is not None, "equilibrium": self.equilibrium is not None}
-        for name, wanted in parts.items():
-            got = getattr(state, name) is not None
-            check(got == wanted, f"state.{name}", got, f"{wanted}, as in the model that the stream is of")
+        known, got = len(self.blocks), len(state.blocks)
+        if got != known:
+            check(False, "state.blocks", got, f"{known}, one per block")
+        for name, mine, theirs in (
+            ("plan", self.plan, state.plan),
+            ("equilibrium", self.equilibrium, state.equilibrium),
+        ):
+            if (mine is None) != (theirs is None):
+                wanted = f"{mine is not None}, as in the model that the stream is of"
+                check(False, f"state.{name}", theirs is not None, wanted)
         return state.position
 
     def _run_blocks(

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from helmholtz import kernels
-from helmholtz.ops._compute import compute_dtype
+from helmholtz.ops._compute import as_dtype, compute_dtype
 from helmholtz.ops.rnn_softmax import RNNSoftmaxState
 
 
@@ -21,10 +21,6 @@ def takes_steps(x: Float[Tensor, "B T C"], state: Tensor) -> bool:
         and state.dtype == compute_dtype(x)
         and kernels.usable(x, state)
     )
-
-
-def _wide(beta: Tensor | None, state: Tensor) -> Tensor | None:
-    return None if beta is None else beta.to(state.dtype)
 
 
 def linear_step(
@@ -48,7 +44,7 @@ def linear_step(
         beta: None averages the values alone.
     """
     mixed, last = torch.ops.helmholtz.linear_step(
-        q, k, v, decay, _wide(beta, state), *rotation, state, eps, cap, temperature
+        q, k, v, decay, as_dtype(beta, state.dtype), *rotation, state, eps, cap, temperature
     )
     return mixed, last
 
@@ -64,7 +60,7 @@ def rnn_softmax_step(
 ) -> tuple[Float[Tensor, "B H 1 N V"], RNNSoftmaxState]:
     """`rnn_softmax` of `tilt_values` at one token; ``k`` before it is turned."""
     call = torch.ops.helmholtz.rnn_softmax_step
-    mixed, top, sums = call(k, v, _wide(beta, state.sums), *rotation, state.max, state.sums, cap)
+    mixed, top, sums = call(k, v, as_dtype(beta, state.sums.dtype), *rotation, state.max, state.sums, cap)
     return mixed, RNNSoftmaxState(top, sums)
 
 
@@ -87,9 +83,9 @@ def selective_step(
         delta, B, C, A, D: pre-activations: of the sigmoid of ``-delta``, else of a softplus; ``eps`` is added to those
             of ``B`` and ``C``, and the rates are ``-softplus(A)``.
     """
-    call = torch.ops.helmholtz.selective_step
+    call, wide = torch.ops.helmholtz.selective_step, state.dtype
     mixed, last = call(
-        v, delta, B, C, A.to(state.dtype), D.to(state.dtype), _wide(beta, state), state, eps, cap
+        v, delta, B, C, as_dtype(A, wide), as_dtype(D, wide), as_dtype(beta, wide), state, eps, cap
     )
     return mixed, last
 

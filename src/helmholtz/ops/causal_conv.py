@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from helmholtz import kernels
-from helmholtz.ops._compute import compute_dtype
+from helmholtz.ops._compute import as_dtype, compute_dtype
 from helmholtz.ops._recompute import recomputed
 
 
@@ -48,14 +48,14 @@ def causal_conv(
     if x.shape[1] == 0:
         return x, state.to(compute)
     shift = weight.new_zeros(len(weight)) if bias is None else bias
-    taps, shift, state = (z.to(compute) for z in (weight, shift, state))
+    taps, shift, state = as_dtype(weight, compute), as_dtype(shift, compute), as_dtype(state, compute)
     if kernels.usable(x, taps, shift, state, mask, reset):
-        rows = x if x.dtype == torch.bfloat16 and compute == torch.float32 else x.to(compute)
+        rows = x if x.dtype == torch.bfloat16 and compute == torch.float32 else as_dtype(x, compute)
         y, last = torch.ops.helmholtz.causal_conv(rows, taps, shift, state, mask, reset, activation == "silu")
     else:
         y, last = _plain(x.to(compute), taps, shift, state, mask, reset)
         y = F.silu(y) if activation == "silu" else y
-    return y.to(x.dtype), last
+    return as_dtype(y, x.dtype), last
 
 
 def _plain(

@@ -41,7 +41,7 @@ def gated_read(
     wide, gates = compute_dtype(mixed), (inner, outer, own)
     dtypes = {x.dtype for x in gates if x is not None}
     stored = torch.bfloat16 if dtypes == {torch.bfloat16} and wide == torch.float32 else wide
-    signals, rates = mixed if mixed.dtype == wide else mixed.to(wide), as_dtype(beta, wide)
+    signals, rates = as_dtype(mixed, wide), as_dtype(beta, wide)
     if kernels.usable(signals):
         inner, outer, own = as_dtype(inner, stored), as_dtype(outer, stored), as_dtype(own, stored)
         read: Tensor = torch.ops.helmholtz.gated_read(signals, rates, inner, outer, own, eps)
@@ -49,8 +49,7 @@ def gated_read(
         heads = (*mixed.shape[:3], mixed.shape[4])
         inner, outer, own = (None if x is None else x.to(wide).reshape(heads) for x in gates)
         read = _plain(signals, rates, inner, outer, own, eps)
-    given = next(iter(dtypes), mixed.dtype)
-    return read if read.dtype == given else read.to(given)
+    return as_dtype(read, next(iter(dtypes), mixed.dtype))
 
 
 def _plain(

@@ -6,7 +6,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from helmholtz import kernels
-from helmholtz.ops._compute import compute_dtype
+from helmholtz.ops._compute import as_dtype, compute_dtype
 
 CHUNK = 16
 """Steps of a chunk; four times as many are not cut into chunks."""
@@ -110,15 +110,18 @@ def leaky_scan(
     if mask is not None:
         rate, x = rate.masked_fill(~mask.unsqueeze(-1), -torch.inf), x.masked_fill(~mask.unsqueeze(-1), 0)
     compute = compute_dtype(rate, x, state)
-    start = x.new_zeros((x.shape[0], x.shape[2]), dtype=compute) if state is None else state.to(compute)
+    if state is None:
+        state = x.new_zeros((x.shape[0], x.shape[2]), dtype=compute)
+    start = as_dtype(state, compute)
     if x.shape[1] == 0:
         return x, start
     if kernels.usable(rate, x, start):
         halves = rate.dtype == x.dtype == torch.bfloat16 and compute == torch.float32
-        inputs = (rate, x) if halves else (rate.to(compute), x.to(compute))
+        stored = x.dtype if halves else compute
+        inputs = as_dtype(rate, stored), as_dtype(x, stored)
         if reset is not None:
             inputs = inputs[0].masked_fill(reset.unsqueeze(-1), torch.inf), inputs[1]
         h, last = torch.ops.helmholtz.scan(*inputs, start, True)
-        return h.to(x.dtype), last
+        return as_dtype(h, x.dtype), last
     rate = rate.to(compute)  # a decay near 1 is not near 1 in bf16
     return first_order_scan(torch.sigmoid(-rate), x, state=start, reset=reset)
