@@ -25,6 +25,7 @@ WITHOUT_REFERENCE = {
     "rope_table": "the angles of rope",
     "rotate": "rope with its angles given",
     "turn": "the product inside rope, held to its reference",
+    "softmax_step": "rope and softmax_read of a stream; held to both",
     "attention_step": "rope and softmax_attention of a stream; held to both",
     "rotate_split": "rope of queries and keys beside values; held to rope",
     "tilt_values": "first half of free_energy_read",

@@ -248,6 +248,10 @@ OPERATORS = {
         torch.rand(2, 1, 32), torch.rand(2, 1, 4), torch.rand(2, 1, 4), torch.rand(2, 2, 9, 4), torch.rand(2, 2, 9, 4),
         torch.rand(2, 6) < 0.7, 5, 4,
     ),
+    "softmax_step": lambda: (
+        torch.rand(2, 1, 16), torch.rand(2, 1, 8), torch.rand(2, 1, 6), torch.rand(2, 3), torch.rand(2, 1, 4),
+        torch.rand(2, 1, 4), torch.rand(2, 2, 9, 4), torch.rand(2, 2, 9, 3), torch.rand(2, 6) < 0.7, 5, 40.0,
+    ),
     "ssd_step": lambda: (
         torch.rand(2, 1, 3, 4), torch.rand(2, 1, 3), -torch.rand(3), torch.rand(2, 1, 5), torch.rand(2, 1, 5),
         torch.rand(3), torch.rand(2, 1, 3, 4), torch.rand(2, 3, 4, 5), False,
@@ -380,8 +384,9 @@ NARROW = {  # a last dimension of 1, which may have any stride
     "causal_conv": lambda: (leaf(2, 5, 1), leaf(1, 4), leaf(1), leaf(2, 3, 1), None, None, False),
     "modulate": lambda: (leaf(2, 5, 1), leaf(2, 5, 1), [1]),
 }  # fmt: skip
-WIDTHS = {name: make for name, make in OPERATORS.items() if name not in ("sample", "attention_step")}
-"""Without what draws by place and what writes to a cache."""
+APART = ("sample", "attention_step", "softmax_step")
+"""What draws by place and what writes to a cache."""
+WIDTHS = {name: make for name, make in OPERATORS.items() if name not in APART}
 
 
 @built

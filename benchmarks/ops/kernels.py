@@ -41,6 +41,7 @@ STEPS = {
     "rnn_softmax_step",
     "rope_step",
     "selective_step",
+    "softmax_step",
     "ssd_step",
     "token_energy",
 }

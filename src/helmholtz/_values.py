@@ -14,15 +14,9 @@ def has_values(*tensors: Tensor) -> bool:
     stack = get_interpreter_stack()
     if stack and any(transform.key() == TransformType.Vmap for transform in stack):
         return False
-    for x in tensors:  # no generator, as in ``kernels.usable``
-        if x.is_meta or isinstance(x, FakeTensor):
-            return False
-    return True
+    return not any(x.is_meta or isinstance(x, FakeTensor) for x in tensors)
 
 
 def free_to_read(*tensors: Tensor) -> bool:
     """Whether looking at values costs nothing. Elsewhere data is not checked: a device would have to be waited for."""
-    for x in tensors:
-        if not x.is_cpu:
-            return False
-    return has_values(*tensors)
+    return all(x.is_cpu for x in tensors) and has_values(*tensors)

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from helmholtz import kernels
-from helmholtz.ops.free_energy import softmax_read
+from helmholtz.ops.free_energy import softmax_read, softmax_step
+from helmholtz.ops.rope import rope_table
 from helmholtz.reference import free_energy as reference
+from helmholtz.reference import rope
 from helpers import assert_matches, grads
 
 # B, H, G, T, S, K, V: around blocks of 64 queries, 256 keys, 64 values, queries of a stream, odd widths, grouped heads
@@ -120,3 +122,69 @@ def test_threads_and_neighbours_change_no_bit(dtype, form):
     assert torch.equal(alone, found[0][0][:1])
     stream = softmax_read(q[:, :, -99:], k, v, beta, cap=40.0)
     torch.testing.assert_close(stream, found[0][0][:, :, -99:])
+
+
+def in_steps(q, k, v, beta, rotation, lengths, cap, mask):
+    """The whole by steps of these lengths, in memory that is longer than it needs to be."""
+    (batch, time, _), (groups, width) = q.shape, beta.shape
+    keys = q.new_full((batch, groups, time + 3, k.shape[2] // groups), torch.nan)
+    values = q.new_full((batch, groups, time + 3, width), torch.nan)
+    before, parts = 0, []
+    for n in lengths:
+        here = slice(before, before + n)
+        parts.append(
+            softmax_step(
+                q[:, here], k[:, here], v[:, here], beta, tuple(x if x is None else x[..., here, :] for x in rotation),
+                keys, values, before=before, cap=cap, key_mask=None if mask is None else mask[:, : before + n],
+            )
+        )  # fmt: skip
+        before += n
+    assert keys[:, :, before:].isnan().all() and values[:, :, before:].isnan().all()
+    return torch.cat(parts, dim=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("positions", ["none", "shared", "by row"])
+@pytest.mark.parametrize("cap", [40.0, 0.5])
+@torch.no_grad()
+def test_steps_of_a_stream_are_the_whole(dtype, masked, positions, cap):
+    """Four heads of 6 on two of 6 and 3; joint features as slices of one projection."""
+    joint = torch.randn(3, 9, 43).to(dtype)[..., 1:]
+    q, k, v = joint.split([24, 12, 6], dim=-1)
+    beta = torch.rand(2, 3, dtype=torch.promote_types(dtype, torch.float32)) + 0.5
+    places = torch.arange(9)
+    if positions == "by row":
+        places = places + torch.tensor([[0], [5], [40]])
+    rotation = (None, None) if positions == "none" else rope_table(places, 6)
+    mask = torch.rand(3, 9) < 0.6 if masked else None
+    got = in_steps(q, k, v, beta, rotation, [1, 1, 5, 1, 1], cap, mask)
+    heads = [x.double().unflatten(-1, (n, -1)).transpose(1, 2) for x, n in ((q, 4), (k, 2), (v, 2))]
+    if positions != "none":
+        heads[:2] = (rope(x, places.expand(3, -1)) for x in heads[:2])
+    want = reference.softmax_read(*heads, beta.double(), cap=cap, key_mask=mask)
+    # angles are float32, and rotated queries and keys are rounded to the dtype of the memory
+    tolerance = (
+        16 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 1e-5 if positions == "by row" else 1e-6
+    )
+    assert got.dtype == beta.dtype and (got - want).abs().max() < tolerance * want.abs().max()
+
+
+@torch.no_grad()
+def test_steps_without_a_tilt_average_the_values():
+    q, k, v = torch.randn(2, 9, 24), torch.randn(2, 9, 12), torch.randn(2, 9, 6)
+    keys, values = torch.zeros(2, 2, 9, 6), torch.zeros(2, 2, 9, 3)
+    rotation = rope_table(torch.arange(9), 6)
+    got = softmax_step(q, k, v, None, rotation, keys, values, before=0, cap=40.0)
+    with_tilt = softmax_step(q, k, v, torch.ones(2, 3), rotation, keys, values, before=0, cap=40.0)
+    torch.testing.assert_close(got, with_tilt[..., :1, :])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("before", [4, 5])
+def test_a_step_beyond_the_memory_is_refused(before):
+    q, k, v = torch.randn(1, 2, 8), torch.randn(1, 2, 4), torch.randn(1, 2, 4)
+    memory = torch.zeros(2, 1, 1, 5, 4)
+    with pytest.raises(ValueError, match="keys"):
+        softmax_step(q, k, v, torch.ones(1, 4), (None, None), *memory, before=before, cap=40.0)
+    assert not memory.any()

@@ -23,12 +23,18 @@ inline Tensor rotary_rates(int64_t width, double theta) {
 }
 
 inline std::tuple<Tensor, Tensor> rope_table_cpu(const Tensor& positions, int64_t width, double theta) {
-  const Tensor angles = (positions.to(at::kFloat).unsqueeze(-1) * rotary_rates(width, theta)).contiguous();
-  const Tensor c = angles.cos(), s = angles.sin();
+  const Tensor places = positions.to(at::kFloat).contiguous(), rates = rotary_rates(width, theta);
+  const int64_t half = width / 2;
   std::vector<int64_t> shape = positions.sizes().vec();
   shape.push_back(width);
-  Tensor cos = at::empty(shape, angles.options()), sin = at::empty(shape, angles.options());
-  const int64_t half = width / 2;
+  Tensor cos = at::empty(shape, places.options()), sin = at::empty(shape, places.options());
+  const Tensor angles = at::empty({positions.numel(), half}, places.options());
+  const float *place = in<float>(places), *rate = in<float>(rates);
+  float* angle = out<float>(angles);
+  for (int64_t i = 0; i < positions.numel(); ++i, angle += half)
+#pragma omp simd
+    for (int64_t j = 0; j < half; ++j) angle[j] = place[i] * rate[j];
+  const Tensor c = at::cos(angles), s = at::sin(angles);
   const float *from_c = in<float>(c), *from_s = in<float>(s);
   float *to_c = out<float>(cos), *to_s = out<float>(sin);
   for (int64_t i = 0; i < positions.numel(); ++i, from_c += half, from_s += half, to_c += width, to_s += width) {

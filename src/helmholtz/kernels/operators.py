@@ -119,9 +119,9 @@ _define(
     _attention_step,
 )
 
-def _softmax_step(
-    q: Tensor, k: object, v: object, beta: object, cos: object, sin: object, keys: Tensor, values: Tensor, *_: Any
-) -> Tensor:
+
+def _softmax_step(q: Tensor, k: object, v: object, beta: object, *others: Any) -> Tensor:
+    keys, values = others[2:4]
     shape = (*q.shape[:2], q.shape[2] // keys.shape[3], 1 if beta is None else 2, values.shape[3])
     return q.new_empty(shape, dtype=_opmath(q)).transpose(1, 2)
 

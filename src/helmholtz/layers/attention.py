@@ -77,7 +77,8 @@ class Attention(AbstractMixer[KVCache]):
         heads = joint.unflatten(-1, (-1, self.d_head))
         q, k, v = rotate_split(heads, cos, sin, self.n_heads, self.n_kv_heads)
         if state is not None:
-            state = state.append(k, v, mask, capacity=layout.capacity)
+            position = layout.advance(state.position)
+            state = state.append(k, v, mask, capacity=layout.capacity, position=position)
             k, v, mask = state.k, state.v, state.mask
         read = softmax_attention(q, k, v, causal=self.causal, key_mask=mask, cu_seqlens=layout.cu_seqlens)
         return self.o_proj(read.transpose(1, 2).flatten(2)), state

@@ -153,9 +153,15 @@ class KVCache:
         mask: Bool[Tensor, "B T"] | None = None,
         *,
         capacity: int | None = None,
+        position: Int[Tensor, "B"] | None = None,
     ) -> "KVCache":
-        """The cache after these tokens; this one is unchanged. Cost and ``capacity`` as of ``Room.append``."""
-        position = self.position.to(k.device) + (k.shape[2] if mask is None else mask.sum(-1))
+        """The cache after these tokens; this one is unchanged. Cost and ``capacity`` as of ``Room.append``.
+
+        Args:
+            position: after these tokens, where it has been counted (``SequenceLayout.advance``).
+        """
+        if position is None:
+            position = self.position.to(k.device) + (k.shape[2] if mask is None else mask.sum(-1))
         before, after = both_masks(self.mask, self.k, mask, k)
         held, new = (self.k, self.v, *before), (k, v, *after)
         (k, v, *masks), room = self.room.append(held, new, capacity=capacity)
@@ -175,7 +181,8 @@ class KVCache:
         """The cache of what ``claim`` gave, once the keys and values of these tokens are written there."""
         before = self.k.shape[2]
         after = before + layout.positions.shape[-1]
-        k, v, position = memory[0].narrow(2, 0, after), memory[1].narrow(2, 0, after), layout.advance(self.position)
+        position = layout.advance(self.position)
+        k, v = memory[0].narrow(2, 0, after), memory[1].narrow(2, 0, after)
         if self.mask is None:
             return KVCache(k, v, None, position, Room((k, v), memory))
         mask = memory[2].narrow(1, 0, after)

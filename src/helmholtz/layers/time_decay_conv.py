@@ -52,8 +52,9 @@ class TimeDecayConditioning(nn.Module):
         """``(features, state)``; a pad leaves the state as it was."""
         rate, drive, gate = self.in_proj(self.norm(_wide(x))).chunk(3, dim=-1)
         h, state = self._scan(rate, drive, layout, state)
-        normed = self.state_norm(_wide(h)).unsqueeze(2).unsqueeze(2)  # one head of one signal
-        return gated_read(normed, None, own=gate, eps=0.0).squeeze(2), state
+        normed, (batch, time, width) = self.state_norm(_wide(h)), h.shape
+        one = normed.view(batch, time, 1, 1, width)  # head of one signal
+        return gated_read(one, None, own=gate, eps=0.0).view(batch, time, width), state
 
     def _scan(
         self, rate: Tensor, drive: Tensor, layout: SequenceLayout, state: Tensor | None

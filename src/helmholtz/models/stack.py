@@ -217,6 +217,6 @@ class AbstractStack(nn.Module, abc.ABC):
 
 
 def _starting_at(position: Tensor, state: Any) -> Any:
-    """A block's state before the first token with that very tensor for its position: a step then counts once for all."""
+    """A block's state before the first token, with that very tensor for its position: a step counts once for all."""
     own = state.position
     return map_state(lambda x: position if x is own else x, state)

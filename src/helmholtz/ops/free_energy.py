@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from helmholtz import kernels
+from helmholtz._checks import check
 from helmholtz.ops._average import check_queries, kernel_reads
 from helmholtz.ops._compute import as_dtype, compute_dtype, full_precision
 from helmholtz.ops.attention import softmax_attention
@@ -116,17 +117,19 @@ def softmax_step(
         rotation: the ``rope_table`` of these tokens, or None twice: nothing is rotated.
 
     Returns: at least float32. No gradients, as memory is changed.
+    Raises: ValueError if the memory is too short.
     """
     assert not torch.is_grad_enabled()
     wide = compute_dtype(q, k, v)
-    of_one_dtype = q.dtype == k.dtype == v.dtype == keys.dtype == values.dtype
-    if backend in ("auto", "torch") and of_one_dtype and q.dtype in kernels.STORED and kernels.usable(q, keys):
+    known = q.dtype in kernels.STORED and q.dtype == k.dtype == v.dtype == keys.dtype == values.dtype
+    if known and backend in ("auto", "torch") and kernels.usable(q, keys):
         rates = as_dtype(beta, wide)
         read: Tensor = torch.ops.helmholtz.softmax_step(
             q, k, v, rates, *rotation, keys, values, key_mask, before, cap
         )
         return read
-    time, (groups, _, width) = q.shape[1], keys.shape[1:]
+    time, (groups, room, width) = q.shape[1], keys.shape[1:]
+    check(before + time <= room, "keys", tuple(keys.shape), f"memory for {before} + {time} tokens")
     q, k = (x.unflatten(-1, (-1, width)).transpose(1, 2) for x in (q, k))
     cos, sin = rotation
     if cos is not None and sin is not None:

@@ -39,7 +39,7 @@ class SoftmaxPrior(AbstractPrior):
         state: KVCache | None,
     ) -> tuple[Float[Tensor, "B H T N V"], KVCache | None]:
         mask = key_layout.mask
-        memory = None if state is None or type(tilt) is not Tilt else state.claim(features["v"], mask)
+        memory = state.claim(features["v"], mask) if state is not None and tilt.by_kernels else None
         if state is not None and memory is not None:
             after = state.grown(memory, layout)
             return softmax_step(
@@ -59,7 +59,8 @@ class SoftmaxPrior(AbstractPrior):
             q = rotate(q, *layout.rotation(self.d_head, self.rope_theta))
             k = rotate(k, *key_layout.rotation(self.d_head, self.rope_theta))
         if state is not None:
-            state = state.append(k, values, mask, capacity=key_layout.capacity)
+            position = key_layout.advance(state.position)
+            state = state.append(k, values, mask, capacity=key_layout.capacity, position=position)
             k, values, mask = state.k, state.v, state.mask
         if tilt.by_kernels and tilt.beta is not None:
             return softmax_read(
