@@ -1,6 +1,7 @@
 // The next tokens of a stream in one call: queries and keys turned, keys and values written behind those that a cache
 // holds, and the read of all of them. Floor: the cache read once, 2 numbers per token, group and channel; at the length of
-// a prompt that is less than the calls from Python, which are one here and were twelve.
+// a prompt that is less than the calls from Python, which are one here and were twelve. Of the softmax prior also an
+// exponential per cached value.
 #pragma once
 
 #include "rope.h"
