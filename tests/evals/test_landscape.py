@@ -8,10 +8,12 @@ from equilibrium_cases import random_problem
 from helmholtz.evals import landscape_flow
 from helmholtz.evals.equilibria import jacobian
 from helmholtz.evals.landscape import EnergyLandscapeAnalyzer
-from helmholtz.evals.landscape_case import BASES, TokenCase, choose_plane, token_case
+from helmholtz.evals.landscape_case import BASES, TokenCase, choose_plane, memory_case, token_case
 from helmholtz.evals.landscape_flow import MODES, basins, critical_point, saddles_between
 from helmholtz.evals.landscape_plots import plot_basins, plot_memory, plot_slice, plot_trajectories
 from helmholtz.layers.equilibrium import Equilibrium, TokenProblem
+from helmholtz.layers.hopfield import HopfieldMemory
+from helmholtz.layers.recall import AssociativeProblem
 from helmholtz.ops.token_energy import EnergyParameters, TokenField, token_energy
 from helmholtz.solvers import SolverConfig, solve
 
@@ -295,3 +297,21 @@ def test_pictures_are_small_and_leave_no_figure(tmp_path):
     for file in files:
         assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size < 150_000
     assert pyplot.get_fignums() == []
+
+
+def test_a_memorys_case_is_its_recall_and_has_a_minimum_per_pattern():
+    memory = HopfieldMemory(16, 0, n_slots=5, beta=4.0)
+    memory.write(torch.eye(16)[:3])
+    case = memory_case(memory, memory.radius * torch.eye(16)[1] + 0.2)
+    z = torch.randn(7, 16, dtype=torch.float64)
+    step, energy = case.evaluate(z)
+    recall = AssociativeProblem(memory.patterns().double(), memory.beta, memory.log_prior().double())
+    mapped, of_recall = recall.map_and_energy(z)
+    assert (step - mapped + z).abs().max() < 1e-12
+    assert (energy - energy[0] - of_recall + of_recall[0]).abs().max() < 1e-12
+    assert (case.z - memory.retrieve(case.start.float().unsqueeze(0)).value[0]).abs().max() < 1e-3
+    assert len(case.patterns) == 3
+    found = basins(case, choose_plane(case), torch.linspace(-3, 3, 21, dtype=torch.float64))
+    minima = [point for point in found.attractors if point.kind == "minimum"]
+    assert sorted(point.pattern for point in minima) == [0, 1, 2]
+    assert all(point.pattern_weight > 0.9 for point in minima)

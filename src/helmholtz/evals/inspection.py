@@ -145,3 +145,18 @@ def most_selective(readings: dict[str, Reading]) -> tuple[str, int]:
     gaps = {name: reading.kl[0].mean(dim=(1, 2)) for name, reading in readings.items()}
     name = max(gaps, key=lambda key: gaps[key].max().item())
     return name, int(gaps[name].argmax())
+
+
+def last_read(reading: Reading, head: int, n_channels: int = 6) -> dict[str, list[float]]:
+    """Weights over the tokens of a text, as its last query reads it: the prior's, then the posteriors of some channels.
+
+    The channels are those of ``head`` whose posterior is furthest from the prior. Where the prior has its own weights
+    per channel (rnn_softmax, mamba) its row is their mean.
+    """
+    gap, counts = reading.kl[0, head, -1], reading.num_tokens_read[0, head, -1]
+    prior, posterior = reading.prior[0, head, -1], reading.posterior[0, head, -1]
+    rows = {"prior": prior.mean(-1).tolist()}
+    for channel in gap.argsort(descending=True)[:n_channels].tolist():
+        read = f"KL {gap[channel]:.2f} nats, reads {counts[channel].item():.1f} tokens"
+        rows[f"channel {channel}: {read}"] = posterior[:, channel].tolist()
+    return rows

@@ -21,7 +21,9 @@ from helmholtz.evals.equilibria import (
     repeated,
 )
 from helmholtz.layers.equilibrium import Equilibrium, TokenProblem
-from helmholtz.ops.token_energy import contraction_certificate
+from helmholtz.layers.hopfield import HopfieldMemory, StoredPatterns
+from helmholtz.layers.recall import RECALL
+from helmholtz.ops.token_energy import EnergyParameters, TokenField, contraction_certificate
 from helmholtz.solvers import SolverConfig, solve
 
 Basis = Literal["memory", "path", "hessian", "random"]
@@ -126,6 +128,25 @@ def token_case(equilibrium: Equilibrium, solver: SolverConfig, *, row: int = 0, 
     z = solve(problem, near, EXACT).value
     patterns, radius = active_patterns(problem.parameters), pattern_norm(problem.parameters)
     return TokenCase(problem, start[0], z[0], problem.energy(z).item(), patterns, radius, solver)
+
+
+def memory_case(memory: HopfieldMemory, query: Float[Tensor, "D"]) -> TokenCase:
+    r"""The energy of a memory alone, :math:`\tfrac12 |z|^2 - \phi(z)`, from a query: a token's without context.
+
+    Raises: ConvergenceError if the recall does not converge.
+    """
+    stored: StoredPatterns = memory()
+    rows, none = stored.patterns.detach().double(), query.new_zeros(1, 1, dtype=torch.float64)
+    field = TokenField(torch.zeros_like(rows[:1]), none, none, none)
+    prior = None if stored.log_prior is None else stored.log_prior.double()
+    parameters = EnergyParameters(
+        torch.zeros_like(rows[:1]), rows, prior, none[0], torch.ones_like(none[0]), stored.beta
+    )
+    problem, start = TokenProblem(field, parameters), query.detach().double()
+    near = solve(problem, start.unsqueeze(0), RECALL).value  # plain steps alone stay in the query's basin
+    z = solve(problem, near, EXACT).value
+    patterns, radius = active_patterns(parameters), pattern_norm(parameters)
+    return TokenCase(problem, start, z[0], problem.energy(z).item(), patterns, radius, RECALL)
 
 
 def main_directions(offsets: Float[Tensor, "n D"]) -> tuple[Float[Tensor, "k D"], float]:

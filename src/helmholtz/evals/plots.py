@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from helmholtz.evals.compare import is_bounded, model_label, same_model
+from helmholtz.evals.inspection import last_read
 from helmholtz.evals.runs import read_run
 from helmholtz.layers.fem_reading import Reading
 
@@ -101,23 +102,14 @@ def _running_mean(values: Sequence[float]) -> list[float]:
 def plot_selection(
     reading: Reading, words: Sequence[str], file: Path, *, title: str, head: int, n_channels: int = 6
 ) -> None:
-    """Which tokens the last query of a text reads: the prior's weights above the posteriors of some channels.
-
-    The channels shown are those of ``head`` whose posterior is furthest from the prior. Where the prior has its own
-    weights per channel (rnn_softmax, mamba) its row is their mean.
-    """
-    gap = reading.kl[0, head, -1]
-    channels = gap.argsort(descending=True)[:n_channels].tolist()
-    prior, posterior = reading.prior[0, head, -1], reading.posterior[0, head, -1]
-    rows = [prior.mean(-1), *(posterior[:, channel] for channel in channels)]
-    counts = reading.num_tokens_read[0, head, -1]
-    labels = [f"channel {c}: KL {gap[c]:.2f} nats, reads {counts[c].item():.1f} tokens" for c in channels]
+    """Which tokens the last query of a text reads: the rows of ``last_read``."""
+    rows = last_read(reading, head, n_channels)
     with saved_figure(file, (max(6.0, 0.32 * len(words) + 3.5), 0.42 * len(rows) + 2.2)) as figure:
         axes = figure.subplots()
-        image = axes.imshow([row.tolist() for row in rows], aspect="auto", cmap="viridis", vmin=0)
+        image = axes.imshow(list(rows.values()), aspect="auto", cmap="viridis", vmin=0)
         spelled = [visible(word) for word in words]
         axes.set_xticks(range(len(words)), spelled, rotation=70, ha="right", fontsize=8)
-        axes.set_yticks(range(len(rows)), ["prior", *labels], fontsize=8)
+        axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
         axes.axhline(0.5, color="white", linewidth=2)
         axes.set_title(title, fontsize=10)
         figure.colorbar(image, ax=axes, label="weight")

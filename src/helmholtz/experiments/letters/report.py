@@ -164,6 +164,7 @@ def sample_letter_groups(
     shared: bool,
     generator: torch.Generator,
     seed: int,
+    held: Int[Tensor, "T"] | None = None,
 ) -> Int[Tensor, "groups size T"]:
     """Sequences that a model writes after a prompt, ``size`` of them for each of ``letters``.
 
@@ -171,14 +172,18 @@ def sample_letter_groups(
         generator: draws the plans; ``seed`` is that of the tokens.
         shared: one plan from the prior per group, the prompt's part included, instead of one per sequence. A model
             without a plan writes the same either way.
+        held: the bits that a group shares, a mask for each token; every sequence draws the others. None: all.
     """
     prompts = [[letter, MARK] for letter in letters for _ in range(size)]
     settings = SamplingSettings(max_new_tokens=law.n_characters, seed=seed)
     if model.plan is not None:
         n_plans = len(letters) if shared else len(prompts)
         plans = model.sample_prior(n_plans, law.n_tokens, generator=generator).code
-        codes = plans.repeat_interleave(len(prompts) // n_plans, 0).tolist()
-        plan = PlanSettings(codes=tuple(map(tuple, codes)))
+        codes = plans.repeat_interleave(len(prompts) // n_plans, 0)
+        if held is not None:
+            own = model.sample_prior(len(prompts), law.n_tokens, generator=generator).code
+            codes = codes & held | own & ~held
+        plan = PlanSettings(codes=tuple(map(tuple, codes.tolist())))
         rows = [row.tokens for row in generate_planned(model, prompts, settings, plan)]
     else:
         rows = generate(model, prompts, settings)

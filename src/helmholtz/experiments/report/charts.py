@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,7 @@ def line_chart(
         columns = 2 if len(named) > 3 else 1
         axes.figure.legend(loc="outside lower center", ncols=columns, fontsize=8)
 
-    return _svg(draw, SIZE)
+    return svg_of(draw, SIZE)
 
 
 def dot_chart(
@@ -99,7 +99,7 @@ def dot_chart(
         axes.set_xlabel(x)
         axes.set_title(title)
 
-    return _svg(draw, (SIZE[0], 1.1 + 0.28 * len(rows)))
+    return svg_of(draw, (SIZE[0], 1.1 + 0.28 * len(rows)))
 
 
 def heat_charts(
@@ -122,11 +122,13 @@ def heat_charts(
                     marks[place], range(len(marks[place])), s=22, facecolors="none", edgecolors="#ffffff"
                 )
             own.grid(visible=False)
+            for axis in (own.xaxis, own.yaxis):
+                axis.get_major_locator().set_params(integer=True)
             own.set_title(name, fontsize=8)
             own.set_xlabel(x)
             own.set_ylabel(y if place == 0 else "")
 
-    return _svg(draw, (SIZE[0], 2.7))
+    return svg_of(draw, (SIZE[0], 2.7))
 
 
 def _logarithmic(axes: Any, name: str) -> None:
@@ -140,7 +142,8 @@ def _logarithmic(axes: Any, name: str) -> None:
     axis.set_major_formatter("{x:,g}")
 
 
-def _svg(draw: Any, size: tuple[float, float]) -> str:
+def svg_of(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
+    """What ``draw`` makes of a pair of axes, of ``size`` inches, in the page's colours."""
     with own_style():
         from matplotlib import style
         from matplotlib.figure import Figure

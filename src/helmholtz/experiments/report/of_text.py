@@ -25,13 +25,13 @@ TRAINED = {
 @parts.section(
     "The demo: models of one size on Shakespeare",
     "What do the three systems reach beside a baseline of equal parameters, tokens and schedule?",
-    "make demo",
+    "make demo-full",
     *("shakespeare/seven_models.json", "comparison/results.json"),
     find=parts.file_node,
 )
 def demo(content: Node) -> parts.Found:
     is_single = len(grouped(content["rows"], by("seed"))) == 1
-    return _comparison(content, ("One seed.",) if is_single else ())
+    return comparison(content, ("One seed.",) if is_single else ())
 
 
 @parts.section(
@@ -43,10 +43,10 @@ def demo(content: Node) -> parts.Found:
     find=parts.file_node,
 )
 def plans(content: Node) -> parts.Found:
-    return _comparison(content, ())
+    return comparison(content, ())
 
 
-def _comparison(content: Node, missing: Sequence[str]) -> parts.Found:
+def comparison(content: Node, missing: Sequence[str]) -> parts.Found:
     """Of a file of ``helmholtz compare``: a line per model, means over seeds."""
     models = grouped(content["rows"], _model_name)
     columns: dict[str, parts.Column] = {

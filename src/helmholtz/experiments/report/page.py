@@ -14,6 +14,10 @@ from helmholtz.experiments.report.of_text import demo, letters, llama, plans
 from helmholtz.experiments.report.parts import Section
 
 TITLE = "What free-energy networks do, measured"
+LEAD = (
+    "Every number in a table was read from a JSON file of a committed command: touch it to see which file and where in "
+    "it. Means are over seeds, ± is the sample deviation. Nothing on this page comes from elsewhere."
+)
 SECTIONS: tuple[Callable[[Sequence[Path]], Section], ...] = (
     selection,
     mad,
@@ -46,7 +50,20 @@ def build_sections(folders: Sequence[Path]) -> list[Section]:
 
 
 def render(sections: Sequence[Section], folders: Sequence[Path]) -> str:
-    """The page. Raises: ImportError naming the extra if Jinja is missing."""
+    """The page of all results. Raises: as ``render_page``."""
+    names = ", ".join(folder.as_posix() for folder in folders)
+    foot = f"Written by helmholtz report from {names}."
+    return render_page(sections, title=TITLE, lead=LEAD, again="How to have it again", foot=foot)
+
+
+def render_page(sections: Sequence[Section], *, title: str, lead: str, again: str, foot: str) -> str:
+    """A page of sections.
+
+    Args:
+        again: what opens a section's command and provenance.
+
+    Raises: ImportError naming the extra if Jinja is missing.
+    """
     try:
         import jinja2
     except ImportError as error:
@@ -57,5 +74,4 @@ def render(sections: Sequence[Section], folders: Sequence[Path]) -> str:
         undefined=jinja2.StrictUndefined,
     )
     template = environment.get_template("page.html.j2")
-    names = [folder.as_posix() for folder in folders]
-    return template.render(title=TITLE, sections=sections, folders=names) + "\n"
+    return template.render(title=title, lead=lead, sections=sections, again=again, foot=foot) + "\n"

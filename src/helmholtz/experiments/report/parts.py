@@ -35,6 +35,14 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True)
+class Listing:
+    """Lines in letters of one width: samples, commands."""
+
+    caption: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Section:
     """What was asked, what came out, how to have it again, and what is missing."""
 
@@ -47,10 +55,13 @@ class Section:
     provenance: Provenance = ()
     """Hardware, seeds, commit and so on by their names."""
     missing: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    """Paragraphs before the tables."""
+    listings: Sequence[Listing] = ()
 
     @property
     def empty(self) -> bool:
-        return not self.tables
+        return not self.tables and not self.listings
 
 
 class Found(NamedTuple):
