@@ -165,7 +165,7 @@ def _shared_table(result: Node) -> Table:
     }
     specs = {
         "spread of the start": ("spread", ".1f"),
-        "noise repeated": ("noise_repetition", ".2f"),
+        "noise repeated": ("noise_repetition", "z.2f"),
         "valid": ("valid", ".0%"),
     }
     lines = tuple((label(name), *_cells(row, specs)) for name, row in rows.items())
@@ -177,7 +177,7 @@ def _shared_table(result: Node) -> Table:
 def _held_table(result: Node) -> Table:
     lines = []
     for place, (told, row) in enumerate(zip(result["mean_information"], result["held"], strict=True)):
-        cells = (number(told, ".2f"), number(row["this_shared"], ".1f"), number(row["others_shared"], ".1f"))
+        cells = (number(told, "z.2f"), number(row["this_shared"], ".1f"), number(row["others_shared"], ".1f"))
         lines.append((label(f"bit {place} of every token"), *cells))
     columns = ("of a plan", "bits on the place, mean", "spread if it is shared", "spread if all others are")
     return Table(
