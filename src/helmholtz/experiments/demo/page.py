@@ -23,12 +23,21 @@ SECTIONS = {
     "memory": sections.memory,
 }
 NEXT = """\
-make demo-full                                  # seven models of all three systems, minutes longer
-helmholtz generate --checkpoint {runs}/fem_softmax --prompt "ROMEO.\\n"
-helmholtz inspect --checkpoint {runs}/fem_softmax --text "To be, or not to be" --picture reading.png
-helmholtz train --config configs/demo.yaml --config configs/demo/fem_gla.yaml   # another prior
-helmholtz data --help                           # your own text
-helmholtz study list                            # the experiments behind docs/, each to be run again
+# seven models of all three systems, some minutes longer
+make demo-full
+# write on
+helmholtz generate --checkpoint {runs}/fem_softmax \\
+  --prompt "ROMEO."
+# what each channel reads in your own line
+helmholtz inspect --checkpoint {runs}/fem_softmax \\
+  --text "To be, or not to be" --picture reading.png
+# another prior
+helmholtz train --config configs/demo.yaml \\
+  --config configs/demo/fem_gla.yaml
+# your own text
+helmholtz data --help
+# the experiments behind the guides
+helmholtz study --help
 """
 
 
