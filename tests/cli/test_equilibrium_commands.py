@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from equilibrium_cases import make_model
-from helmholtz.cli.checkpoints import open_checkpoint
 from helmholtz.cli.landscape import read_tokens
 from helmholtz.cli.main import main
 from helmholtz.data.tokenizer import ByteTokenizer
+from helmholtz.evals.checkpoints import open_checkpoint
 from helmholtz.evals.landscape import EnergyLandscapeAnalyzer
 from helmholtz.layers.dynamics import TokenDynamics
 from helmholtz.models.checkpoint import load_checkpoint, save_checkpoint

@@ -5,8 +5,9 @@ import sys
 from rich.console import Console
 
 from helmholtz.cli.arguments import make_parser, parse
-from helmholtz.cli.checkpoints import add_checkpoint, open_checkpoint
+from helmholtz.cli.checkpoints import add_checkpoint
 from helmholtz.data.tokenizer import AbstractTokenizer
+from helmholtz.evals.checkpoints import open_checkpoint
 from helmholtz.models.generation import SamplingSettings, generate
 
 DESCRIPTION = "Continue a prompt; the text appears as it is sampled."

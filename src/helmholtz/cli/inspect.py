@@ -12,7 +12,8 @@ from rich.table import Table
 from helmholtz._files import read_complete
 from helmholtz._json import parse_json
 from helmholtz.cli.arguments import make_parser, output_picture, parse
-from helmholtz.cli.checkpoints import Checkpoint, add_checkpoint, open_checkpoint
+from helmholtz.cli.checkpoints import add_checkpoint
+from helmholtz.evals.checkpoints import Checkpoint, open_checkpoint
 from helmholtz.evals.equilibria import equilibrium_of
 from helmholtz.evals.inspection import (
     baseline_block_parameters,

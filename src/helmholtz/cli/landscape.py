@@ -10,7 +10,8 @@ from rich.console import Console
 from helmholtz._checks import check, check_integer
 from helmholtz._files import write_json
 from helmholtz.cli.arguments import Parser, make_parser, output_folder, parse
-from helmholtz.cli.checkpoints import Checkpoint, add_checkpoint, open_checkpoint
+from helmholtz.cli.checkpoints import add_checkpoint
+from helmholtz.evals.checkpoints import Checkpoint, open_checkpoint
 from helmholtz.evals.landscape import EnergyLandscapeAnalyzer, EnergySlice, MemoryOrganisation
 from helmholtz.evals.landscape_case import SAME, Basis
 from helmholtz.evals.landscape_flow import Basins, CriticalPoint, Trajectories

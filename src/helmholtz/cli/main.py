@@ -26,6 +26,7 @@ GROUPS = {
         "plan": "the latent plan of a text, and what samples share under one",
         "validate": "whether an equilibrium model keeps what its mathematics promises",
         "landscape": "the energy around a token's equilibrium, drawn",
+        "explore": "all of this by hand, in a browser",
     },
     "experiments": {
         "study": "an experiment: run it, report what is done, list what is missing",

@@ -14,8 +14,9 @@ from rich.table import Table
 
 from helmholtz._checks import check, check_integer
 from helmholtz.cli.arguments import Parser, make_parser, output_file, output_picture, parse
-from helmholtz.cli.checkpoints import Checkpoint, add_checkpoint, open_checkpoint
+from helmholtz.cli.checkpoints import add_checkpoint
 from helmholtz.data.tokenizer import AbstractTokenizer
+from helmholtz.evals.checkpoints import Checkpoint, open_checkpoint
 from helmholtz.evals.plan_figure import NamedGroup, plot_plans
 from helmholtz.evals.plan_file import (
     Edit,

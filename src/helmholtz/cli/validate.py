@@ -13,7 +13,8 @@ from helmholtz._checks import check_integer
 from helmholtz._files import write_atomically
 from helmholtz._hardware import describe_hardware, git_commit
 from helmholtz.cli.arguments import Parser, make_parser, output_file, parse
-from helmholtz.cli.checkpoints import add_checkpoint, open_checkpoint
+from helmholtz.cli.checkpoints import add_checkpoint
+from helmholtz.evals.checkpoints import open_checkpoint
 from helmholtz.evals.convergence import ConvergenceReport, ConvergenceValidator
 from helmholtz.models.decoder import Decoder, require_equilibrium
 from helmholtz.models.mamba_hopfield import MambaHopfield, MambaHopfieldConfig

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from helmholtz._checks import check_choice
 from helmholtz.evals.equilibria import read
 from helmholtz.layers.fem import FreeEnergyMixer
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig
@@ -95,10 +96,13 @@ def mixers(model: nn.Module) -> dict[str, FreeEnergyMixer]:
     return {name: mixer for name, mixer in found.items() if mixer.config.read != "mean"}
 
 
-def read_text(model: Decoder, tokens: Int[Tensor, "1 T"]) -> dict[str, Reading]:
+def read_text(model: Decoder, tokens: Int[Tensor, "1 T"], *, layer: str | None = None) -> dict[str, Reading]:
     """Each mixer's reading of one text, by the mixer's name; empty for a model without mixers.
 
     A model with a plan reads under one of its prior, and its encoder does not run.
+
+    Args:
+        layer: name of the one mixer whose reading is wanted; None: of all.
     """
     inputs: dict[str, tuple[Tensor, Tensor | None]] = {}
 
@@ -109,7 +113,9 @@ def read_text(model: Decoder, tokens: Int[Tensor, "1 T"]) -> dict[str, Reading]:
         return found[name].register_forward_pre_hook(hook, with_kwargs=True)
 
     found = mixers(model)
-    handles = [keep(name) for name in found]
+    if layer is not None:
+        check_choice("layer", layer, found)
+    handles = [keep(name) for name in found if layer in (None, name)]
     try:
         with evaluation_mode(model):
             read(model, tokens)

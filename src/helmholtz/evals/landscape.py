@@ -91,6 +91,26 @@ class MemoryOrganisation:
         return other.max().item() if len(other) > 1 else 1.0
 
 
+def energy_slice(case: TokenCase, plane: Plane, ticks: Float[Tensor, "n"]) -> EnergySlice:
+    """Energy and gradient at all pairs of ticks, in one call."""
+    step, energy = case.evaluate(plane.grid(ticks))
+    size = (len(ticks), len(ticks))
+    return EnergySlice(
+        case=case,
+        plane=plane,
+        ticks=ticks,
+        energy=energy.view(size),
+        descent=(step @ plane.axes.T).view(*size, 2),
+        residual=step.norm(dim=-1).view(size),
+    )
+
+
+def frame_radius(case: TokenCase, plane: Plane) -> float:
+    """Half the side of a square that takes in the start and the patterns that lie in the plane."""
+    shown = torch.cat([case.start.unsqueeze(0), case.patterns[list(plane.anchors)]])
+    return MARGIN * max(plane.coordinates(shown).abs().max().item(), 0.5 * case.radius)
+
+
 class EnergyLandscapeAnalyzer:
     """Arrays that describe the energies of the tokens of one call.
 
@@ -129,17 +149,7 @@ class EnergyLandscapeAnalyzer:
             radius: half the side; None takes in the start and the patterns that lie in the plane.
             resolution: points along a side; odd, so that the equilibrium is one of them.
         """
-        case, plane, ticks = self._grid(row, token, basis, radius, resolution)
-        step, energy = case.evaluate(plane.grid(ticks))
-        size = (resolution, resolution)
-        return EnergySlice(
-            case=case,
-            plane=plane,
-            ticks=ticks,
-            energy=energy.view(size),
-            descent=(step @ plane.axes.T).view(*size, 2),
-            residual=step.norm(dim=-1).view(size),
-        )
+        return energy_slice(*self._grid(row, token, basis, radius, resolution))
 
     def trajectories(self, *, row: int = 0, token: int = -1) -> Trajectories:
         """How every mode of the solver, and plain steps, go from the token's start to its equilibrium."""
@@ -167,9 +177,7 @@ class EnergyLandscapeAnalyzer:
         check(
             resolution % 2 == 1, "resolution", resolution, "odd: the equilibrium is the point in the middle"
         )
-        if radius is None:
-            shown = torch.cat([case.start.unsqueeze(0), case.patterns[list(plane.anchors)]])
-            radius = MARGIN * max(plane.coordinates(shown).abs().max().item(), 0.5 * case.radius)
+        radius = frame_radius(case, plane) if radius is None else radius
         check_positive("radius", radius)
         return case, plane, torch.linspace(-radius, radius, resolution, dtype=torch.float64)
 

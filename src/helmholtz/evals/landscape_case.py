@@ -125,6 +125,13 @@ def token_case(equilibrium: Equilibrium, solver: SolverConfig, *, row: int = 0, 
     start, near = (
         equilibrium.rows(x)[[number]].detach().double() for x in (equilibrium.z_init, equilibrium.z)
     )
+    return exact_case(problem, start, near, solver)
+
+
+def exact_case(
+    problem: TokenProblem, start: Float[Tensor, "1 D"], near: Float[Tensor, "1 D"], solver: SolverConfig
+) -> TokenCase:
+    """The case of one row in float64, its equilibrium solved for from ``near``. Raises: ConvergenceError."""
     z = solve(problem, near, EXACT).value
     patterns, radius = active_patterns(problem.parameters), pattern_norm(problem.parameters)
     return TokenCase(problem, start[0], z[0], problem.energy(z).item(), patterns, radius, solver)

@@ -39,7 +39,7 @@ ARROWS = 13
 
 def plot_slice(found: EnergySlice, file: Path, *, title: str) -> None:
     """Contours of the energy with the descent in the plane, and beside them the residual on a logarithmic scale."""
-    ticks, energy, levels = _ticks(found), found.energy.tolist(), _levels(found.energy)
+    ticks = _ticks(found)
     heat = found.residual.clamp(min=1e-12).log10()
     # the equilibrium itself, at rounding, would take all colours
     lowest = torch.quantile(heat.flatten(), 0.002).item()
@@ -48,19 +48,26 @@ def plot_slice(found: EnergySlice, file: Path, *, title: str) -> None:
     place = "not the lowest point of this plane" if off else "the lowest point of this plane"
     with saved_figure(file, SIZE, few_colours=True) as figure:
         left, right = figure.subplots(1, 2)
-        filled = left.contourf(ticks, ticks, energy, levels=levels, cmap="cividis", extend="both")
-        left.contour(ticks, ticks, energy, levels=levels, colors="white", linewidths=0.4, alpha=0.5)
+        filled = draw_energy(left, found)
         _colour_bar(figure, filled, left, "energy above the equilibrium")
-        _draw_arrows(left, found)
         left.set_title("energy and its descent", fontsize=10)
         filled = right.contourf(ticks, ticks, heat.tolist(), levels=steps, cmap="cividis", extend="min")
         _colour_bar(figure, filled, right, "log10 |f(z) - z|")
         right.set_title("residual: length of a plain step", fontsize=10)
         for axes in (left, right):
-            _draw_plane(axes, found)
+            draw_plane(axes, found)
         shown = left.get_legend_handles_labels()
         figure.legend(*shown, loc="outside lower center", ncols=4, fontsize=8, facecolor="0.85")
         figure.suptitle(f"{title}\nthe equilibrium is {place}", fontsize=10)
+
+
+def draw_energy(axes: Any, found: EnergySlice) -> Any:
+    """Contours of the energy and its descent; what a colour bar is made of."""
+    ticks, energy, levels = _ticks(found), found.energy.tolist(), _levels(found.energy)
+    filled = axes.contourf(ticks, ticks, energy, levels=levels, cmap="cividis", extend="both")
+    axes.contour(ticks, ticks, energy, levels=levels, colors="white", linewidths=0.4, alpha=0.5)
+    _draw_arrows(axes, found)
+    return filled
 
 
 def _ticks(found: EnergySlice | Basins) -> list[float]:
@@ -95,7 +102,7 @@ def _draw_arrows(axes: Any, found: EnergySlice) -> None:
     axes.quiver(places, places, x, y, color="white", alpha=0.8, width=0.004)
 
 
-def _draw_plane(axes: Any, found: EnergySlice | Basins) -> None:
+def draw_plane(axes: Any, found: EnergySlice | Basins) -> None:
     """The equilibrium, the start, patterns in the plane, and the shadows of the other ones that fall into the frame."""
     case, plane, ticks = found.case, found.plane, _ticks(found)
     anchors = list(plane.anchors)
@@ -189,15 +196,13 @@ def _main(found: Trajectories, z: Tensor) -> Tensor:
 def plot_basins(found: Basins, file: Path, *, title: str, points: Sequence[CriticalPoint] = ()) -> None:
     """Which attractor each start of the plane ends in, and after how many steps; of ``points``, saddles are marked."""
     ticks, n = _ticks(found), len(found.attractors)
-    shown = torch.where(found.converged, found.label.clamp(max=LAST), torch.tensor(-1)) + 1
     fewest = torch.quantile(found.num_steps.double().flatten(), 0.005).item()  # not those at rest
     with saved_figure(file, TALL, few_colours=True) as figure:
-        from matplotlib.colors import ListedColormap
         from matplotlib.ticker import MaxNLocator
 
         left, right = figure.subplots(1, 2)
-        own, mesh = ListedColormap(["black", *COLOURS]), {"shading": "nearest", "rasterized": True}
-        left.pcolormesh(ticks, ticks, shown.tolist(), cmap=own, vmin=0, vmax=own.N, **mesh)
+        draw_basins(left, found)
+        mesh = {"shading": "nearest", "rasterized": True}
         steps = right.pcolormesh(ticks, ticks, found.num_steps.tolist(), cmap="cividis", vmin=fewest, **mesh)
         bar = _colour_bar(figure, steps, right, "plain steps to a residual of 1e-8")
         bar.locator = MaxNLocator(8, integer=True)
@@ -205,13 +210,23 @@ def plot_basins(found: Basins, file: Path, *, title: str, points: Sequence[Criti
         left.set_title(ends, fontsize=10)
         right.set_title("how long they take", fontsize=10)
         for axes in (left, right):
-            _draw_plane(axes, found)
+            draw_plane(axes, found)
         _draw_saddles(left, found, points)
         handles, labels = left.get_legend_handles_labels()
-        patches, names = _basin_legend(found)
+        patches, names = basin_legend(found)
         shown_as = {"loc": "outside lower center", "ncols": 3, "fontsize": 8, "facecolor": "0.85"}
         figure.legend(handles + patches, labels + names, **shown_as)
         figure.suptitle(title, fontsize=11)
+
+
+def draw_basins(axes: Any, found: Basins) -> None:
+    """Each start in the colour of the attractor that it ends in; black where it does not converge."""
+    from matplotlib.colors import ListedColormap
+
+    ticks, own = _ticks(found), ListedColormap(["black", *COLOURS])
+    shown = torch.where(found.converged, found.label.clamp(max=LAST), torch.tensor(-1)) + 1
+    style = {"cmap": own, "vmin": 0, "vmax": own.N, "shading": "nearest", "rasterized": True}
+    axes.pcolormesh(ticks, ticks, shown.tolist(), **style)
 
 
 def _draw_saddles(axes: Any, found: Basins, points: Sequence[CriticalPoint]) -> None:
@@ -223,11 +238,11 @@ def _draw_saddles(axes: Any, found: Basins, points: Sequence[CriticalPoint]) -> 
         axes.scatter(*places.T.tolist(), label="saddles in the plane", **style)
 
 
-def _basin_legend(found: Basins) -> tuple[list[Any], list[str]]:
+def basin_legend(found: Basins) -> tuple[list[Any], list[str]]:
     from matplotlib.patches import Patch
 
     named = [
-        (colour, f"{_place(found.case, point)}: {100 * share:.0f} %")
+        (colour, f"{place_name(found.case, point)}: {100 * share:.0f} %")
         for colour, point, share in zip(COLOURS, found.attractors, found.shares, strict=False)
     ]
     if len(found.attractors) > len(COLOURS):
@@ -238,7 +253,7 @@ def _basin_legend(found: Basins) -> tuple[list[Any], list[str]]:
     return [Patch(color=colour) for colour, _ in named], [name for _, name in named]
 
 
-def _place(case: TokenCase, point: CriticalPoint) -> str:
+def place_name(case: TokenCase, point: CriticalPoint) -> str:
     """What an attractor is called: by the pattern that it retrieves, if there is one."""
     if (point.z - case.z).norm() < SAME * case.radius:
         return "this equilibrium, E 0"

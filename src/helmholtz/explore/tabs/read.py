@@ -1,0 +1,95 @@
+"""The tab *Read*: what each channel of a head reads, and how a temperature changes it."""
+
+import functools
+from typing import Any
+
+from helmholtz.explore.html import BETA, LAMBDA, note
+from helmholtz.explore.reading import (
+    KNOBS,
+    LARGEST_BETA,
+    Knob,
+    default_query,
+    layer_names,
+    read_layer,
+    reading_html,
+)
+from helmholtz.explore.runs import Offer
+from helmholtz.explore.tabs.events import on
+
+TEXT = "To be, or not to be, that is the question"
+ABOUT = (
+    "Attention reads one average of the tokens for all channels of a head. The Free Energy Mixer lets each channel "
+    f"weight them by their own values, the more the higher its temperature {BETA}. Choose what to set beside "
+    "temperature and move the slider: at 0 every row is attention's, at the right end each channel picks its "
+    "largest value."
+)
+
+
+def fill(gr: Any, offer: Offer) -> None:
+    names = offer.names("mixer")
+    if not names:
+        gr.HTML(note(offer.missing("mixer")))
+        return
+    layers = {name: layer_names(offer.runs[name].checkpoint) for name in names}
+
+    @functools.lru_cache(maxsize=8)
+    def reading(run: str, text: str, layer: str) -> Any:
+        return read_layer(offer.runs[run].checkpoint, text, layer)
+
+    gr.HTML(note(ABOUT))
+    with gr.Row():
+        run = gr.Dropdown(names, value=names[0], label="run", scale=1)
+        layer = gr.Dropdown(layers[names[0]], value=layers[names[0]][0], label="layer", scale=1)
+        text = gr.Textbox(TEXT, label="text (Enter reads it)", max_lines=1, scale=3)
+    with gr.Row():
+        head = gr.Slider(0, 1, 0, step=1, label="head", min_width=120)
+        query = gr.Slider(0, 1, 0, step=1, label="token that reads", min_width=120)
+        shown = gr.Slider(1, 32, 8, step=1, label="channels shown", min_width=120)
+    with gr.Row():
+        knob = gr.Radio(list(KNOBS), value=KNOBS[0], label="temperature", min_width=220)
+        value = gr.Slider(0, 1, 1, step=0.01, label="value", visible=False, elem_id="read-value")
+    weights = gr.HTML()
+
+    def take(
+        run: str, layer: str, text: str, head: int, knob: Knob, value: float, shown: int
+    ) -> tuple[Any, ...]:
+        found = reading(run, text, layer)
+        last, n_heads = default_query(found.words), found.n_heads
+        head = min(int(head), n_heads - 1)
+        picture = reading_html(found, head, last, knob, value, int(shown))
+        heads = gr.Slider(0, max(1, n_heads - 1), head, interactive=n_heads > 1)
+        return heads, gr.Slider(0, last, last), picture
+
+    def show(
+        run: str, layer: str, text: str, head: int, query: int, knob: Knob, value: float, shown: int
+    ) -> str:
+        found = reading(run, text, layer)
+        query = min(int(query), default_query(found.words))
+        return reading_html(found, int(head), query, knob, value, int(shown))
+
+    def choose(knob: str) -> Any:
+        if knob == KNOBS[0]:
+            return gr.Slider(visible=False)
+        if knob == "beta":
+            return gr.Slider(
+                0,
+                LARGEST_BETA,
+                1,
+                step=0.1,
+                visible=True,
+                label=f"{BETA} of all channels",
+            )
+        label = f"inner gate {LAMBDA} of all channels"
+        return gr.Slider(0, 1, 0.5, step=0.01, visible=True, label=label)
+
+    def other_run(run: str) -> Any:
+        return gr.Dropdown(layers[run], value=layers[run][0])
+
+    where, knobs = [run, layer, text], [knob, value, shown]
+    taken = [head, query, weights]
+    app = gr.context.Context.root_block
+    on(gr, [app.load, layer.change, text.submit], take, [*where, head, *knobs], taken, api_name="read")
+    on(gr, [run.change], other_run, run, layer, api_visibility="private")
+    on(gr, [knob.change], choose, knob, value, api_visibility="private")
+    moved = [head.input, query.input, shown.input, value.change, knob.change]
+    on(gr, moved, show, [*where, head, query, *knobs], weights, show_progress="hidden", api_name="weights")
