@@ -14,7 +14,8 @@ HOST = "127.0.0.1"
 CSS = (
     html.CSS
     + """
-.gradio-container {max-width: 1240px !important; margin: 0 auto !important;}
+.gradio-container {max-width: min(1240px, 100vw) !important; margin: 0 auto !important; box-sizing: border-box;}
+.gradio-container .main, .gradio-container .contain {min-width: 0 !important; max-width: 100% !important;}
 @media (max-width: 640px) {.gradio-container {padding: 6px !important;}
   .gradio-container .column {min-width: 0 !important;}}
 .hz-wide {contain: inline-size; width: 100%;}

@@ -20,7 +20,7 @@ WANTED: dict[Part, str] = {
 }
 MOST_FOUND = 12
 """Runs that are offered where none is named."""
-HOW = "train the demo's with `make demo`, or name runs: `helmholtz explore --checkpoint RUN ...`"
+HOW = "train some with `make demo` (one of every kind: `make demo-full`) or name them with `--checkpoint RUN ...`"
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ def fill(gr: Any, offer: Offer) -> None:
     bits = list(range(n_bits[names[0]]))
     gr.HTML(note(ABOUT))
     with gr.Row():
-        run = gr.Dropdown(names, value=names[0], label="run", scale=1)
-        prompt = gr.Textbox(PROMPT, label="prompt (Enter draws a plan)", max_lines=1, scale=2)
+        run = gr.Dropdown(names, value=names[0], label="run", scale=1, min_width=200)
+        prompt = gr.Textbox(PROMPT, label="prompt (Enter draws a plan)", max_lines=1, scale=2, min_width=240)
         seed = gr.Number(0, label="seed of the tokens", precision=0, minimum=0, scale=1)
     with gr.Row():
         n_new = gr.Slider(8, planning.MOST_NEW, 32, step=8, label="new tokens", min_width=120)

@@ -38,8 +38,10 @@ def fill(gr: Any, offer: Offer) -> None:
 
     gr.HTML(note(ABOUT))
     with gr.Row():
-        run = gr.Dropdown(names, value=names[0], label="run", scale=1)
-        layer = gr.Dropdown(layers[names[0]], value=layers[names[0]][0], label="layer", scale=1)
+        run = gr.Dropdown(names, value=names[0], label="run", scale=1, min_width=200)
+        layer = gr.Dropdown(
+            layers[names[0]], value=layers[names[0]][0], label="layer", scale=1, min_width=200
+        )
         text = gr.Textbox(TEXT, label="text (Enter reads it)", max_lines=1, scale=3)
     with gr.Row():
         head = gr.Slider(0, 1, 0, step=1, label="head", min_width=120)
