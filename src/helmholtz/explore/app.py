@@ -17,6 +17,7 @@ CSS = (
 .gradio-container {max-width: min(1240px, 100vw) !important; margin: 0 auto !important; box-sizing: border-box;}
 .gradio-container .main, .gradio-container .contain {min-width: 0 !important; max-width: 100% !important;}
 @media (max-width: 640px) {.gradio-container {padding: 6px !important;}
+  .tab-container button {padding: 0 7px !important; font-size: 14px !important;}
   .gradio-container .column {min-width: 0 !important;}}
 .hz-wide {contain: inline-size; width: 100%;}
 .hz-wide .table-wrap, .hz-wide {background: transparent;}

@@ -7,6 +7,7 @@ from helmholtz.explore.html import BETA, LAMBDA, note
 from helmholtz.explore.reading import (
     KNOBS,
     LARGEST_BETA,
+    MOST_TOKENS,
     Knob,
     default_query,
     layer_names,
@@ -44,12 +45,12 @@ def fill(gr: Any, offer: Offer) -> None:
         )
         text = gr.Textbox(TEXT, label="text (Enter reads it)", max_lines=1, scale=3)
     with gr.Row():
-        head = gr.Slider(0, 1, 0, step=1, label="head", min_width=120)
-        query = gr.Slider(0, 1, 0, step=1, label="token that reads", min_width=120)
+        head = gr.Slider(0, 63, 0, step=1, label="head", min_width=120)
+        query = gr.Slider(0, MOST_TOKENS - 1, 0, step=1, label="token that reads", min_width=120)
         shown = gr.Slider(1, 32, 8, step=1, label="channels shown", min_width=120)
     with gr.Row():
         knob = gr.Radio(list(KNOBS), value=KNOBS[0], label="temperature", min_width=220)
-        value = gr.Slider(0, 1, 1, step=0.01, label="value", visible=False, elem_id="read-value")
+        value = gr.Slider(0, LARGEST_BETA, 1, step=0.01, label="value", visible=False, elem_id="read-value")
     weights = gr.HTML()
 
     def take(
@@ -76,6 +77,7 @@ def fill(gr: Any, offer: Offer) -> None:
             return gr.Slider(
                 0,
                 LARGEST_BETA,
+                MOST_TOKENS,
                 1,
                 step=0.1,
                 visible=True,
