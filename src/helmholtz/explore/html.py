@@ -17,13 +17,14 @@ CSS = """
   background: var(--background-fill-primary);}
 .hz-table td.hz-heat {min-width: 22px; padding: 2px 3px; text-align: center; font-size: 11px;
   background: color-mix(in srgb, #0072B2 calc(var(--w) * 100%), transparent);}
+.hz-table td.hz-flipped {outline: 2px solid #E69F00; outline-offset: -2px; font-weight: 700;}
 .hz-table td.hz-strong {color: #fff;}
 .hz-table tr.hz-first td {border-bottom: 2px solid var(--border-color-primary) !important;}
 .hz-table th.hz-token {writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; padding: 4px 1px;
   font-family: ui-monospace, monospace; font-weight: 400;}
 .hz-table th.hz-here {font-weight: 700; text-decoration: underline;}
 .hz-note {font-size: 13px; opacity: 0.85; margin: 4px 0;}
-.hz-texts {display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 280px), 1fr)); gap: 12px;}
+.hz-texts {display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 12px;}
 .hz-card {border: 1px solid var(--border-color-primary); border-radius: 6px; padding: 10px; min-width: 0;}
 .hz-card h4 {margin: 0 0 6px; font-size: 13px; font-weight: 600;}
 .hz-text {white-space: pre-wrap; overflow-wrap: anywhere; font-family: ui-monospace, monospace; font-size: 13px;

@@ -20,8 +20,8 @@ from helmholtz.explore.html import (
     spell,
     table,
     text_block,
+    token_heads,
 )
-from helmholtz.models.decoder import require_plan
 from helmholtz.models.planning import PlanSettings
 from helmholtz.models.sampling import SamplingSettings
 
@@ -74,28 +74,44 @@ def write(checkpoint: Checkpoint, request: Request, codes: Codes) -> Group:
     return sample_under(checkpoint.model, prompt, request.settings(checkpoint), [codes] * request.n_samples)
 
 
-def bit_rows(
-    checkpoint: Checkpoint, request: Request, codes: Codes, written: Group
-) -> list[list[str | bool]]:
-    """A row per token: its place, what the first sample has there, and a check box per bit."""
-    n_bits = require_plan(checkpoint.model).n_bits
+def words_of(checkpoint: Checkpoint, request: Request, n_codes: int, written: Group) -> list[str]:
+    """What the first sample has at each place of the plan; empty where it has ended."""
     tokens = [*checkpoint.document(request.prompt), *written[0].tokens]
     words = [spell(checkpoint.tokenizer, token) for token in tokens]
-    words += [""] * (len(codes) - len(words))
-    return [
-        [f"{place}: {word}", *(bool(code >> bit & 1) for bit in range(n_bits))]
-        for place, (word, code) in enumerate(zip(words, codes, strict=True))
-    ]
+    return words + [""] * (n_codes - len(words))
 
 
-def codes_of(rows: Sequence[Sequence[object]]) -> Codes:
-    """The codes that a table of check boxes holds: of ``bit_rows`` as it has become by hand."""
-    return tuple(sum(1 << bit for bit, value in enumerate(row[1:]) if is_checked(value)) for row in rows)
+def bits_of(code: int) -> list[int]:
+    """The bits that are 1."""
+    return [bit for bit in range(code.bit_length()) if code >> bit & 1]
 
 
-def is_checked(value: object) -> bool:
-    """Check boxes of a table come back as booleans or as words."""
-    return value if isinstance(value, bool) else str(value).strip().lower() in ("true", "1")
+def with_bits(codes: Codes, place: int, bits: Sequence[int], *, everywhere: bool = False) -> Codes:
+    """The codes after those ``bits`` have become the ones of the code at ``place``.
+
+    Args:
+        everywhere: what this changes is set to the same value in all codes.
+    """
+    check(0 <= place < len(codes), "token", place, f"in [0, {len(codes)}), the plan")
+    code = sum(1 << bit for bit in bits)
+    changed = code ^ codes[place]
+    if everywhere:
+        return tuple(old & ~changed | code & changed for old in codes)
+    return (*codes[:place], code, *codes[place + 1 :])
+
+
+def codes_html(words: Sequence[str], before: Codes, after: Codes, n_bits: int) -> str:
+    """A row per bit and a column per token; what differs from the plan that was drawn is marked."""
+    rows = []
+    for bit in range(n_bits):
+        row = [f"<td>bit {bit}</td>"]
+        for old, new in zip(before, after, strict=True):
+            value = new >> bit & 1
+            mark = " hz-flipped" if (old ^ new) >> bit & 1 else ""
+            row.append(f'<td class="hz-heat{mark}" style="--w:{0.5 * value}">{value}</td>')
+        rows.append(f"<tr>{''.join(row)}</tr>")
+    places = [f"{place}: {word}" for place, word in enumerate(words)]
+    return table([head_cells("token"), *token_heads(places)], rows)
 
 
 def texts_html(checkpoint: Checkpoint, request: Request, before: Group, after: Group | None) -> str:
@@ -125,7 +141,7 @@ def changes_note(before: Codes, after: Codes) -> str:
     flipped = sum((a ^ b).bit_count() for a, b in zip(before, after, strict=True))
     if not flipped:
         return note(
-            "The plan as it was drawn. Flip check boxes to write the same samples under a changed plan."
+            "The plan as it was drawn. Flip check boxes below to write the same samples under a changed plan."
         )
     tokens = sum(a != b for a, b in zip(before, after, strict=True))
     bits, at = (

@@ -20,8 +20,8 @@ from helmholtz.explore.tabs.events import on
 TEXT = "To be, or not to be, that is the question"
 ABOUT = (
     "Attention reads one average of the tokens for all channels of a head. The Free Energy Mixer lets each channel "
-    f"weight them by their own values, the more the higher its temperature {BETA}. Choose what to set beside "
-    "temperature and move the slider: at 0 every row is attention's, at the right end each channel picks its "
+    f"weight them by their own values, the more the higher its temperature {BETA}. Move a slider: at 0 "
+    " every row is attention's, at the right end each channel picks its "
     "largest value."
 )
 
@@ -50,50 +50,66 @@ def fill(gr: Any, offer: Offer) -> None:
         shown = gr.Slider(1, 32, 8, step=1, label="channels shown", min_width=120)
     with gr.Row():
         knob = gr.Radio(list(KNOBS), value=KNOBS[0], label="temperature", min_width=220)
-        value = gr.Slider(0, LARGEST_BETA, 1, step=0.01, label="value", visible=False, elem_id="read-value")
+        gate = gr.Slider(0, 1, 0.5, step=0.01, label=f"inner gate {LAMBDA} of all channels", min_width=160)
+        beta = gr.Slider(0, LARGEST_BETA, 4, step=0.1, label=f"{BETA} of all channels", min_width=160)
     weights = gr.HTML()
 
     def take(
-        run: str, layer: str, text: str, head: int, knob: Knob, value: float, shown: int
+        run: str, layer: str, text: str, head: int, knob: Knob, gate: float, beta: float, shown: int
     ) -> tuple[Any, ...]:
         found = reading(run, text, layer)
         last, n_heads = default_query(found.words), found.n_heads
         head = min(int(head), n_heads - 1)
-        picture = reading_html(found, head, last, knob, value, int(shown))
+        picture = reading_html(found, head, last, knob, set_to(knob, gate, beta), int(shown))
         heads = gr.Slider(0, max(1, n_heads - 1), head, interactive=n_heads > 1)
         return heads, gr.Slider(0, last, last), picture
 
     def show(
-        run: str, layer: str, text: str, head: int, query: int, knob: Knob, value: float, shown: int
+        run: str,
+        layer: str,
+        text: str,
+        head: int,
+        query: int,
+        knob: Knob,
+        gate: float,
+        beta: float,
+        shown: int,
     ) -> str:
         found = reading(run, text, layer)
         query = min(int(query), default_query(found.words))
-        return reading_html(found, int(head), query, knob, value, int(shown))
-
-    def choose(knob: str) -> Any:
-        if knob == KNOBS[0]:
-            return gr.Slider(visible=False)
-        if knob == "beta":
-            return gr.Slider(
-                0,
-                LARGEST_BETA,
-                MOST_TOKENS,
-                1,
-                step=0.1,
-                visible=True,
-                label=f"{BETA} of all channels",
-            )
-        label = f"inner gate {LAMBDA} of all channels"
-        return gr.Slider(0, 1, 0.5, step=0.01, visible=True, label=label)
+        return reading_html(found, int(head), query, knob, set_to(knob, gate, beta), int(shown))
 
     def other_run(run: str) -> Any:
         return gr.Dropdown(layers[run], value=layers[run][0])
 
-    where, knobs = [run, layer, text], [knob, value, shown]
+    where, knobs = [run, layer, text], [knob, gate, beta, shown]
     taken = [head, query, weights]
     app = gr.context.Context.root_block
     on(gr, [app.load, layer.change, text.submit], take, [*where, head, *knobs], taken, api_name="read")
     on(gr, [run.change], other_run, run, layer, api_visibility="private")
-    on(gr, [knob.change], choose, knob, value, api_visibility="private")
-    moved = [head.input, query.input, shown.input, value.change, knob.change]
+    moved = [head.input, query.input, shown.input, knob.change]
     on(gr, moved, show, [*where, head, query, *knobs], weights, show_progress="hidden", api_name="weights")
+    # a slider that is moved says what is to be set; the change of the choice, if there is one, shows the same
+    sliders: tuple[tuple[Any, Knob], ...] = ((gate, "inner gate"), (beta, "beta"))
+    for slider, name in sliders:
+        set_by = functools.partial(_set_by, show, name)
+        rest = [*where, head, query, gate, beta, shown]
+        on(
+            gr,
+            [slider.input],
+            set_by,
+            rest,
+            [knob, weights],
+            show_progress="hidden",
+            api_visibility="private",
+        )
+
+
+def _set_by(show: Any, knob: Knob, *rest: Any) -> tuple[Knob, str]:
+    *where, gate, beta, shown = rest
+    return knob, show(*where, knob, gate, beta, shown)
+
+
+def set_to(knob: Knob, gate: float, beta: float) -> float:
+    """The slider that the choice is about."""
+    return gate if knob == "inner gate" else beta
