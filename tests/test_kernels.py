@@ -266,7 +266,7 @@ OPERATORS = {
         leaf(2, 5, 12), None, 1e-6,
     ),
     "modulate": lambda: (leaf(2, 5, 6), leaf(2, 5, 6), [1, 3, 2]),
-    "tilt": lambda: (leaf(2, 5, 24)[..., 4:16].unflatten(-1, (3, 4)), leaf(3, 4), 0.5, True),
+    "tilt": lambda: (leaf(2, 5, 24)[..., 4:16].unflatten(-1, (3, 4)).transpose(1, 2), leaf(3, 4), 0.5, True),
     "rnn_softmax": lambda: (leaf(2, 5, 3), leaf(2, 5, 2, 3), torch.zeros(2, 3), leaf(2, 3, 3), torch.rand(2, 5) < 0.5),
     "rope_table": lambda: (torch.tensor([[0, 3], [7, 1000]]).T, 6, 100.0),
     "sample": lambda: (torch.randn(3, 7), torch.rand(3, 1, dtype=torch.float64), 0.5, 4, 0.9),
@@ -284,7 +284,7 @@ OPERATORS = {
     ),
     "rms_norm": lambda: (leaf(2, 5, 3).bfloat16(), leaf(3), 1e-6),
     "swiglu": lambda: (leaf(3, 2048),),
-    "rope": lambda: (leaf(2, 5, 7, 4), torch.rand(5, 4), torch.rand(5, 4), 3, 2),
+    "rope": lambda: (leaf(2, 5, 7, 4), torch.rand(5, 4), torch.rand(5, 4), 3, 2, True),
     "code_lookup": lambda: (leaf(8, 4), torch.tensor([[0, 7, 3]]), leaf(1, 3, 3)),
     "linear_step": lambda: (
         torch.rand(2, 1, 12), torch.rand(2, 1, 12), torch.rand(2, 1, 3, 2).transpose(1, 2), torch.rand(2, 1, 3),
@@ -374,7 +374,7 @@ LAYOUTS = {
 }
 NARROW = {  # a last dimension of 1, which may have any stride
     "gated_read": lambda: (leaf(2, 5, 3, 2, 1), leaf(3, 1), leaf(2, 5, 3, 1), leaf(2, 5, 3, 1), leaf(2, 5, 3, 1), 1e-6),
-    "tilt": lambda: (leaf(2, 5, 3, 1), leaf(3, 1), 0.5, False),
+    "tilt": lambda: (leaf(2, 3, 5, 1), leaf(3, 1), 0.5, False),
     "linear_attention": lambda: (
         leaf(2, 3, 70, 1), leaf(2, 3, 70, 1), leaf(2, 3, 70, 1), None, leaf(2, 3, 1, 1), True, False,
     ),
@@ -383,6 +383,7 @@ NARROW = {  # a last dimension of 1, which may have any stride
     ),
     "causal_conv": lambda: (leaf(2, 5, 1), leaf(1, 4), leaf(1), leaf(2, 3, 1), None, None, False),
     "modulate": lambda: (leaf(2, 5, 1), leaf(2, 5, 1), [1]),
+    "rope": lambda: (leaf(2, 5, 3, 2), torch.rand(5, 2), torch.rand(5, 2), 3, 0, False),  # of 2, without keys
 }  # fmt: skip
 APART = ("sample", "attention_step", "softmax_step")
 """What draws by place and what writes to a cache."""

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from helmholtz import kernels
+from helmholtz.layers import FreeEnergyMixer, FreeEnergyMixerConfig
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-WITH_KERNELS = 172
-PLAIN = {"softmax": 405, "linear": 470, "gla": 580, "rnn_softmax": 515, "mamba": 3400}
+WITH_KERNELS = 120
+PLAIN = {"softmax": 285, "linear": 325, "gla": 420, "rnn_softmax": 400, "mamba": 1600}
 """The first-order scan of the conditioning is in each of them; Mamba walks over the places of a chunk."""
+ANOTHER_LEVEL, PART = 60, 60
+"""Of a scan of more than 256 steps, and of 256 queries that the softmax prior reads apart."""
 
 
 @pytest.fixture
@@ -37,3 +40,14 @@ def test_operations_of_a_mixer(operations, prior, form):
             operations.counted(layer, batch, 256).all.total() for batch in (2, 3)
         )  # 1 is never copied
     assert two == three <= (WITH_KERNELS if form == "kernels" else PLAIN[prior])
+
+
+@pytest.mark.parametrize("prior", PLAIN)
+def test_operations_grow_by_levels_and_parts_alone(operations, prior):
+    """Eight times the tokens and four times the batch."""
+    layer = FreeEnergyMixer(FreeEnergyMixerConfig(d_model=16, n_heads=2, prior=prior))
+    with kernels.plain_forms():
+        short, long = (
+            operations.counted(layer, batch, time, 16).all.total() for batch, time in ((2, 256), (8, 2048))
+        )
+    assert short < long <= short + 2 * ANOTHER_LEVEL + (8 * PART if prior == "softmax" else 0)

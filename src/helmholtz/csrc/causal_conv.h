@@ -203,13 +203,13 @@ inline std::tuple<Tensor, Tensor> causal_conv_cpu(const Tensor& x, const Tensor&
   return {y, last};
 }
 
-inline std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv_backward_cpu(const Tensor& dy, const Tensor& dlast,
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv_backward_cpu(const Tensor& dy, const Maybe& dlast,
                                                                            const Tensor& x, const Tensor& weight,
                                                                            const Tensor& bias, const Tensor& state,
                                                                            const Maybe& mask, const Maybe& reset,
                                                                            bool silu) {
   const Tensor u = with_rows(x), w = weight.contiguous(), shift = bias.contiguous(), start = state.contiguous();
-  const Tensor g = with_rows(dy), gl = dlast.contiguous();
+  const Tensor g = with_rows(dy), gl = or_zeros(dlast, start).contiguous();
   const Tensor real = mask ? mask->contiguous() : Tensor(), fresh = reset ? reset->contiguous() : Tensor();
   const int64_t taps = w.size(1);
   Tensor dx = at::empty(u.sizes(), u.options()), dstate = at::empty_like(start);
@@ -230,14 +230,14 @@ struct CausalConv : torch::autograd::Function<CausalConv> {
     auto [y, last] = op.call(x, weight, bias, state, mask, reset, silu);
     ctx->save_for_backward({x, weight, bias, state, defined(mask), defined(reset)});
     ctx->saved_data["silu"] = silu;
+    ctx->set_materialize_grads(false);
     return {y, last};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = OPERATOR("causal_conv_backward", decltype(causal_conv_backward_cpu));
     const auto s = ctx->get_saved_variables();
-    const Maybe mask = s[4].defined() ? Maybe(s[4]) : std::nullopt, reset = s[5].defined() ? Maybe(s[5]) : std::nullopt;
-    auto [dx, dweight, dbias, dstate] = op.call(or_zeros(grads[0], s[0]), or_zeros(grads[1], s[3]), s[0], s[1], s[2],
-                                                s[3], mask, reset, ctx->saved_data["silu"].toBool());
+    auto [dx, dweight, dbias, dstate] = op.call(or_zeros(grads[0], s[0]), maybe(grads[1]), s[0], s[1], s[2], s[3],
+                                                maybe(s[4]), maybe(s[5]), ctx->saved_data["silu"].toBool());
     return {dx, dweight, dbias, dstate, Tensor(), Tensor(), Tensor()};
   }
 };

@@ -127,9 +127,12 @@ T* out(const Tensor& x) {
 #define OPERATOR(name, signature) \
   c10::Dispatcher::singleton().findSchemaOrThrow("helmholtz::" name, "").typed<signature>()
 
-// A gradient that autograd leaves out is 0.
-inline Tensor or_zeros(const Tensor& grad, const Tensor& like) { return grad.defined() ? grad : at::zeros_like(like); }
-
 inline Tensor defined(const Maybe& x) { return x.has_value() ? *x : Tensor(); }
+inline Maybe maybe(const Tensor& x) { return x.defined() ? Maybe(x) : std::nullopt; }
+
+// A gradient that autograd leaves out is 0. Functions of several outputs ask for none to be filled in
+// (set_materialize_grads): zeros for what only the backward pass reads would be of its size.
+inline Tensor or_zeros(const Tensor& grad, const Tensor& like) { return grad.defined() ? grad : at::zeros_like(like); }
+inline Tensor or_zeros(const Maybe& grad, const Tensor& like) { return or_zeros(defined(grad), like); }
 
 }  // namespace helmholtz

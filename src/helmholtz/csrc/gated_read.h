@@ -254,7 +254,6 @@ struct GatedRead : torch::autograd::Function<GatedRead> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = OPERATOR("gated_read_backward", decltype(gated_read_backward_cpu));
     const auto s = ctx->get_saved_variables();
-    const auto maybe = [](const Tensor& x) { return x.defined() ? Maybe(x) : std::nullopt; };
     auto [dmixed, dbeta, dinner, douter, down] =
         op.call(grads[0], s[0], maybe(s[1]), maybe(s[2]), maybe(s[3]), maybe(s[4]), ctx->saved_data["eps"].toDouble());
     const auto of = [](const Tensor& x, const Tensor& grad) { return x.defined() ? grad : Tensor(); };

@@ -345,12 +345,12 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cpu(const Ten
 }
 
 inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward_cpu(
-    const Tensor& dout, const Tensor& dlast, const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& log_decay,
+    const Tensor& dout, const Maybe& dlast, const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& log_decay,
     const Tensor& state, const Tensor& out_, const Tensor& starts, const Tensor& mass, bool strict, bool normalize) {
   const Tensor x = with_rows_of_heads(q), y = with_rows_of_heads(k), u = with_rows_of_heads(v);
-  const Tensor d = with_rows_of_heads(dout), o = with_rows_of_heads(out_), dl = dlast.contiguous();
+  const Tensor d = with_rows_of_heads(dout), o = with_rows_of_heads(out_);
   const Tensor g = log_decay ? log_decay->contiguous() : Tensor(), start = state.contiguous();
-  const Tensor kept = starts.contiguous(), sums = mass.contiguous();
+  const Tensor dl = or_zeros(dlast, start).contiguous(), kept = starts.contiguous(), sums = mass.contiguous();
   const LinearSizes z = linear_sizes(q, v, strict, normalize);
   Tensor dq = empty_heads(q, z.keys, q.options()), dk = empty_heads(k, z.keys, k.options());
   Tensor dv = empty_heads(v, z.values, v.options()), dstate = at::empty_like(start);
@@ -374,14 +374,15 @@ struct LinearAttention : torch::autograd::Function<LinearAttention> {
     ctx->saved_data["strict"] = strict;
     ctx->saved_data["normalize"] = normalize;
     ctx->mark_non_differentiable({starts, mass});
+    ctx->set_materialize_grads(false);
     return {y, last, starts, mass};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = OPERATOR("linear_attention_backward", decltype(linear_attention_backward_cpu));
     const auto s = ctx->get_saved_variables();
-    const Maybe g = s[3].defined() ? Maybe(s[3]) : std::nullopt;
+    const Maybe g = maybe(s[3]);
     auto [dq, dk, dv, dg, dstate] =
-        op.call(or_zeros(grads[0], s[5]), or_zeros(grads[1], s[4]), s[0], s[1], s[2], g, s[4], s[5], s[6], s[7],
+        op.call(or_zeros(grads[0], s[5]), maybe(grads[1]), s[0], s[1], s[2], g, s[4], s[5], s[6], s[7],
                 ctx->saved_data["strict"].toBool(), ctx->saved_data["normalize"].toBool());
     return {dq, dk, dv, g ? dg : Tensor(), dstate, Tensor(), Tensor()};
   }

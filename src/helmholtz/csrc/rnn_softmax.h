@@ -120,11 +120,12 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> rnn_softmax_cpu(const Tensor& 
   return {y, last, top, inverse};
 }
 
-inline std::tuple<Tensor, Tensor, Tensor> rnn_softmax_backward_cpu(const Tensor& dy, const Tensor& dlast,
+inline std::tuple<Tensor, Tensor, Tensor> rnn_softmax_backward_cpu(const Tensor& dy, const Maybe& dlast,
                                                                    const Tensor& k, const Tensor& x, const Tensor& top0,
                                                                    const Maybe& reset, const Tensor& y,
                                                                    const Tensor& top, const Tensor& inverse) {
-  const Tensor g = dy.contiguous(), carry = dlast.contiguous(), key = k.contiguous(), u = x.contiguous();
+  const Tensor g = dy.contiguous(), key = k.contiguous(), u = x.contiguous();
+  const Tensor carry = dlast ? dlast->contiguous() : at::zeros({u.size(0), u.size(2) + 1, u.size(3)}, u.options());
   const Tensor m = top0.contiguous(), fresh = reset ? reset->contiguous() : Tensor();
   Tensor dk = at::empty_like(key), dx = at::empty_like(u), dsums = at::empty_like(carry);
   COMPUTED(u, key.scalar_type(), T, S,
@@ -142,16 +143,14 @@ struct RNNSoftmax : torch::autograd::Function<RNNSoftmax> {
     auto [y, last, top, inverse] = op.call(k, x, top0, sums0, reset);
     ctx->save_for_backward({k, x, top0, defined(reset), y, top, inverse});
     ctx->mark_non_differentiable({top, inverse});
+    ctx->set_materialize_grads(false);
     return {y, last, top, inverse};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = OPERATOR("rnn_softmax_backward", decltype(rnn_softmax_backward_cpu));
     const auto s = ctx->get_saved_variables();
-    const Maybe reset = s[3].defined() ? Maybe(s[3]) : std::nullopt;
-    const Tensor dlast = grads[1].defined()
-                             ? grads[1]
-                             : at::zeros({s[1].size(0), s[1].size(2) + 1, s[1].size(3)}, s[1].options());
-    auto [dk, dx, dsums] = op.call(or_zeros(grads[0], s[4]), dlast, s[0], s[1], s[2], reset, s[4], s[5], s[6]);
+    auto [dk, dx, dsums] =
+        op.call(or_zeros(grads[0], s[4]), maybe(grads[1]), s[0], s[1], s[2], maybe(s[3]), s[4], s[5], s[6]);
     return {dk, dx, Tensor(), dsums, Tensor()};
   }
 };

@@ -1,4 +1,5 @@
-// Heads side by side, the first of them turned: queries, keys, and values as they are, each head's rows together. Floor:
+// Heads side by side, the first of them turned: queries, keys, and values as they are, each head's rows together or, as
+// they came, each step's heads. Floor:
 // 1 number in and 1 out, forward and backward.
 #pragma once
 
@@ -87,18 +88,22 @@ inline Tensor table_of(int64_t batch, int64_t steps, const Tensor& x) {
 }
 
 inline std::tuple<Tensor, Tensor, Tensor> rope_cpu(const Tensor& joint, const Tensor& cos, const Tensor& sin,
-                                                   int64_t heads, int64_t groups) {
+                                                   int64_t heads, int64_t groups, bool heads_first) {
   const Tensor from = with_last_whole(joint), c = table_of(from.size(0), from.size(1), cos);
   const Tensor s = table_of(from.size(0), from.size(1), sin);
-  const auto rows = [&](int64_t n) { return at::empty({from.size(0), n, from.size(1), from.size(3)}, from.options()); };
+  const auto rows = [&](int64_t n) {
+    return heads_first ? at::empty({from.size(0), n, from.size(1), from.size(3)}, from.options())
+                       : at::empty({from.size(0), from.size(1), n, from.size(3)}, from.options()).transpose(1, 2);
+  };
   Tensor q = rows(heads), k = rows(groups), v = rows(groups);
   STORED(from, S, rope_all<S, false>(from, c, s, {q, k, v}));
   return {q, k, v};
 }
 
-inline Tensor rope_backward_cpu(const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& cos,
+inline Tensor rope_backward_cpu(const Tensor& dq, const Maybe& dk, const Maybe& dv, const Tensor& cos,
                                 const Tensor& sin) {
-  const Tensor q = with_last_whole(dq), k = with_last_whole(dk), v = with_last_whole(dv);
+  const Tensor q = with_last_whole(dq), none = q.narrow(1, 0, 0);
+  const Tensor k = dk ? with_last_whole(*dk) : none, v = dv ? with_last_whole(*dv) : none;
   const Tensor c = table_of(q.size(0), q.size(2), cos), s = table_of(q.size(0), q.size(2), sin);
   Tensor joint = at::empty({q.size(0), q.size(2), q.size(1) + 2 * k.size(1), q.size(3)}, q.options());
   STORED(joint, S, rope_all<S, true>(joint, c, s, {q, k, v}));
@@ -107,23 +112,34 @@ inline Tensor rope_backward_cpu(const Tensor& dq, const Tensor& dk, const Tensor
 
 struct Rope : torch::autograd::Function<Rope> {
   static variable_list forward(AutogradContext* ctx, const Tensor& joint, const Tensor& cos, const Tensor& sin,
-                               int64_t heads, int64_t groups) {
+                               int64_t heads, int64_t groups, bool heads_first) {
     at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = OPERATOR("rope", decltype(rope_cpu));
     ctx->save_for_backward({cos, sin});
-    auto [q, k, v] = op.call(joint, cos, sin, heads, groups);
+    ctx->saved_data["heads"] = std::vector<int64_t>{heads, groups, groups};
+    ctx->set_materialize_grads(false);
+    auto [q, k, v] = op.call(joint, cos, sin, heads, groups, heads_first);
     return {q, k, v};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = OPERATOR("rope_backward", decltype(rope_backward_cpu));
     const auto s = ctx->get_saved_variables();
-    return {op.call(grads[0], grads[1], grads[2], s[0], s[1]), Tensor(), Tensor(), Tensor(), Tensor()};
+    const auto heads = ctx->saved_data["heads"].toIntVector();
+    const auto found = std::find_if(grads.begin(), grads.end(), [](const Tensor& x) { return x.defined(); });
+    if (found == grads.end()) return variable_list(6);
+    const Tensor& one = *found;
+    const auto of = [&](int i) {
+      return grads[i].defined() ? grads[i] : at::zeros({one.size(0), heads[i], one.size(2), one.size(3)}, one.options());
+    };
+    const bool alone = heads[1] == 0;
+    return {op.call(of(0), alone ? Maybe() : of(1), alone ? Maybe() : of(2), s[0], s[1]), Tensor(), Tensor(), Tensor(),
+            Tensor(), Tensor()};
   }
 };
 
 inline std::tuple<Tensor, Tensor, Tensor> rope_autograd(const Tensor& joint, const Tensor& cos, const Tensor& sin,
-                                                        int64_t heads, int64_t groups) {
-  auto all = Rope::apply(joint, cos, sin, heads, groups);
+                                                        int64_t heads, int64_t groups, bool heads_first) {
+  auto all = Rope::apply(joint, cos, sin, heads, groups, heads_first);
   return {all[0], all[1], all[2]};
 }
 

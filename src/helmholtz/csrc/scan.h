@@ -72,9 +72,10 @@ inline std::tuple<Tensor, Tensor> scan_cpu(const Tensor& decay, const Tensor& x,
   return {h, last};
 }
 
-inline std::tuple<Tensor, Tensor, Tensor> scan_backward_cpu(const Tensor& dh, const Tensor& dlast, const Tensor& decay,
+inline std::tuple<Tensor, Tensor, Tensor> scan_backward_cpu(const Tensor& dh, const Maybe& dlast, const Tensor& decay,
                                                             const Tensor& h, const Tensor& state, bool logits) {
-  const Tensor g = dh.contiguous(), carry = dlast.contiguous(), a = with_whole_rows(decay), start = state.contiguous();
+  const Tensor g = dh.contiguous(), a = with_whole_rows(decay), start = state.contiguous();
+  const Tensor carry = or_zeros(dlast, start).contiguous();
   Tensor da = at::empty(a.sizes(), a.options()), dx = at::empty_like(da), dstart = at::empty_like(start);
   COMPUTED(start, a.scalar_type(), T, S, const auto run = logits ? scan_reverse<true, T, S> : scan_reverse<false, T, S>;
            run(in<T>(g), in<T>(carry), channel_rows<S>(a), in<T>(h), in<T>(start), out<S>(da), out<S>(dx),
@@ -90,13 +91,14 @@ struct Scan : torch::autograd::Function<Scan> {
     auto [h, last] = op.call(decay, x, state, logits);
     ctx->save_for_backward({decay, h, state});
     ctx->saved_data["logits"] = logits;
+    ctx->set_materialize_grads(false);
     return {h, last};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = OPERATOR("scan_backward", decltype(scan_backward_cpu));
     const auto saved = ctx->get_saved_variables();
-    auto [da, dx, dstart] = op.call(or_zeros(grads[0], saved[1]), or_zeros(grads[1], saved[2]), saved[0], saved[1],
-                                    saved[2], ctx->saved_data["logits"].toBool());
+    auto [da, dx, dstart] = op.call(or_zeros(grads[0], saved[1]), maybe(grads[1]), saved[0], saved[1], saved[2],
+                                    ctx->saved_data["logits"].toBool());
     return {da, dx, dstart, Tensor()};
   }
 };

@@ -345,10 +345,11 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> selective_scan_cpu(const Tenso
 
 // `state` is not read, the first that is kept is a copy: it is here so that who asks for a second derivative is told.
 inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan_backward_cpu(
-    const Tensor& dy, const Tensor& dlast, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
+    const Tensor& dy, const Maybe& dlast, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
     const Tensor& C, const Maybe& D, const Tensor& state, const Maybe& reset, const Tensor& y, const Tensor& kept,
     const Tensor& mass, bool normalize) {
-  const Tensor g = with_whole_heads(dy), gl = dlast.contiguous(), x = with_whole_heads(u), d = delta.contiguous();
+  const Tensor g = with_whole_heads(dy), x = with_whole_heads(u), d = delta.contiguous();
+  const Tensor gl = or_zeros(dlast, state).contiguous();
   const Tensor r = A.contiguous(), b = B.contiguous(), c = C.contiguous(), skip = D ? D->contiguous() : Tensor();
   const Tensor fresh = reset ? reset->contiguous() : Tensor(), read = with_whole_heads(y);
   const ScanSizes z = scan_sizes(x, r, normalize);
@@ -377,14 +378,15 @@ struct SelectiveScan : torch::autograd::Function<SelectiveScan> {
     ctx->save_for_backward({u, delta, A, B, C, defined(D), state, defined(reset), y, kept, mass});
     ctx->saved_data["normalize"] = normalize;
     ctx->mark_non_differentiable({kept, mass});
+    ctx->set_materialize_grads(false);
     return {y, last, kept, mass};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = OPERATOR("selective_scan_backward", decltype(selective_scan_backward_cpu));
     const auto s = ctx->get_saved_variables();
-    const Maybe D = s[5].defined() ? Maybe(s[5]) : std::nullopt, reset = s[7].defined() ? Maybe(s[7]) : std::nullopt;
+    const Maybe D = maybe(s[5]), reset = maybe(s[7]);
     auto [du, ddelta, dA, dB, dC, dD, dstart] =
-        op.call(or_zeros(grads[0], s[8]), or_zeros(grads[1], s[6]), s[0], s[1], s[2], s[3], s[4], D, s[6], reset, s[8],
+        op.call(or_zeros(grads[0], s[8]), maybe(grads[1]), s[0], s[1], s[2], s[3], s[4], D, s[6], reset, s[8],
                 s[9], s[10], ctx->saved_data["normalize"].toBool());
     return {du, ddelta, dA, dB, dC, D ? dD : Tensor(), dstart, Tensor(), Tensor()};
   }

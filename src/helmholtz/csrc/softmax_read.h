@@ -525,6 +525,7 @@ struct SoftmaxReadFunction : torch::autograd::Function<SoftmaxReadFunction> {
     static const auto op = OPERATOR("softmax_read", decltype(softmax_read_cpu));
     auto [mixed, lse] = op.call(q, k, v, beta, key_mask, cu_seqlens, causal, cap);
     ctx->mark_non_differentiable({lse});
+    ctx->set_materialize_grads(false);
     ctx->save_for_backward({q, k, v, defined(beta), defined(key_mask), defined(cu_seqlens), mixed, lse});
     ctx->saved_data["causal"] = causal;
     ctx->saved_data["cap"] = cap;
@@ -532,8 +533,8 @@ struct SoftmaxReadFunction : torch::autograd::Function<SoftmaxReadFunction> {
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = OPERATOR("softmax_read_backward", decltype(softmax_read_backward_cpu));
+    if (!grads[0].defined()) return variable_list(8);
     const auto s = ctx->get_saved_variables();
-    const auto maybe = [](const Tensor& x) { return x.defined() ? Maybe(x) : std::nullopt; };
     auto [dq, dk, dv, dbeta] = op.call(grads[0], s[0], s[1], s[2], maybe(s[3]), maybe(s[4]), maybe(s[5]), s[6], s[7],
                                        ctx->saved_data["causal"].toBool(), ctx->saved_data["cap"].toDouble());
     return {dq, dk, dv, s[3].defined() ? dbeta : Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};

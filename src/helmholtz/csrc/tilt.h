@@ -67,22 +67,23 @@ void tilt_all_backward(const Tensor& grad, const Tensor& v, const Tensor& beta, 
   dbeta.copy_(sums.sum(0).view(dbeta.sizes()));
 }
 
-// v B T G V to signals B T G 2 V, in memory B T 2 G V if `apart`.
+// v B G T V to signals B G T 2 V, in memory B T G 2 V, or B T 2 G V if `apart`.
 inline Tensor tilt_cpu(const Tensor& v, const Tensor& beta, double cap, bool apart) {
-  const Tensor x = with_whole_rows(v), rate = beta.contiguous();
+  const Tensor x = with_whole_rows(v.transpose(1, 2)), rate = beta.contiguous();
   const int64_t b = x.size(0), t = x.size(1), g = x.size(2), n = x.size(3);
   Tensor signals = apart ? at::empty({b, t, 2, g, n}, rate.options()).transpose(2, 3)
                          : at::empty({b, t, g, 2, n}, rate.options());
   COMPUTED(rate, x.scalar_type(), T, S, tilt_all<T, S>(x, rate, cap, signals));
-  return signals;
+  return signals.transpose(1, 2);
 }
 
 inline std::tuple<Tensor, Tensor> tilt_backward_cpu(const Tensor& grad, const Tensor& v, const Tensor& beta,
                                                     double cap) {
-  const Tensor x = with_whole_rows(v), rate = beta.contiguous(), g = with_whole_rows(grad);
+  const Tensor x = with_whole_rows(v.transpose(1, 2)), rate = beta.contiguous();
+  const Tensor g = with_whole_rows(grad.transpose(1, 2));
   Tensor dv = at::empty(x.sizes(), x.options()), dbeta = at::empty_like(rate);
   COMPUTED(rate, x.scalar_type(), T, S, tilt_all_backward<T, S>(g, x, rate, cap, dv, dbeta));
-  return {dv, dbeta};
+  return {dv.transpose(1, 2), dbeta};
 }
 
 struct TiltValues : torch::autograd::Function<TiltValues> {

@@ -33,7 +33,7 @@ def _scan(decay: Tensor, x: Tensor, state: Tensor, logits: bool) -> tuple[Tensor
 
 _define("scan(Tensor decay, Tensor x, Tensor state, bool logits) -> (Tensor, Tensor)", _scan)
 _define(
-    "scan_backward(Tensor dh, Tensor dlast, Tensor decay, Tensor h, Tensor state, bool logits) "
+    "scan_backward(Tensor dh, Tensor? dlast, Tensor decay, Tensor h, Tensor state, bool logits) "
     "-> (Tensor, Tensor, Tensor)",
     lambda dh, dlast, decay, h, state, logits: (
         *(decay.new_empty(decay.shape) for _ in range(2)),
@@ -53,16 +53,16 @@ _define(
 
 
 def _tilt(v: Tensor, beta: Tensor, cap: float, apart: bool) -> Tensor:
-    batch, steps, groups, width = v.shape
+    batch, groups, steps, width = v.shape
     if apart:
-        return beta.new_empty(batch, steps, 2, groups, width).transpose(2, 3)
-    return beta.new_empty(batch, steps, groups, 2, width)
+        return beta.new_empty(batch, steps, 2, groups, width).permute(0, 3, 1, 2, 4)
+    return beta.new_empty(batch, steps, groups, 2, width).transpose(1, 2)
 
 
 _define("tilt(Tensor v, Tensor beta, float cap, bool apart) -> Tensor", _tilt)
 _define(
     "tilt_backward(Tensor dsignals, Tensor v, Tensor beta, float cap) -> (Tensor, Tensor)",
-    lambda dsignals, v, beta, cap: _like(v, beta),
+    lambda dsignals, v, beta, cap: (_of_heads(v, v.shape[3], v.dtype), *_like(beta)),
 )
 
 
@@ -93,9 +93,12 @@ _define(
     ),
 )
 _define(
-    "rnn_softmax_backward(Tensor daveraged, Tensor dsums, Tensor k, Tensor signals, Tensor max, Tensor? reset, "
+    "rnn_softmax_backward(Tensor daveraged, Tensor? dsums, Tensor k, Tensor signals, Tensor max, Tensor? reset, "
     "Tensor averaged, Tensor top, Tensor inverse) -> (Tensor, Tensor, Tensor)",
-    lambda dy, dsums, k, signals, *_: _like(k, signals, dsums),
+    lambda dy, dsums, k, signals, *_: (
+        *_like(k, signals),
+        signals.new_empty(signals.shape[0], signals.shape[2] + 1, signals.shape[3]),
+    ),
 )
 _define(
     "rope_table(Tensor positions, int width, float theta) -> (Tensor, Tensor)",
@@ -171,14 +174,14 @@ _define(
     _selective_scan,
 )
 _define(
-    "selective_scan_backward(Tensor dy, Tensor dlast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, "
-    "Tensor state, Tensor? reset, Tensor y, Tensor kept, Tensor mass, bool normalize) "
+    "selective_scan_backward(Tensor dy, Tensor? dlast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
+    "Tensor? D, Tensor state, Tensor? reset, Tensor y, Tensor kept, Tensor mass, bool normalize) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda dy, dlast, u, delta, A, B, C, D, *_: (
+    lambda dy, dlast, u, delta, A, B, C, D, state, *_: (
         _signals(u, u.dtype),
         *_like(delta, A, B, C),
         delta.new_empty(0 if D is None else D.shape),
-        *_like(dlast),
+        *_like(state),
     ),
 )
 _define(
@@ -187,7 +190,7 @@ _define(
     lambda x, weight, bias, state, *_: _like(x, state),
 )
 _define(
-    "causal_conv_backward(Tensor dy, Tensor dlast, Tensor x, Tensor weight, Tensor bias, Tensor state, Tensor? mask, "
+    "causal_conv_backward(Tensor dy, Tensor? dlast, Tensor x, Tensor weight, Tensor bias, Tensor state, Tensor? mask, "
     "Tensor? reset, bool silu) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda dy, dlast, x, weight, bias, state, *_: _like(x, weight, bias, state),
 )
@@ -217,18 +220,24 @@ _define("swiglu(Tensor gate_up) -> Tensor", lambda x: x.new_empty(*x.shape[:-1],
 _define("swiglu_backward(Tensor dy, Tensor gate_up) -> Tensor", lambda dy, gate_up: _empty_rows(gate_up))
 
 
-def _rope(joint: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+def _rope(
+    joint: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int, heads_first: bool
+) -> tuple[Tensor, ...]:
     batch, time, _, width = joint.shape
-    q, k, v = (joint.new_empty(batch, n, time, width) for n in (heads, groups, groups))
-    return q, k, v
+    if heads_first:
+        return tuple(joint.new_empty(batch, n, time, width) for n in (heads, groups, groups))
+    return tuple(joint.new_empty(batch, time, n, width).transpose(1, 2) for n in (heads, groups, groups))
 
 
 _define(
-    "rope(Tensor joint, Tensor cos, Tensor sin, int heads, int groups) -> (Tensor, Tensor, Tensor)", _rope
+    "rope(Tensor joint, Tensor cos, Tensor sin, int heads, int groups, bool heads_first) -> (Tensor, Tensor, Tensor)",
+    _rope,
 )
 _define(
-    "rope_backward(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) -> Tensor",
-    lambda q, k, v, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1] + 2 * k.shape[1], q.shape[3]),
+    "rope_backward(Tensor dq, Tensor? dk, Tensor? dv, Tensor cos, Tensor sin) -> Tensor",
+    lambda q, k, v, *_: q.new_empty(
+        q.shape[0], q.shape[2], q.shape[1] + (0 if k is None else 2 * k.shape[1]), q.shape[3]
+    ),
 )
 
 
@@ -269,7 +278,14 @@ def _linear_attention(
 
 
 def _linear_attention_backward(
-    dout: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, *_: object
+    dout: Tensor,
+    dlast: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    state: Tensor,
+    *_: object,
 ) -> tuple[Tensor, ...]:
     grads = (_of_heads(x, x.shape[3], x.dtype) for x in (q, k, v))
     return *grads, state.new_empty(0) if g is None else g.new_empty(g.shape), *_like(state)
@@ -281,7 +297,7 @@ _define(
     _linear_attention,
 )
 _define(
-    "linear_attention_backward(Tensor dout, Tensor dlast, Tensor q, Tensor k, Tensor v, Tensor? log_decay, "
+    "linear_attention_backward(Tensor dout, Tensor? dlast, Tensor q, Tensor k, Tensor v, Tensor? log_decay, "
     "Tensor state, Tensor out, Tensor starts, Tensor mass, bool strict, bool normalize) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_attention_backward,

@@ -159,7 +159,7 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
         source: Float[Tensor, "B T D"] | None,
         layout: SequenceLayout,
         state: MixerState | None,
-    ) -> tuple[Float[Tensor, "B T D"], MixerState]:
+    ) -> tuple[Float[Tensor, "B T D"], MixerState | None]:
         if source is not None:
             x = x.expand_as(source)
         return self._read_from(x, source, layout, layout, state)
@@ -171,7 +171,7 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
         layout: SequenceLayout,
         key_layout: SequenceLayout,
         state: MixerState | None,
-    ) -> tuple[Tensor, MixerState]:
+    ) -> tuple[Tensor, MixerState | None]:
         """The read of ``x`` from what is ``written``, a source or a context; None means ``x`` itself."""
         prior, c = self.prior, self.config
         features, tdc, tdc_source = self._features(x, written, layout, key_layout, state)
@@ -181,8 +181,9 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
         mixed, prior_state = prior(features, values, tilt, layout, key_layout, prior_state)
         read = self._read(mixed, tilt.beta, features, prior.output_gate(features, layout)).flatten(2)
         y = self.dropout(self.o_proj(as_dtype(read, values.dtype)))
-        seen = x.new_zeros(x.shape[0], dtype=torch.long) if state is None else state.position
-        return y, MixerState(layout.advance(seen), prior_state, tdc, tdc_source)
+        if state is None:
+            return y, None
+        return y, MixerState(layout.advance(state.position), prior_state, tdc, tdc_source)
 
     def _features(
         self,
@@ -222,7 +223,7 @@ class FreeEnergyMixer(AbstractMixer[MixerState]):
         mixed: Float[Tensor, "B H T N V"],
         beta: Float[Tensor, "G V"] | None,
         features: Mapping[str, Tensor],
-        gate: Float[Tensor, "B T C"] | None,
+        gate: Float[Tensor, "B T H V"] | None,
     ) -> Float[Tensor, "B T H V"]:
         c = self.config
         if beta is not None and len(beta) != c.n_heads:

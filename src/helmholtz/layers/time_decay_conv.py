@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from helmholtz.layers.sequence import SequenceLayout, reversed_reset
 from helmholtz.ops._compute import compute_dtype
-from helmholtz.ops.gated_read import gated_read
+from helmholtz.ops.gated_read import gated
 from helmholtz.ops.scan import leaky_scan
 
 
@@ -52,9 +52,7 @@ class TimeDecayConditioning(nn.Module):
         """``(features, state)``; a pad leaves the state as it was."""
         rate, drive, gate = self.in_proj(self.norm(_wide(x))).chunk(3, dim=-1)
         h, state = self._scan(rate, drive, layout, state)
-        normed, (batch, time, width) = self.state_norm(_wide(h)), h.shape
-        one = normed.view(batch, time, 1, 1, width)  # head of one signal
-        return gated_read(one, None, own=gate, eps=0.0).view(batch, time, width), state
+        return gated(self.state_norm(_wide(h)), gate), state
 
     def _scan(
         self, rate: Tensor, drive: Tensor, layout: SequenceLayout, state: Tensor | None

@@ -10,7 +10,7 @@ from helmholtz import kernels
 from helmholtz.ops._compute import compute_dtype, full_precision
 from helmholtz.ops._recompute import recomputed
 
-LONGEST = 512
+LONGEST = 256
 """Queries whose weights the plain form holds at once; of more, they are computed again for the backward pass."""
 
 
@@ -58,34 +58,45 @@ def average(
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    if causal:
-        mask = visible(q.shape[2], k.shape[2], True, None, None, q.device)
+    if q.shape[2] <= LONGEST:
+        return _weighted(q, k, v, mask, causal, scale)
     parts = []
-    for first in range(0, max(q.shape[2], 1), LONGEST):
+    for first in range(0, q.shape[2], LONGEST):
         last = min(first + LONGEST, q.shape[2])
         seen = last if causal else k.shape[2]
         part = None
         if mask is not None:
             part = mask[..., first:last, :seen] if mask.shape[-2] > 1 else mask[..., :seen]
-        inputs = (q[:, :, first:last], k[:, :, :seen], v[:, :, :seen], part, scale)
-        parts.append(_weighted(*inputs) if q.shape[2] <= LONGEST else recomputed(_weighted, *inputs))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        inputs = (q[:, :, first:last], k[:, :, :seen], v[:, :, :seen], part, causal, scale)
+        parts.append(recomputed(_weighted, *inputs))
+    return torch.cat(parts, dim=2)
 
 
-def _weighted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    wide, groups = compute_dtype(q, k, v), k.shape[1]
+def _weighted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """Causal queries are the last places of the keys. Heads of a group are rows of one product."""
+    wide, (batch, heads, times, width), (groups, sources) = compute_dtype(q, k, v), q.shape, k.shape[1:3]
+    share = heads // groups
     with full_precision(q.device):
-        keys = k.to(wide).unsqueeze(2).transpose(-1, -2)
-        scores = (scale * q.to(wide).unflatten(1, (groups, -1)) @ keys).flatten(1, 2)
-        if mask is None:
-            weights = scores.softmax(-1)
+        rows = q.to(wide).reshape(batch * groups, share * times, width)
+        keys, values = (x.to(wide).flatten(0, 1) for x in (k, v))
+        if causal:  # every row sees itself
+            future = rows.new_full((times, sources), -torch.inf).triu(sources - times + 1)
+            future = future if share == 1 else future.repeat(share, 1)
+            weights = torch.baddbmm(future, rows, keys.mT, alpha=scale).softmax(-1)
         else:
-            hidden = ~mask if mask.dtype == torch.bool else mask.isneginf()
-            scores = scores.masked_fill(hidden, -torch.inf) if mask.dtype == torch.bool else scores + mask
-            blind = hidden.all(-1, keepdim=True)  # these rows see nothing: 0, where a softmax would be NaN
-            weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
-        read = weights.unflatten(1, (groups, -1)) @ v.to(wide).unsqueeze(2)
-    return read.flatten(1, 2).to(v.dtype)
+            scores = torch.bmm(scale * rows, keys.mT)
+            weights = _masked_softmax(scores.view(batch, heads, times, sources), mask).view_as(scores)
+        read = torch.bmm(weights, values)
+    return read.view(batch, heads, times, -1).to(v.dtype)
+
+
+def _masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return scores.softmax(-1)
+    hidden = ~mask if mask.dtype == torch.bool else mask.isneginf()
+    scores = scores.masked_fill(hidden, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    blind = hidden.all(-1, keepdim=True)  # these rows see nothing: 0, where a softmax would be NaN
+    return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
 
 
 def visible(

@@ -5,14 +5,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helmholtz import kernels
-from helmholtz.ops._compute import full_precision
+from helmholtz.ops._compute import compute_dtype, full_precision
 from helmholtz.ops._recompute import recomputed
-from helmholtz.ops.scan import states
+from helmholtz.ops.scan import WIDE_CHUNK, from_zero
 
-CHANNEL_CHUNK = 8
+CHANNEL_CHUNK = 4
 """Chunks whose states are carried at once where each channel has decays of its own."""
 
-# Shapes: n chunks of L steps, a power of two; heads of q and k broadcast. `since_i` is what decays from a span's start
+# Shapes: n chunks of L steps, a power of two. `since_i` is what decays from a span's start
 # up to i, `until_j` what decays after j up to its end. Log decays are only added and factors only multiplied: no
 # exponent is above 0, none is a difference of sums, and a step's gradient sums the pairs it separates alone.
 
@@ -22,65 +22,67 @@ def chunked_sums(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
-    state: Tensor,
+    state: Tensor | None,
     *,
     chunk: int,
     strict: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``(out: B H T V, state after: B H K V)`` of ``linear_attention`` in the dtype of ``state``, all chunks at once.
+    """``(out: B H T V, state after: B H K V)`` of ``linear_attention`` in the compute dtype, all chunks at once.
 
     Args:
-        q, k, v: as ``state``, or bfloat16.
+        q, k, v: in the compute dtype, or bfloat16; heads of q and k broadcast.
         log_decay: ``B H T E`` with one decay per step (``E = 1``) or per key channel (``E = K``).
         strict: leave the pairs ``i = j`` out.
     """
+    compute = compute_dtype(q, k, v, log_decay, state)
     by_channel = log_decay is not None and log_decay.shape[-1] > 1
+    (batch, heads, steps, width), keys = v.shape, k.shape[3]
     if kernels.usable(q, k, v, log_decay, state) and not by_channel:
-        q, k = (x.expand(-1, v.shape[1], -1, -1) for x in (q, k))
+        q, k = (x.expand(-1, heads, -1, -1) for x in (q, k))
         decays = None if log_decay is None else log_decay.squeeze(-1).expand(v.shape[:3])
-        return torch.ops.helmholtz.linear_attention(q, k, v, decays, state, strict, False)[:2]
-    q, k, v = (x.to(state.dtype) for x in (q, k, v))
-    num_steps = v.shape[2]
-    length = min(chunk, 1 << (num_steps - 1).bit_length())
-    pad = -num_steps % length
-    q, k, v = (F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, length)) for x in (q, k, v))
+        start = v.new_zeros(batch, heads, keys, width, dtype=compute) if state is None else state
+        return torch.ops.helmholtz.linear_attention(q, k, v, decays, start, strict, False)[:2]
+    length = min(chunk, 1 << (steps - 1).bit_length())
+
+    def chunks(x: Tensor) -> Tensor:  # of all heads and rows side by side
+        x = x.to(compute)
+        x = x if x.shape[1] == heads else x.expand(batch, heads, -1, -1)
+        x = F.pad(x, (0, 0, 0, -steps % length)) if steps % length else x
+        return x.reshape(-1, length, x.shape[3])
+
+    q, k, v = chunks(q), chunks(k), chunks(v)
     with full_precision(v.device):
+        reads, writes, total = q, k, None
         if log_decay is None:
-            scores, total = (q @ k.mT).tril(-strict), None
-            reads, writes = q, k
+            scores = torch.bmm(q, k.mT)
         else:
-            log_decay = F.pad(log_decay, (0, 0, 0, pad)).unflatten(2, (-1, length))
+            decays = chunks(log_decay)
             of = _channel_scores if by_channel else _step_scores
-            # kept, it would be four squares of a chunk, or log2 L copies of q and k
-            scores, since, until = recomputed(of, q, k, log_decay, strict)
-            reads, writes, total = q * since, k * until, since[..., -1, :].unsqueeze(-1)
-        starts, last = _carry(writes.mT @ v, total, state)
-        out = scores @ v + reads @ starts
-    return out.flatten(2, 3)[:, :, :num_steps], last
+            # kept, it would be two more squares of a chunk, or log2 L copies of q and k
+            scores, since, until = recomputed(of, q, k, decays)
+            reads, writes = q * since, k * until
+            total = since[:, -1].view(batch, heads, -1, since.shape[2])
+        added = torch.bmm(writes.mT, v).view(batch, heads, -1, keys, width)
+        starts, last = carry(added, total, state)
+        inside = torch.bmm(scores.tril(-1 if strict else 0), v)
+        out = torch.baddbmm(inside, reads, starts.flatten(0, 2)).view(batch, heads, -1, width)
+    return out[:, :, :steps] if steps % length else out, last
 
 
-def _step_scores(q: Tensor, k: Tensor, log_decay: Tensor, strict: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """``(q_i . k_j times the decays from j to i, since, until)`` of one decay per step."""
-    weights = decays_between(log_decay.squeeze(-1))
-    scores = (q @ k.mT) * weights
-    since, until = log_decay.cumsum(-2).exp(), weights[..., -1, :].unsqueeze(-1)
-    return scores.tril(-1) if strict else scores, since, until
+def _step_scores(q: Tensor, k: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``(q_i . k_j times the decays from j to i, since, until)`` of one decay per step; for ``i < j`` anything."""
+    length = q.shape[1]
+    between = log_decay.expand(-1, -1, length).tril(-1).cumsum(1).exp()  # over j < s <= i
+    return torch.bmm(q, k.mT) * between, log_decay.cumsum(1).exp(), between[:, -1].unsqueeze(-1)
 
 
-def decays_between(log_decay: Tensor) -> Tensor:
-    """What decays from step j to step i, ``... i j``; 0 for ``i < j``."""
-    length = log_decay.shape[-1]
-    sums = log_decay.unsqueeze(-1).expand(*log_decay.shape, length).tril(-1).cumsum(-2)  # over j < s <= i
-    return sums.exp().tril()
-
-
-def _channel_scores(q: Tensor, k: Tensor, log_decay: Tensor, strict: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _channel_scores(q: Tensor, k: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same of one decay per key channel: halves of spans that double, from one step to the whole chunk.
 
     For i in the right and j in the left half the decays from j to i are ``since_i until_j``.
     """
     q, k, since = (x.unsqueeze(-2) for x in (q, k, log_decay.exp()))  # blocks of one step
-    until, scores = torch.ones_like(since), (q * k).sum(-1, keepdim=True) * (not strict)
+    until, scores = torch.ones_like(since), (q * k).sum(-1, keepdim=True)
     scores = scores.expand(*since.shape[:-1], 1)
     while q.shape[-3] > 1:
         (_, q_right), (k_left, _) = _halves(q), _halves(k)
@@ -102,13 +104,19 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     return left, right
 
 
-def _carry(added: Tensor, decay: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
-    """``state`` before each of the chunks, where each makes it ``decay state + added``, and after the last."""
+def carry(added: Tensor, decay: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``state`` before each of the chunks, where each makes it ``decay state + added``, and after the last; decays are
+    ``B H n E``."""
+    if state is not None:
+        first = state if decay is None else decay[:, :, 0].unsqueeze(-1) * state
+        added = torch.cat([added[:, :, :1] + first.unsqueeze(2), added[:, :, 1:]], 2)
     if decay is None:
-        ends = added.cumsum(2) + state.unsqueeze(2)
-        return torch.cat([state.unsqueeze(2), ends[:, :, :-1]], 2), ends[:, :, -1]
-    if decay.shape[3] == 1:  # of all of the state
-        ends = states(decay.flatten(2), added.flatten(3), state.flatten(2)).unflatten(3, state.shape[2:])
+        ends = added.cumsum(2)
+    elif decay.shape[3] == 1:  # of all of the state
+        ends = from_zero(decay.squeeze(3), added.flatten(3), WIDE_CHUNK).view_as(added)
     else:
-        ends = states(decay.squeeze(4).mT, added.transpose(2, 3), state, CHANNEL_CHUNK).transpose(2, 3)
-    return ends[:, :, :-1], ends[:, :, -1]
+        ends = from_zero(decay.mT, added.transpose(2, 3), CHANNEL_CHUNK).transpose(2, 3)
+    before = F.pad(ends[:, :, :-1], (0, 0, 0, 0, 1, 0))
+    if state is not None:
+        before = torch.cat([state.unsqueeze(2), ends[:, :, :-1]], 2)
+    return before, ends[:, :, -1]

@@ -28,13 +28,12 @@ def tilt_values(
             them; without it as ``B T G 2 V``, as attention does.
     """
     wide = compute_dtype(v)
-    rates, heads_last = beta.to(wide), v.transpose(1, 2)
+    rates = beta.to(wide)
     if kernels.usable(v):
-        signals: Tensor = torch.ops.helmholtz.tilt(heads_last, rates, cap, signals_first)
-    else:
-        heads_last = heads_last.to(wide)
-        signals = torch.stack([heads_last, F.hardtanh(rates * heads_last, -cap, cap).exp()], dim=-2)
-    return signals.transpose(1, 2)
+        signals: Tensor = torch.ops.helmholtz.tilt(v, rates, cap, signals_first)
+        return signals
+    v = v.to(wide)
+    return torch.stack([v, F.hardtanh(rates.unsqueeze(1) * v, -cap, cap).exp()], dim=-2)
 
 
 def free_energy_from_mixed(

@@ -14,7 +14,7 @@ def gated_read(
     beta: Float[Tensor, "H V"] | None,
     inner: Float[Tensor, "B T *HV"] | None = None,
     outer: Float[Tensor, "B T *HV"] | None = None,
-    own: Float[Tensor, "B T *HV"] | None = None,
+    own: Float[Tensor, "B T *own"] | None = None,
     *,
     eps: float = 1e-6,
 ) -> Float[Tensor, "B T H V"]:
@@ -64,10 +64,23 @@ def _plain(
     read = mean
     if beta is not None:
         free = F.threshold(rest[0], 0, 1).log() / beta
-        read = free if inner is None else torch.lerp(mean, free, inner.sigmoid())
+        read = free if inner is None else torch.addcmul(mean, inner.sigmoid(), free - mean)
     if outer is not None:
         read = read * outer_gate(outer, eps=eps)
-    return read if own is None else read * F.rms_norm(_softplus(own) + eps, own.shape[-1:])
+    return read if own is None else read * own_gate(own, eps=eps)
+
+
+def gated(x: Float[Tensor, "B T V"], own: Float[Tensor, "B T V"]) -> Float[Tensor, "B T V"]:
+    """``x`` times the gate that ``own`` is in ``gated_read``, with eps = 0; in the dtype of the gate."""
+    if kernels.usable(x):
+        return gated_read(x.unflatten(-1, (1, 1, -1)), None, own=own, eps=0.0).squeeze(2)
+    wide = compute_dtype(x)
+    return (x.to(wide) * own_gate(own.to(wide))).to(own.dtype)
+
+
+def own_gate(x: Float[Tensor, "*batch V"], *, eps: float = 0.0) -> Float[Tensor, "*batch V"]:
+    u = _softplus(x)
+    return F.rms_norm(u + eps if eps else u, x.shape[-1:])
 
 
 def _softplus(x: Tensor) -> Tensor:

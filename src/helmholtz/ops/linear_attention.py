@@ -56,13 +56,13 @@ def _torch(
     if v.shape[2] == 1 and not kernels.usable(q, k, v, log_decay, state):  # a step of a stream
         return recurrent_linear_attention(q, k, v, log_decay, state=state, reset=reset)
     compute, dtype = compute_dtype(q, k, v, log_decay, state), v.dtype
-    if state is None:
-        state = v.new_zeros((*k.shape[:2], k.shape[3], v.shape[3]))
     if v.shape[2] == 0:
+        state = v.new_zeros((*k.shape[:2], k.shape[3], v.shape[3])) if state is None else state
         return v, state.to(compute)
     decays = _decays(v, log_decay, reset, compute)
     q, k, v = (_readable(x, compute) for x in (q, k, v))
-    out, last = chunked_sums(q, k, v, decays, state.to(compute), chunk=chunk_size)
+    state = None if state is None else state.to(compute)
+    out, last = chunked_sums(q, k, v, decays, state, chunk=chunk_size)
     return out.to(dtype), last
 
 
@@ -158,8 +158,10 @@ def linear_average(
     if by_head and backend != "fla" and v.shape[2] and kernels.usable(q, k, v, log_decay, state, reset):
         if state is None:
             state = v.new_zeros((*k.shape[:2], k.shape[3], v.shape[3] + 1), dtype=compute)
-        decays = _decays(v, log_decay, reset, compute)
-        decays = None if decays is None else decays.squeeze(-1).expand(v.shape[:3])
+        decays = None if log_decay is None else log_decay.to(compute)
+        if reset is not None:
+            decays = _decays(v, log_decay, reset, compute)
+            decays = None if decays is None else decays.squeeze(-1).expand(v.shape[:3])
         q, k, v = (_readable(x, compute) for x in (q, k, v))
         out, last, _, _ = torch.ops.helmholtz.linear_attention(
             q, k, v, decays, state.to(compute), False, True
@@ -167,5 +169,5 @@ def linear_average(
         return out, last
     ones = F.pad(v.to(compute), (0, 1), value=1.0)
     sums, last = linear_attention(q, k, ones, log_decay, state=state, reset=reset, backend=backend)
-    mass = sums[..., -1:]
-    return sums[..., :-1] / torch.where(mass > 0, mass, 1.0), last
+    signals, mass = sums.split([v.shape[3], 1], dim=-1)
+    return signals / F.threshold(mass, 0, 1), last

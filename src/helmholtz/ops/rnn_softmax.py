@@ -26,14 +26,17 @@ class RNNSoftmaxState:
     """Weighted sums of the signals; the last row is the sum of the weights."""
 
 
-def _running_max(k: Tensor, start: Tensor, reset: Tensor | None) -> Tensor:
+def _running_max(k: Tensor, start: Tensor | None, reset: Tensor | None) -> Tensor:
     """Largest key of the sequence so far, at every step; a reset forgets the keys before it."""
     floor = torch.finfo(k.dtype).min  # finite, so that a row without any weight subtracts to 0 and not to NaN
-    top, before = k.clamp_min(floor), start.clamp_min(floor).unsqueeze(1)
-    if reset is None:
-        return torch.maximum(top.cummax(1).values, before)
-    segment = reset.cumsum(1).unsqueeze(-1)
-    top = torch.where(segment[:, :1] == 0, torch.cat([torch.maximum(top[:, :1], before), top[:, 1:]], 1), top)
+    top = k.clamp_min(floor)
+    segment = None if reset is None else reset.cumsum(1).unsqueeze(-1)
+    if start is not None:
+        first = torch.maximum(top[:, :1], start.unsqueeze(1))
+        first = first if segment is None else torch.where(segment[:, :1] == 0, first, top[:, :1])
+        top = torch.cat([first, top[:, 1:]], 1)
+    if segment is None:
+        return top.cummax(1).values
     span = 1
     while span < k.shape[1]:
         earlier = F.pad(top[:, :-span], (0, 0, span, 0), value=floor)
@@ -43,12 +46,15 @@ def _running_max(k: Tensor, start: Tensor, reset: Tensor | None) -> Tensor:
 
 
 def _plain(
-    k: Tensor, signals: Tensor, start: Tensor, sums: Tensor, reset: Tensor | None
+    k: Tensor, signals: Tensor, start: Tensor | None, sums: Tensor | None, reset: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Averages, last sums and running maximum, which is a constant to the gradient."""
     with torch.no_grad():  # and detached: forward mode does not mind no_grad
-        top = _running_max(k.detach(), start.detach(), reset)
-        before = torch.cat([start.detach().unsqueeze(1), top[:, :-1]], dim=1)
+        start = None if start is None else start.detach()
+        top = _running_max(k.detach(), start, reset)
+        before = F.pad(top[:, :-1], (0, 0, 1, 0), value=-torch.inf)
+        if start is not None:
+            before = torch.cat([start.unsqueeze(1), top[:, :-1]], dim=1)
         decay = (before - top).exp()
         if reset is not None:
             decay = decay.masked_fill(reset.unsqueeze(-1), 0)
@@ -56,10 +62,12 @@ def _plain(
     return averaged, last, top
 
 
-def _averages(k: Tensor, signals: Tensor, top: Tensor, decay: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+def _averages(
+    k: Tensor, signals: Tensor, top: Tensor, decay: Tensor, start: Tensor | None
+) -> tuple[Tensor, Tensor]:
     weight = (k - top).exp().unsqueeze(2)
     sums = plain_scan(decay, torch.cat([weight * signals, weight], dim=2), start)
-    signal, total = sums[:, :, :-1], sums[:, :, -1:]
+    signal, total = sums.split([signals.shape[2], 1], dim=2)
     return signal / F.threshold(total, 0, 1), sums[:, -1]  # without any weight the signals are 0
 
 
@@ -98,19 +106,20 @@ def rnn_softmax(
     """
     compute = compute_dtype(k, signals)
     batch, num_steps, num_signals, width = signals.shape
-    if state is None:
+    wide, by_kernel = signals.to(compute), kernels.usable(k, signals)
+    if state is None and (by_kernel or num_steps == 0):
         state = RNNSoftmaxState(
             max=k.new_full((batch, width), -torch.inf, dtype=compute),
             sums=k.new_zeros((batch, num_signals + 1, width), dtype=compute),
         )
     if num_steps == 0:
+        assert state is not None
         return signals, state
-    others = signals.to(compute), state.max.to(compute), state.sums.to(compute)
-    if kernels.usable(k, *others):
+    start, before = (None, None) if state is None else (state.max.to(compute), state.sums.to(compute))
+    if by_kernel:
         keys = k if k.dtype == torch.bfloat16 and compute == torch.float32 else k.to(compute)
-        averaged, sums, top, _ = torch.ops.helmholtz.rnn_softmax(keys, *others, reset)
+        averaged, sums, top, _ = torch.ops.helmholtz.rnn_softmax(keys, wide, start, before, reset)
     else:
-        averaged, sums, top = _plain(k.to(compute), *others, reset)
-    last = top[:, -1]
-    last = torch.where(last > torch.finfo(compute).min, last, -torch.inf)
+        averaged, sums, top = _plain(k.to(compute), wide, start, before, reset)
+    last = F.threshold(top[:, -1], torch.finfo(compute).min, -torch.inf)
     return averaged.to(signals.dtype), RNNSoftmaxState(max=last, sums=sums)

@@ -45,14 +45,25 @@ def rotate(
     x: Float[Tensor, "B H T K"], cos: Float[Tensor, "*BT K"], sin: Float[Tensor, "*BT K"]
 ) -> Float[Tensor, "B H T K"]:
     """Rotate the pairs ``(x_i, x_{i+K/2})`` by the angles of a ``rope_table`` (``T K`` or ``B T K``)."""
+    return rotate_heads(x.transpose(1, 2), cos, sin)
+
+
+def rotate_heads(
+    x: Float[Tensor, "B T H K"],
+    cos: Float[Tensor, "*BT K"],
+    sin: Float[Tensor, "*BT K"],
+    *,
+    heads_first: bool = True,
+) -> Float[Tensor, "B H T K"]:
+    """`rotate` of heads that lie side by side; the kernel lays each head's rows together, or each step's heads."""
     _check_table(cos, x)
     if _has_kernel(x, cos):
         wide = compute_dtype(x)
-        turned, *_ = torch.ops.helmholtz.rope(x.transpose(1, 2), cos.to(wide), sin.to(wide), x.shape[1], 0)
+        turned, *_ = torch.ops.helmholtz.rope(x, cos.to(wide), sin.to(wide), x.shape[2], 0, heads_first)
         return turned
     if cos.ndim > 2:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return _rotated(x, cos, sin)
+    return _rotated(x.transpose(1, 2), cos, sin)
 
 
 def _check_table(cos: Tensor, x: Tensor) -> None:
@@ -105,7 +116,7 @@ def rotate_split(
     _check_table(cos, joint)
     if _has_kernel(joint, cos):
         wide = compute_dtype(joint)
-        q, k, v = torch.ops.helmholtz.rope(joint, cos.to(wide), sin.to(wide), heads, groups)
+        q, k, v = torch.ops.helmholtz.rope(joint, cos.to(wide), sin.to(wide), heads, groups, True)
         return q, k, v
     plain, v = joint.split([heads + groups, groups], dim=2)
     turned = _rotated(plain, cos.unsqueeze(-2), sin.unsqueeze(-2))

@@ -8,40 +8,42 @@ from torch import Tensor
 from helmholtz import kernels
 from helmholtz.ops._compute import as_dtype, compute_dtype
 
-CHUNK = 16
-"""Steps of a chunk; four times as many are not cut into chunks."""
+CHUNK, WIDE_CHUNK = 32, 8
+"""Steps of a chunk, a factor of the plain form's memory: of few channels, and of as many as a model is wide."""
 
 
-def plain_scan(decay: Tensor, x: Tensor, state: Tensor) -> Tensor:
-    """``h_t = a_t h_{t-1} + x_t`` of S signals that share their decays: ``B T C``, ``B T S C`` and ``B S C``.
+def plain_scan(decay: Tensor, x: Tensor, state: Tensor | None = None, chunk: int = WIDE_CHUNK) -> Tensor:
+    """``h_t = a_t h_{t-1} + x_t`` of S signals that share their decays: ``B T C``, ``B T S C`` and ``B S C``."""
+    if state is not None:
+        first = torch.addcmul(x[:, :1], decay[:, :1].unsqueeze(2), state.unsqueeze(1))
+        x = torch.cat([first, x[:, 1:]], dim=1)
+    return from_zero(decay.mT, x.permute(0, 3, 1, 2), chunk).permute(0, 2, 3, 1)  # channels before time
+
+
+def from_zero(decay: Tensor, x: Tensor, chunk: int) -> Tensor:
+    """``h_t = a_t h_{t-1} + x_t`` of ``... T`` and ``... T S``, with 0 before the first: within chunks, then their ends
+    as a sequence of its own. Eight times a chunk is not cut.
 
     The recurrence is a triangular system with ones on its diagonal and the decays below it: solving one subtracts
     nothing and divides by nothing.
     """
-    h = states(decay.mT, x.permute(0, 3, 1, 2), state.mT)  # channels before time
-    return h[..., 1:, :].permute(0, 2, 3, 1)
-
-
-def states(decay: Tensor, x: Tensor, state: Tensor, chunk: int = CHUNK) -> Tensor:
-    """``state`` and what it is after each step, of ``... T``, ``... T S`` and ``... S``: chunks from 0, then their ends
-    as a sequence of its own."""
-    steps = x.shape[-2]
-    if steps <= 4 * chunk:
-        return _solved(decay, torch.cat([state.unsqueeze(-2), x], dim=-2))
+    steps, signals = x.shape[-2:]
+    if steps <= 8 * chunk:
+        return _solved(decay, x)
     if steps % chunk:
         decay, x = F.pad(decay, (0, -steps % chunk)), F.pad(x, (0, 0, 0, -steps % chunk))
     decay, x = decay.unflatten(-1, (-1, chunk)), x.unflatten(-2, (-1, chunk))
-    unit = torch.eye(chunk + 1, 1, dtype=x.dtype, device=x.device).expand(*x.shape[:-2], -1, -1)
-    solved = _solved(decay, torch.cat([F.pad(x, (0, 0, 1, 0)), unit], dim=-1))[..., 1:, :]
-    within, since = solved.split([x.shape[-1], 1], dim=-1)
-    starts = states(since[..., -1, 0], within[..., -1, :], state, chunk)[..., :-1, :]
-    h = torch.addcmul(within, since, starts.unsqueeze(-2)).flatten(-3, -2)
-    return torch.cat([state.unsqueeze(-2), h[..., :steps, :]], dim=-2)
+    one_before = F.pad(decay[..., :1], (0, chunk - 1)).unsqueeze(-1)  # what a 1 before the chunk adds to it
+    solved = _solved(decay, torch.cat([x, one_before], dim=-1))
+    within, since = solved.split([signals, 1], dim=-1)
+    ends = from_zero(since[..., -1, 0], within[..., -1, :], chunk)
+    before = F.pad(ends[..., :-1, :], (0, 0, 1, 0)).unsqueeze(-2)
+    h = (within + since * before).flatten(-3, -2)
+    return h[..., :steps, :] if steps % chunk else h
 
 
 def _solved(decay: Tensor, x: Tensor) -> Tensor:
-    """``x`` has one step more, the first, than there are decays."""
-    system = torch.diag_embed(-decay, offset=-1)
+    system = torch.diag_embed(-decay[..., 1:], offset=-1)
     return torch.linalg.solve_triangular(system, x, upper=False, unitriangular=True)
 
 
@@ -67,26 +69,29 @@ def first_order_scan(
         an underflowing product is a forgotten past, not an error.
 
     Cost:
-        Time and memory ``O(B T C)``, of the plain form times 16; its number of operations grows with the logarithm
-        of ``T`` to that base alone.
+        Time and memory ``O(B T C)``, of the plain form times 32, and times ``T`` up to 256; its number of operations
+        grows with the logarithm of ``T`` to the base of 32 alone.
     """
     compute = compute_dtype(decay, x, state)
-    if state is None:
-        state = x.new_zeros((x.shape[0], x.shape[2]), dtype=compute)
+    state = None if state is None else state.to(compute)
     if x.shape[1] == 0:
-        return x, state.to(compute)
+        return x, _start(x, state, compute)
     if reset is not None:
         decay = decay.masked_fill(reset.unsqueeze(-1), 0)
+    decay, x_wide = decay.to(compute), x.to(compute)
     if x.shape[1] == 1:  # a step of a stream
-        h = torch.addcmul(x.to(compute), decay.to(compute), state.to(compute).unsqueeze(1))
+        h = torch.addcmul(x_wide, decay, _start(x, state, compute).unsqueeze(1))
         return h.to(x.dtype), h[:, 0]
-    inputs = decay.to(compute), x.to(compute), state.to(compute)
-    if kernels.usable(*inputs):
-        h, last = torch.ops.helmholtz.scan(*inputs, False)
+    if kernels.usable(decay, x_wide, state):
+        h, last = torch.ops.helmholtz.scan(decay, x_wide, _start(x, state, compute), False)
         return h.to(x.dtype), last
-    decay, x_wide, state = inputs
-    h = plain_scan(decay, x_wide.unsqueeze(2), state.unsqueeze(1)).squeeze(2)
+    signal = None if state is None else state.unsqueeze(1)
+    h = plain_scan(decay, x_wide.unsqueeze(2), signal, CHUNK).squeeze(2)
     return h.to(x.dtype), h[:, -1]
+
+
+def _start(x: Tensor, state: Tensor | None, compute: torch.dtype) -> Tensor:
+    return x.new_zeros((x.shape[0], x.shape[2]), dtype=compute) if state is None else state
 
 
 def leaky_scan(
@@ -110,18 +115,14 @@ def leaky_scan(
     if mask is not None:
         rate, x = rate.masked_fill(~mask.unsqueeze(-1), -torch.inf), x.masked_fill(~mask.unsqueeze(-1), 0)
     compute = compute_dtype(rate, x, state)
-    if state is None:
-        state = x.new_zeros((x.shape[0], x.shape[2]), dtype=compute)
-    start = as_dtype(state, compute)
-    if x.shape[1] == 0:
-        return x, start
-    if kernels.usable(rate, x, start):
+    state = as_dtype(state, compute)
+    if x.shape[1] and kernels.usable(rate, x, state):
         halves = rate.dtype == x.dtype == torch.bfloat16 and compute == torch.float32
         stored = x.dtype if halves else compute
         inputs = as_dtype(rate, stored), as_dtype(x, stored)
         if reset is not None:
             inputs = inputs[0].masked_fill(reset.unsqueeze(-1), torch.inf), inputs[1]
-        h, last = torch.ops.helmholtz.scan(*inputs, start, True)
+        h, last = torch.ops.helmholtz.scan(*inputs, _start(x, state, compute), True)
         return as_dtype(h, x.dtype), last
     rate = rate.to(compute)  # a decay near 1 is not near 1 in bf16
-    return first_order_scan(torch.sigmoid(-rate), x, state=start, reset=reset)
+    return first_order_scan(torch.sigmoid(-rate), x, state=state, reset=reset)

@@ -1,80 +1,82 @@
 """The selective state-space recurrence: decay per channel and state, chosen by the input."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from helmholtz import kernels
+from helmholtz.ops._chunks import carry
 from helmholtz.ops._compute import compute_dtype, full_precision
 from helmholtz.ops._recompute import recomputed
 
-CHUNK, GROUP = 64, 8
+CHUNK, GROUP = 64, 16
 """Steps of a chunk, and of a group of them whose states are held at a time."""
 
 
 def _plain(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, reset: Tensor | None
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None, reset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One place after another of all chunks at once: from 0 for what a chunk adds to the state, then from the states
-    before the chunks. Inside, states lie before channels: ``B n N S C``."""
-    num_steps, length = u.shape[1], min(CHUNK, u.shape[1])
-    rates, state = A.T, state.permute(0, 3, 1, 2)
-    x, steps, b, c = (_chunks(z, length) for z in (u, delta, B, C))
-    keep = None if reset is None else 1 - _chunks(reset.to(u.dtype), length)
-    total = (steps.sum(2).unsqueeze(-2) * rates).exp()
-    if keep is not None:
-        total = total * keep.amin(2)[..., None, None]
-    h = x.new_zeros(*x.shape[:2], *state.shape[1:])
-    groups = range(0, length, GROUP)
-    for i in groups:
-        h = recomputed(_states, h, *_cut(i, x, steps, b, keep), rates)[0]
-    h, last = _before_chunks(h, total.unsqueeze(3), state)
-    read = []
-    for i in groups:
-        h, y = recomputed(_reads, h, *_cut(i, x, steps, b, keep), rates, c[:, :, i : i + GROUP])
+    """One place after another of all chunks at once, from 0; what is left of the states before the chunks is added.
+    Inside, states lie before channels: ``B n N S C``."""
+    (batch, num_steps, signals, channels), states = u.shape, A.shape[1]
+    length = min(CHUNK, num_steps)
+    added, steps, b, c = (_chunks(z, length) for z in (u * delta.unsqueeze(2), delta, B, C))
+    passed = steps.cumsum(2)
+    fresh = None if reset is None else _chunks(reset, length)
+    forgotten = None if fresh is None else fresh.cumsum(2) > 0
+    h, read = u.new_zeros(batch, steps.shape[1], states, signals, channels), []
+    parts = [z.split(GROUP, 2) for z in (steps, added, b, c)]
+    restarts = [None] * len(parts[0]) if fresh is None else fresh.split(GROUP, 2)
+    for group in zip(*parts, restarts, strict=True):
+        h, y = recomputed(_group, h, A.T, *group)
         read.append(y)
-    return torch.cat(read, 2).flatten(1, 2)[:, :num_steps], last.permute(0, 2, 3, 1)
+    ends = h.permute(0, 1, 4, 2, 3).flatten(2, 3).unsqueeze(1)
+    total = (passed[:, :, -1].unsqueeze(3) * A).exp()
+    if forgotten is not None:
+        total = total.masked_fill(forgotten[:, :, -1, None, None], 0)
+    start = None if state is None else state.permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(1)
+    starts, last = carry(ends, total.flatten(2).unsqueeze(1), start)
+    starts = starts.view(-1, states, signals)
+    halves = zip(
+        passed.split(CHUNK // 2, 2), c.split(CHUNK // 2, 2), strict=True
+    )  # each a number per step and state
+    left = torch.cat([recomputed(_read_before, half, A, by, starts) for half, by in halves], 2)
+    left = left if forgotten is None else left.masked_fill(forgotten[..., None, None], 0)
+    y = (torch.cat(read, 2) + left).flatten(1, 2)
+    last = last.view(batch, channels, states, signals).permute(0, 3, 1, 2)
+    return (y[:, :num_steps] if num_steps % length else y), last
 
 
 def _chunks(x: Tensor, length: int) -> Tensor:
     """``B n L ...``, filled with zeros."""
-    pad = x.new_zeros(x.shape[0], -x.shape[1] % length, *x.shape[2:])
-    return torch.cat([x, pad], dim=1).unflatten(1, (-1, length))
+    if x.shape[1] % length:
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, -x.shape[1] % length))
+    return x.unflatten(1, (-1, length))
 
 
-def _cut(i: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if x is None else x[:, :, i : i + GROUP] for x in tensors)
-
-
-def _states(
-    h: Tensor, u: Tensor, delta: Tensor, b: Tensor, keep: Tensor | None, rates: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """The state after a group of places, and after each."""
-    decay = (delta.unsqueeze(3) * rates).exp()
-    if keep is not None:
-        decay = decay * keep[..., None, None]
-    added = (u * delta.unsqueeze(3)).unsqueeze(3) * b[..., None, None]
-    states = []
-    for a, new in zip(decay.unsqueeze(4).unbind(2), added.unbind(2), strict=True):
-        h = torch.addcmul(new, a, h)
-        states.append(h)
-    return h, states
-
-
-def _reads(
-    h: Tensor, u: Tensor, delta: Tensor, b: Tensor, keep: Tensor | None, rates: Tensor, c: Tensor
+def _group(
+    h: Tensor, rates: Tensor, steps: Tensor, added: Tensor, b: Tensor, c: Tensor, reset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The state after a group of places, and what each reads, ``B n g S C``."""
-    h, states = _states(h, u, delta, b, keep, rates)
-    return h, (c.unsqueeze(3) @ torch.stack(states, 2).flatten(4)).view_as(u)
+    """The state after a group of places from that before it, and what each reads, ``B n g S C``."""
+    new = added.unsqueeze(3) * b[..., None, None]
+    decay = (steps.unsqueeze(3) * rates).exp()
+    if reset is not None:
+        decay = decay.masked_fill(reset[..., None, None], 0)
+    decays, states = decay.unsqueeze(4).expand_as(new).unbind(2), []
+    for a, x in zip(decays, new.unbind(2), strict=True):
+        h = a * h + x
+        states.append(h)
+    rows = torch.stack(states, 2).flatten(0, 2).flatten(2)
+    return h, torch.bmm(c.reshape(len(rows), 1, -1), rows).view_as(added)
 
 
-def _before_chunks(added: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    starts = []
-    for a, new in zip(decay.unbind(1), added.unbind(1), strict=True):
-        starts.append(state)
-        state = torch.addcmul(new, a, state)
-    return torch.stack(starts, 1), state
+def _read_before(passed: Tensor, A: Tensor, c: Tensor, starts: Tensor) -> Tensor:
+    """What each place of a chunk reads of the states before it, ``B n L S C``; those are ``(B n C) N S``."""
+    batch, chunks, length, channels = passed.shape
+    reads = (passed.mT.unsqueeze(-1) * A.unsqueeze(1)).exp() * c.unsqueeze(2)
+    y = torch.bmm(reads.flatten(0, 2), starts)
+    return y.view(batch, chunks, channels, length, -1).permute(0, 1, 3, 4, 2)
 
 
 def selective_scan(
@@ -103,30 +105,33 @@ def selective_scan(
         ``(y, last)``; ``last`` is the state after the last step in the compute dtype.
 
     Accuracy:
-        Computed in at least float32, one step after another; no exponent is above 0.
+        Computed in at least float32; no exponent is above 0, none is a difference of sums.
 
     Cost:
-        Time ``O(B T S C N)``. Memory ``O(B T S C)``: the kernel keeps a state every 32 steps, the plain form one per
-        chunk of 64; others are recomputed.
+        Time ``O(B T S C N)``. Memory ``O(B T S C)`` of the kernel, which keeps a state every 32 steps. The plain form
+        keeps a state every 16 steps; others are recomputed.
 
     Source: Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, section 3.2.
     """
     compute = compute_dtype(u, delta, A, B, C, D, state)
     steps, rates, b, c = (z.to(compute) for z in (delta, A, B, C))
-    if state is None:
-        state = u.new_zeros((u.shape[0], *u.shape[2:], A.shape[1]), dtype=compute)
+    state = None if state is None else state.to(compute)
     if u.shape[1] == 0:
-        return u, state.to(compute)
+        return u, _start(u, rates, state)
     skip = None if D is None else D.to(compute)
     if kernels.usable(u, steps, rates, b, c, skip, state, reset):
         x = (u if u.dtype == torch.bfloat16 and compute == torch.float32 else u.to(compute)).unsqueeze(3)
         scan = torch.ops.helmholtz.selective_scan
-        y, last, _, _ = scan(x, steps, rates, b, c, skip, state.to(compute), reset, False)
+        y, last, _, _ = scan(x, steps, rates, b, c, skip, _start(u, rates, state), reset, False)
         return y.squeeze(3).to(u.dtype), last
     x = u.to(compute)
     with full_precision(u.device):
-        y, last = _plain(x, steps, rates, b, c, state.to(compute), reset)
+        y, last = _plain(x, steps, rates, b, c, state, reset)
     return (y if skip is None else torch.addcmul(y, skip, x)).to(u.dtype), last
+
+
+def _start(u: Tensor, rates: Tensor, state: Tensor | None) -> Tensor:
+    return rates.new_zeros(len(u), u.shape[2], *rates.shape) if state is None else state
 
 
 def selective_average(
@@ -148,10 +153,10 @@ def selective_average(
     Cost: the kernel makes no signal of ones and divides as it scans, and reads bfloat16 as it is.
     """
     compute = compute_dtype(u, delta, A, B, C, D, state)
-    if state is None:
-        state = u.new_zeros((len(u), u.shape[2] + 1, *A.shape), dtype=compute)
     x = u if u.dtype == torch.bfloat16 and compute == torch.float32 else u.to(compute)
     if kernels.usable(x, delta, A, B, C, D, state, reset) and u.shape[1]:
+        if state is None:
+            state = u.new_zeros((len(u), u.shape[2] + 1, *A.shape), dtype=compute)
         rest = (z.to(compute) for z in (delta, A, B, C, D, state))
         y, last, _, _ = torch.ops.helmholtz.selective_scan(x, *rest, reset, True)
         return y, last
@@ -159,4 +164,5 @@ def selective_average(
     y, last = selective_scan(
         torch.cat([x, torch.ones_like(x[:, :, :1])], dim=2), delta, A, B, C, D, state=state, reset=reset
     )
-    return (y[:, :, :-1] / y[:, :, -1:]).unflatten(3, u.shape[3:]), last
+    averaged, mass = y.split([u.shape[2], 1], dim=2)
+    return (averaged / mass).unflatten(3, u.shape[3:]), last

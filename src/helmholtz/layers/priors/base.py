@@ -73,7 +73,7 @@ class AbstractPrior(nn.Module, abc.ABC):
     def init_state(self, position: Int[Tensor, "B"]) -> Any:
         """State before the first token, given the stream's position."""
 
-    def output_gate(self, features: Features, layout: SequenceLayout) -> Float[Tensor, "B T C"] | None:
+    def output_gate(self, features: Features, layout: SequenceLayout) -> Float[Tensor, "B T H V"] | None:
         """Pre-activations of a factor on the read, after the logarithm; None where the prior has none."""
         return None
 

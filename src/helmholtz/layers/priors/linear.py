@@ -11,7 +11,7 @@ from helmholtz.layers.sequence import SequenceLayout, reversed_reset
 from helmholtz.ops._compute import compute_dtype
 from helmholtz.ops._step import linear_step
 from helmholtz.ops.linear_attention import linear_attention, linear_average
-from helmholtz.ops.rope import rotate
+from helmholtz.ops.rope import rotate_heads
 
 DECAY_TEMPERATURE = 16.0
 """Gated linear attention divides its log-sigmoid decay by this (Yang et al. 2024, section 4.4)."""
@@ -88,17 +88,21 @@ class LinearPrior(AbstractPrior):
         return sums[..., :-1] / torch.where(mass > 0, mass, 1.0), last
 
     def _feature_map(self, x: Tensor, layout: SequenceLayout) -> Tensor:
-        heads = split_heads(x, self.n_heads)
+        heads = x.unflatten(-1, (self.n_heads, -1))
         if self.rope_theta:
-            heads = rotate(heads, *layout.rotation(self.d_head, self.rope_theta))
-        return F.relu(heads.to(compute_dtype(x))) + self.eps
+            heads = rotate_heads(heads, *layout.rotation(self.d_head, self.rope_theta))
+        else:
+            heads = heads.transpose(1, 2)
+        return (
+            F.threshold(heads.to(compute_dtype(x)), 0, 0) + self.eps
+        )  # relu, which keeps its result for backward
 
     def _log_decay(self, features: Features) -> Tensor | None:
         if self.decay is None:
             return None
         raw = features["decay"].to(compute_dtype(features["decay"]))
         # logsigmoid; torch's own wakes every thread, even for a single token
-        log_decay = F.softplus(-raw, threshold=40) / -DECAY_TEMPERATURE
+        log_decay = F.softplus(raw, beta=-1, threshold=40) / DECAY_TEMPERATURE
         return log_decay.transpose(1, 2) if self.decay == "head" else split_heads(log_decay, self.n_heads)
 
     def init_state(self, position: Int[Tensor, "B"]) -> Float[Tensor, "B H K C"] | None:

@@ -5,12 +5,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig
-from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, is_step, split_heads
+from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, is_step
 from helmholtz.layers.sequence import SequenceLayout
 from helmholtz.ops._compute import compute_dtype
 from helmholtz.ops._step import rnn_softmax_step, rope_step, takes_steps
 from helmholtz.ops.rnn_softmax import RNNSoftmaxState, rnn_softmax
-from helmholtz.ops.rope import rotate
+from helmholtz.ops.rope import rotate_heads
 
 
 class RNNSoftmaxPrior(AbstractPrior):
@@ -42,7 +42,7 @@ class RNNSoftmaxPrior(AbstractPrior):
         if state is not None and is_step(features["k"], tilt, layout, state.sums):
             rotation = layout.rotation(self.d_head, self.rope_theta) if self.rope_theta else (None, None)
             return rnn_softmax_step(features["k"], values, tilt.beta, rotation, state, cap=tilt.cap)
-        k = self._rotated(features["k"], layout)
+        k = self._rotated(features["k"], layout).flatten(2)
         if layout.mask is not None:
             k = k.masked_fill(~layout.mask.unsqueeze(-1), -torch.inf)
         signals = tilt(values, signals_first=True).to(compute_dtype(values)).permute(0, 2, 3, 1, 4)
@@ -59,17 +59,17 @@ class RNNSoftmaxPrior(AbstractPrior):
         sequence = layout.reset[0].cumsum(0) - 1  # packed: one row
         return _averages_within(k[0], signals[0], sequence, len(layout.cu_seqlens) - 1).unsqueeze(0)
 
-    def output_gate(self, features: Features, layout: SequenceLayout) -> Float[Tensor, "B T C"]:
+    def output_gate(self, features: Features, layout: SequenceLayout) -> Float[Tensor, "B T H V"]:
         return self._rotated(features["q"], layout)
 
-    def _rotated(self, x: Tensor, layout: SequenceLayout) -> Tensor:
+    def _rotated(self, x: Tensor, layout: SequenceLayout) -> Float[Tensor, "B T H K"]:
+        heads = x.unflatten(-1, (self.n_heads, -1))
         if not self.rope_theta:
-            return x
+            return heads
         cos, sin = layout.rotation(self.d_head, self.rope_theta)
         if takes_steps(x, cos):
-            return rope_step([x], cos, sin)[0].view_as(x)
-        turned = rotate(split_heads(x, self.n_heads), cos, sin)
-        return turned.transpose(1, 2).flatten(-2)
+            return rope_step([x], cos, sin)[0].view_as(heads)
+        return rotate_heads(heads, cos, sin, heads_first=False).transpose(1, 2)
 
     def init_state(self, position: Int[Tensor, "B"]) -> None:
         return None

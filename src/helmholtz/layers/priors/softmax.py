@@ -4,13 +4,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig
-from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt, split_heads
+from helmholtz.layers.priors.base import AbstractPrior, Features, Tilt
 from helmholtz.layers.sequence import SequenceLayout
 from helmholtz.layers.state import KVCache
 from helmholtz.ops._compute import compute_dtype, full_precision
 from helmholtz.ops.attention import softmax_attention
 from helmholtz.ops.free_energy import softmax_read, softmax_step
-from helmholtz.ops.rope import rotate
+from helmholtz.ops.rope import rotate_heads
 
 
 class SoftmaxPrior(AbstractPrior):
@@ -54,10 +54,15 @@ class SoftmaxPrior(AbstractPrior):
                 key_mask=after.mask,
                 backend=self.backend,
             ), after
-        q, k = split_heads(features["q"], self.n_heads), split_heads(features["k"], self.n_kv_heads)
+        q, k = (
+            features[name].unflatten(-1, (heads, -1))
+            for name, heads in (("q", self.n_heads), ("k", self.n_kv_heads))
+        )
         if self.rope_theta:
-            q = rotate(q, *layout.rotation(self.d_head, self.rope_theta))
-            k = rotate(k, *key_layout.rotation(self.d_head, self.rope_theta))
+            q = rotate_heads(q, *layout.rotation(self.d_head, self.rope_theta))
+            k = rotate_heads(k, *key_layout.rotation(self.d_head, self.rope_theta))
+        else:
+            q, k = q.transpose(1, 2), k.transpose(1, 2)
         if state is not None:
             position = key_layout.advance(state.position)
             state = state.append(k, values, mask, capacity=key_layout.capacity, position=position)
