@@ -261,7 +261,7 @@ def test_on_end_is_called_when_a_run_fails(data, tmp_path):
 
 def test_the_best_checkpoint_has_the_lowest_validation_loss(data, tmp_path):
     train(
-        tiny_run(data, tmp_path, steps=4, lr=0.4, min_lr_ratio=1.0, eval_every=2)
+        tiny_run(data, tmp_path, steps=4, lr=3.0, min_lr_ratio=1.0, eval_every=2)
     )  # too fast: it gets worse again
     losses = [record["validation_loss"] for record in metrics(tmp_path) if record["kind"] == "eval"]
     assert min(losses) < losses[-1]
