@@ -37,7 +37,7 @@ SIZES = ["--model.d_model=16", "--model.n_layers=1", "--model.max_seq_len=32"]
 LONG = [("data.prepare", "shakespeare_files"), ("cli.report", "build_sections"), ("cli.data", "prepare_dataset"),
         ("interop.hf.export", "export"), ("experiments.language.study", "prepare_corpus"),
         ("cli.study", "run_queue"), ("cli.study", "fold_finished"), ("experiments.forecasting.study", "load_data"),
-        ("experiments.vision.study", "load_data")]  # fmt: skip
+        ("experiments.vision.study", "load_data"), ("cli.explore", "launch")]  # fmt: skip
 """Work that begins without a module of torch, and results that are read."""
 
 
