@@ -16,6 +16,8 @@ from fuzzing import call, snapshot
 from helmholtz.cli.arguments import PATHS, Parser
 from helmholtz.cli.main import COMMANDS, main
 from helmholtz.cli.study import STUDIES, load_study
+from helmholtz.experiments.mad import run as mad_run
+from helmholtz.experiments.mad.data import TASKS
 from helmholtz.models import MODELS
 from tiny_runs import prepare_text
 
@@ -153,6 +155,8 @@ def stage(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "__call__", reach)
     for name, what in LONG:
         monkeypatch.setattr(importlib.import_module(f"helmholtz.{name}"), what, reach)
+    rates = dict.fromkeys(TASKS, dict.fromkeys(mad_run.PROFILES["quick"].models, 1e-3))
+    monkeypatch.setattr(mad_run, "LEARNING_RATES", rates)  # as if the pilot of MAD had run
     return tmp_path
 
 
