@@ -1,6 +1,6 @@
 """The demo: each system in the setting that it is for, in a few minutes, on one page.
 
-    python examples/demo.py                # about three minutes on 2 cores; interrupted, it goes on where it was
+    python examples/demo.py                # under five minutes on 2 cores; interrupted, it goes on where it was
     python examples/demo.py --seed 1       # the same with another seed
 
 Language models of equal size on Shakespeare, channel-wise selection, a decoder that plans, and an associative memory.

@@ -59,8 +59,8 @@ def _header(offer: Offer) -> str:
     return "<h2>helmholtz explore</h2>" + "".join(lines)
 
 
-def launch(offer: Offer, *, port: int | None = None, share: bool = False, wait: bool = True) -> Any:
-    """Serve the app on this machine until it is interrupted; with ``wait=False`` return it, served.
+def launch(offer: Offer, *, port: int | None = None, share: bool = False) -> Any:
+    """Serve the app on this machine and return it, served.
 
     Args:
         port: None takes the first free one from 7860 on.
@@ -72,7 +72,7 @@ def launch(offer: Offer, *, port: int | None = None, share: bool = False, wait: 
         server_name=HOST,
         server_port=port,
         share=share,
-        prevent_thread_lock=not wait,
+        prevent_thread_lock=True,
         quiet=True,
         show_error=True,
         footer_links=FOOTER,

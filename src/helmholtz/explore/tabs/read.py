@@ -21,8 +21,7 @@ TEXT = "To be, or not to be, that is the question"
 ABOUT = (
     "Attention reads one average of the tokens for all channels of a head. The Free Energy Mixer lets each channel "
     f"weight them by their own values, the more the higher its temperature {BETA}. Move a slider: at 0 "
-    " every row is attention's, at the right end each channel picks its "
-    "largest value."
+    "every row is attention's, at the right end each channel picks its largest value."
 )
 
 
