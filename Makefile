@@ -10,7 +10,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .PHONY: setup demo demo-full generate-data generate-data-small train-baseline train-free train-baseline-fsdp train-free-fsdp compare test learn quality bench docs clean help
-.PHONY: test-subset test-oldest
+.PHONY: test-subset test-oldest test-triton
 .PHONY: docker-build docker-build-cpu docker-demo docker-run-cpu docker-interactive
 
 setup: $(STAMP)  ## make .venv and install everything the other targets need (they call it themselves)
@@ -77,6 +77,14 @@ test-oldest:  ## test-subset with the oldest torch, in an environment of its own
 	@$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -c $(OLDEST)/constraints.txt torch==$(TORCH) -e '.[dev]'
 	@$(OLDEST)/bin/helmholtz kernels build || true
 	@$(MAKE) test-subset BIN=$(OLDEST)/bin
+
+# of the operators' own tests what a Triton kernel takes: float64 and transforms go by the plain forms
+ON_GPU = tests/triton tests/test_kernels.py tests/ops/test_free_energy.py
+ON_GPU_CHOICE = not float64 and (not test_kernels or an_operator_is or second_derivative or not_a_number or strides)
+test-triton: $(STAMP)  ## the GPU kernels without a GPU: in triton's interpreter, then compiled for three kinds (1 GB, ten minutes)
+	@$(PIP) -e '.[triton]'
+	TRITON_INTERPRET=1 SHAPE_CHECKS=0 $(ONE_THREAD) $(BIN)/pytest -n 2 $(ON_GPU) -k "$(ON_GPU_CHOICE)" --durations=15
+	$(BIN)/python tools/triton_kernels.py --no-write
 
 learn: $(STAMP)  ## train what the tests only touch: the learning tables, long runs of two processes (about an hour)
 	$(ONE_THREAD) $(BIN)/pytest -n 2 -m learn

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import install_import_hook
 from torch import Tensor
 
+import interpreted
 from other_rounding import OtherRounding
 
 SHAPE_CHECKS = os.environ.get("SHAPE_CHECKS", "1") != "0"
@@ -38,6 +39,9 @@ if SHAPE_CHECKS:
     install_import_hook(
         _hooked_modules(), "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
     )
+
+if interpreted.INTERPRETED:
+    interpreted.install()
 
 BUSY = [hypothesis.HealthCheck.too_slow]
 """What another process on the machine can make fail."""

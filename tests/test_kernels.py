@@ -16,9 +16,11 @@ from torch.utils._pytree import tree_leaves
 from helmholtz import kernels
 from helmholtz.cli.main import main
 from helmholtz.kernels import build as building
+from helmholtz.kernels import gpu
 from helmholtz.ops import first_order_scan
+from interpreted import INTERPRETED
 
-built = pytest.mark.skipif(not kernels.LOADED, reason="the kernels are not built")
+built = pytest.mark.skipif(not kernels.LOADED and not INTERPRETED, reason="the kernels are not built")
 DECAY, X = torch.rand(1, 4, 2), torch.rand(1, 4, 2)
 
 
@@ -194,21 +196,21 @@ def test_a_part_of_a_library_is_an_error_and_no_crash(cache):
 @pytest.mark.parametrize("place", ["environment", "context"])
 def test_kernels_are_switched_off(place, monkeypatch):
     if place == "environment":
-        code = "from helmholtz import kernels; print(kernels.usable(), kernels.refusal())"
+        code = "from helmholtz import kernels; print(kernels.usable('scan'), kernels.refusal())"
         env = os.environ | {"HELMHOLTZ_KERNELS": "plain"}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
         assert done.stdout.startswith("False")
         return
     with kernels.plain_forms():
-        assert not kernels.usable(X)
-    assert kernels.usable(X) == kernels.LOADED
+        assert not kernels.usable("scan", X)
+    assert kernels.usable("scan", X) == kernels.LOADED
 
 
 def test_a_process_older_than_its_kernels_says_what_it_uses(monkeypatch):
     monkeypatch.setattr(kernels, "_plain", False)
     monkeypatch.setattr(kernels, "LOADED", False)
     refusal = kernels.refusal()
-    assert not kernels.usable(X) and refusal is not None and "when this process began" in refusal
+    assert not kernels.usable("scan", X) and refusal is not None and "when this process began" in refusal
 
 
 def test_an_unknown_switch_is_no_switch():
@@ -221,11 +223,11 @@ def test_an_unknown_switch_is_no_switch():
 
 @built
 def test_transforms_and_other_devices_take_the_plain_forms():
-    assert kernels.usable(X, None) and not kernels.usable(X, torch.empty(1, device="meta"))
-    seen = torch.func.vmap(lambda x: torch.tensor(kernels.usable(x)))(X)
+    assert kernels.usable("scan", X, None) and not kernels.usable("scan", X, torch.empty(1, device="meta"))
+    seen = torch.func.vmap(lambda x: torch.tensor(kernels.usable("scan", x)))(X)
     assert not seen.any()
     with torch.autograd.forward_ad.dual_level():
-        assert not kernels.usable(X)
+        assert not kernels.usable("scan", X)
 
 
 @built
@@ -307,7 +309,9 @@ OPERATORS = {
 }  # fmt: skip
 
 
-TRAINED = [name for name in OPERATORS if hasattr(torch.ops.helmholtz, f"{name}_backward")]
+HERE = [name for name in OPERATORS if not INTERPRETED or name in gpu.MODULES]
+"""Those that have a kernel in this process."""
+TRAINED = [name for name in HERE if hasattr(torch.ops.helmholtz, f"{name}_backward")]
 
 
 def test_every_operator_has_a_call():
@@ -323,7 +327,7 @@ def test_every_operator_is_in_the_table_of_the_documents():
 
 @built
 @pytest.mark.compile
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", HERE)
 def test_an_operator_is_what_torch_wants_of_one(name):
     operator = getattr(torch.ops.helmholtz, name).default
     inputs = [
@@ -351,9 +355,7 @@ NO_VALUE = ("code_lookup", 2)
 
 
 @built
-@pytest.mark.parametrize(
-    "name", [name for name in OPERATORS if name != "sample"]
-)  # its output is of integers
+@pytest.mark.parametrize("name", [name for name in HERE if name != "sample"])  # its output is of integers
 def test_what_is_not_a_number_is_not_hidden(name):
     """Neither by a comparison, nor where nothing else is left to read."""
     for i, x in enumerate(OPERATORS[name]()):
@@ -387,15 +389,15 @@ NARROW = {  # a last dimension of 1, which may have any stride
 }  # fmt: skip
 APART = ("sample", "attention_step", "softmax_step")
 """What draws by place and what writes to a cache."""
-WIDTHS = {name: make for name, make in OPERATORS.items() if name not in APART}
+WIDTHS = {name: make for name, make in OPERATORS.items() if name in HERE and name not in APART}
 
 
 @built
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "name, make",
-    [*WIDTHS.items(), *NARROW.items()],
-    ids=[*WIDTHS, *(f"{name} of width 1" for name in NARROW)],
+    [*WIDTHS.items(), *((name, make) for name, make in NARROW.items() if name in HERE)],
+    ids=[*WIDTHS, *(f"{name} of width 1" for name in NARROW if name in HERE)],
 )
 def test_strides_change_nothing(name, make, layout):
     """Of inputs and of the gradients of outputs: results are those for the same numbers side by side."""

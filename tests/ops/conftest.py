@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from helmholtz import kernels
+from interpreted import INTERPRETED
 
 HAVE_KERNELS = [
     "test_attention",
@@ -27,7 +28,7 @@ HAVE_KERNELS = [
     "test_swiglu",
     "test_token_energy",
 ]
-FORMS = ["plain", *(["kernel"] if kernels.LOADED else [])]
+FORMS = ["kernel"] if INTERPRETED else ["plain", *(["kernel"] if kernels.LOADED else [])]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

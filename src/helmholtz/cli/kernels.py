@@ -33,7 +33,8 @@ def run(arguments: list[str], console: Console) -> int:
     console.print(f"compiler   {' '.join(command) if command else 'none found'}")
     console.print(f"kernels    {', '.join(kernels.NAMES)}")
     console.print(f"CPU        {'the kernels' if reason is None else f'plain forms: {reason}'}")
-    console.print("elsewhere  plain forms")
+    names = f"triton for {', '.join(kernels.gpu.MODULES)}; plain forms for the rest"
+    console.print(f"GPU        {names if kernels.gpu.PRESENT else 'plain forms'}")
     return 0
 
 

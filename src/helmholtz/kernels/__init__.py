@@ -1,4 +1,5 @@
-"""Kernels for CPU tensors: compiled once against the torch that is installed, used where nothing transforms a call.
+"""Kernels: for CPU tensors compiled once against the torch that is installed, for GPUs by triton; used where nothing
+transforms a call.
 
 Every operation that has one has a plain form beside it, of torch's own operations: for transforms of ``torch.func``,
 second derivatives, export, other devices, and where nothing is built.
@@ -6,7 +7,7 @@ second derivatives, export, other devices, and where nothing is built.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,18 +15,20 @@ from torch.autograd import forward_ad
 from torch.compiler import is_exporting
 
 from helmholtz._checks import check_choice
-from helmholtz.kernels import operators
+from helmholtz.kernels import gpu, operators
 from helmholtz.kernels.build import load
 
 SWITCH = "HELMHOLTZ_KERNELS"
 """The environment variable that says ``plain`` for plain forms only."""
 NAMES = operators.NAMES
-STORED = (torch.float32, torch.float64, torch.bfloat16)
-"""What tensors may hold of the kernels that also read and write bf16."""
+STORED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""What tensors may hold of the kernels that also read and write half precision (float16: on a GPU alone)."""
 check_choice(SWITCH, os.environ.get(SWITCH, "auto"), ("auto", "plain"))
 _plain = os.environ.get(SWITCH) == "plain"
 LOADED = not _plain and load()
 """Whether the operators have their implementation in this process: the library was there when it started."""
+if gpu.PRESENT and not _plain:
+    gpu.register(with_gradients=not LOADED)
 
 
 @contextlib.contextmanager
@@ -39,14 +42,22 @@ def plain_forms() -> Iterator[None]:
         _plain = before
 
 
-def usable(*tensors: Tensor | None) -> bool:
-    """Whether a call on ``tensors`` takes its kernel: it is built, they are on the CPU and not of float16, and nothing
-    looks on that follows torch's own operations alone (a transform of ``torch.func``, forward mode, an export)."""
+def usable(operator: str, *tensors: Tensor | None) -> bool:
+    """Whether a call of ``helmholtz::operator`` on ``tensors`` takes a kernel: there is one for their device and dtypes
+    (float16 on the CPU and float64 on a GPU have none), and nothing looks on that follows torch's own operations alone
+    (a transform of ``torch.func``, forward mode, an export)."""
     for x in tensors:  # no generator and no call: a step of a stream asks a dozen times a layer
         if x is not None and (not x.is_cpu or x.dtype == torch.float16):
-            return False
+            return gpu.PRESENT and usable_by_triton(operator, tensors)
     plain = _plain or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     return LOADED and not plain and not is_exporting()
+
+
+def usable_by_triton(operator: str, tensors: Iterable[Tensor | None], device: str = "cuda") -> bool:
+    """`usable` of tensors that are not all on the CPU; the interpreter takes those that are."""
+    if operator not in gpu.MODULES or wants_plain_forms() or is_exporting():
+        return False
+    return all(x is None or (x.device.type == device and x.dtype != torch.float64) for x in tensors)
 
 
 def wants_plain_forms() -> bool:
@@ -66,4 +77,14 @@ def refusal() -> str | None:
     )
 
 
-__all__ = ["LOADED", "NAMES", "STORED", "SWITCH", "plain_forms", "refusal", "usable", "wants_plain_forms"]
+__all__ = [
+    "LOADED",
+    "NAMES",
+    "STORED",
+    "SWITCH",
+    "plain_forms",
+    "refusal",
+    "usable",
+    "usable_by_triton",
+    "wants_plain_forms",
+]

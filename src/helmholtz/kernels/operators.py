@@ -1,7 +1,10 @@
-"""Schemas and fake rules of the kernels: operators ``helmholtz::name``, implemented for CPU tensors in ``csrc/``.
+"""Schemas and fake rules of the kernels: operators ``helmholtz::name``, implemented for CPU tensors in ``csrc/``, some
+of them for CUDA tensors in ``ops/triton/``.
 
 What is trained through has a backward operator beside it, which has no derivative of its own: asking for one raises.
-A stream's steps, sampling and the token energy have none and say so.
+A stream's steps, sampling and the token energy have none and say so. Names carry the rule of differentiation
+(``gradients.py``): the backward operator takes the arguments and results of the forward one that it needs under their
+names, the gradient of the result ``y`` as ``dy``, and returns that of the argument ``x`` as ``dx``.
 """
 
 from collections.abc import Callable
@@ -31,10 +34,10 @@ def _scan(decay: Tensor, x: Tensor, state: Tensor, logits: bool) -> tuple[Tensor
     return state.new_empty(x.shape), *_like(state)
 
 
-_define("scan(Tensor decay, Tensor x, Tensor state, bool logits) -> (Tensor, Tensor)", _scan)
+_define("scan(Tensor decay, Tensor x, Tensor state, bool logits) -> (Tensor h, Tensor last)", _scan)
 _define(
     "scan_backward(Tensor dh, Tensor? dlast, Tensor decay, Tensor h, Tensor state, bool logits) "
-    "-> (Tensor, Tensor, Tensor)",
+    "-> (Tensor ddecay, Tensor dx, Tensor dstate)",
     lambda dh, dlast, decay, h, state, logits: (
         *(decay.new_empty(decay.shape) for _ in range(2)),
         *_like(state),
@@ -43,11 +46,11 @@ _define(
 
 
 _define(
-    "modulate(Tensor joint, Tensor scale, int[] widths) -> Tensor[]",
+    "modulate(Tensor joint, Tensor scale, int[] widths) -> (Tensor[] parts)",
     lambda joint, scale, widths: [joint.new_empty(*joint.shape[:-1], width) for width in widths],
 )
 _define(
-    "modulate_backward(Tensor[] grads, Tensor joint, Tensor scale) -> (Tensor, Tensor)",
+    "modulate_backward(Tensor[] dparts, Tensor joint, Tensor scale) -> (Tensor djoint, Tensor dscale)",
     lambda grads, joint, scale: _like(joint, scale),
 )
 
@@ -59,9 +62,9 @@ def _tilt(v: Tensor, beta: Tensor, cap: float, apart: bool) -> Tensor:
     return beta.new_empty(batch, steps, groups, 2, width).transpose(1, 2)
 
 
-_define("tilt(Tensor v, Tensor beta, float cap, bool apart) -> Tensor", _tilt)
+_define("tilt(Tensor v, Tensor beta, float cap, bool apart) -> (Tensor signals)", _tilt)
 _define(
-    "tilt_backward(Tensor dsignals, Tensor v, Tensor beta, float cap) -> (Tensor, Tensor)",
+    "tilt_backward(Tensor dsignals, Tensor v, Tensor beta, float cap) -> (Tensor dv, Tensor dbeta)",
     lambda dsignals, v, beta, cap: (_of_heads(v, v.shape[3], v.dtype), *_like(beta)),
 )
 
@@ -77,24 +80,26 @@ def _gated_read_backward(dy: Tensor, mixed: Tensor, *inputs_and_eps: Any) -> tup
 
 
 _define(
-    "gated_read(Tensor mixed, Tensor? beta, Tensor? inner, Tensor? outer, Tensor? own, float eps) -> Tensor",
+    "gated_read(Tensor mixed, Tensor? beta, Tensor? inner, Tensor? outer, Tensor? own, float eps) "
+    "-> (Tensor y)",
     _gated_read,
 )
 _define(
     "gated_read_backward(Tensor dy, Tensor mixed, Tensor? beta, Tensor? inner, Tensor? outer, Tensor? own, float eps) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor dmixed, Tensor dbeta, Tensor dinner, Tensor douter, Tensor down)",
     _gated_read_backward,
 )
 _define(
-    "rnn_softmax(Tensor k, Tensor signals, Tensor max, Tensor sums, Tensor? reset) -> (Tensor, Tensor, Tensor, Tensor)",
+    "rnn_softmax(Tensor k, Tensor signals, Tensor max, Tensor sums, Tensor? reset) "
+    "-> (Tensor averaged, Tensor last, Tensor top, Tensor inverse)",
     lambda k, signals, max, sums, reset: (
         *_like(signals, sums),
         *(signals.new_empty(k.shape) for _ in range(2)),
     ),
 )
 _define(
-    "rnn_softmax_backward(Tensor daveraged, Tensor? dsums, Tensor k, Tensor signals, Tensor max, Tensor? reset, "
-    "Tensor averaged, Tensor top, Tensor inverse) -> (Tensor, Tensor, Tensor)",
+    "rnn_softmax_backward(Tensor daveraged, Tensor? dlast, Tensor k, Tensor signals, Tensor max, Tensor? reset, "
+    "Tensor averaged, Tensor top, Tensor inverse) -> (Tensor dk, Tensor dsignals, Tensor dsums)",
     lambda dy, dsums, k, signals, *_: (
         *_like(k, signals),
         signals.new_empty(signals.shape[0], signals.shape[2] + 1, signals.shape[3]),
@@ -170,13 +175,13 @@ def _selective_scan(
 
 _define(
     "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor state, Tensor? reset, "
-    "bool normalize) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool normalize) -> (Tensor y, Tensor last, Tensor kept, Tensor mass)",
     _selective_scan,
 )
 _define(
     "selective_scan_backward(Tensor dy, Tensor? dlast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
     "Tensor? D, Tensor state, Tensor? reset, Tensor y, Tensor kept, Tensor mass, bool normalize) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dstate)",
     lambda dy, dlast, u, delta, A, B, C, D, state, *_: (
         _signals(u, u.dtype),
         *_like(delta, A, B, C),
@@ -186,12 +191,12 @@ _define(
 )
 _define(
     "causal_conv(Tensor x, Tensor weight, Tensor bias, Tensor state, Tensor? mask, Tensor? reset, bool silu) "
-    "-> (Tensor, Tensor)",
+    "-> (Tensor y, Tensor last)",
     lambda x, weight, bias, state, *_: _like(x, state),
 )
 _define(
     "causal_conv_backward(Tensor dy, Tensor? dlast, Tensor x, Tensor weight, Tensor bias, Tensor state, Tensor? mask, "
-    "Tensor? reset, bool silu) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? reset, bool silu) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dstate)",
     lambda dy, dlast, x, weight, bias, state, *_: _like(x, weight, bias, state),
 )
 
@@ -200,9 +205,9 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
     return *_like(x), weight.new_empty(x.shape[:-1])
 
 
-_define("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _rms_norm)
+_define("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor scales)", _rms_norm)
 _define(
-    "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor scales) -> (Tensor, Tensor)",
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor scales) -> (Tensor dx, Tensor dweight)",
     lambda dy, x, weight, scales: _like(x, weight),
 )
 PAGE, LINE = 4096, 64
@@ -216,8 +221,11 @@ def _empty_rows(like: Tensor) -> Tensor:
     return like.new_empty(*like.shape[:-1], width + apart)[..., :width]
 
 
-_define("swiglu(Tensor gate_up) -> Tensor", lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
-_define("swiglu_backward(Tensor dy, Tensor gate_up) -> Tensor", lambda dy, gate_up: _empty_rows(gate_up))
+_define("swiglu(Tensor gate_up) -> (Tensor y)", lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
+_define(
+    "swiglu_backward(Tensor dy, Tensor gate_up) -> (Tensor dgate_up)",
+    lambda dy, gate_up: _empty_rows(gate_up),
+)
 
 
 def _rope(
@@ -230,11 +238,12 @@ def _rope(
 
 
 _define(
-    "rope(Tensor joint, Tensor cos, Tensor sin, int heads, int groups, bool heads_first) -> (Tensor, Tensor, Tensor)",
+    "rope(Tensor joint, Tensor cos, Tensor sin, int heads, int groups, bool heads_first) "
+    "-> (Tensor q, Tensor k, Tensor v)",
     _rope,
 )
 _define(
-    "rope_backward(Tensor dq, Tensor? dk, Tensor? dv, Tensor cos, Tensor sin) -> Tensor",
+    "rope_backward(Tensor dq, Tensor? dk, Tensor? dv, Tensor cos, Tensor sin) -> (Tensor djoint)",
     lambda q, k, v, *_: q.new_empty(
         q.shape[0], q.shape[2], q.shape[1] + (0 if k is None else 2 * k.shape[1]), q.shape[3]
     ),
@@ -247,16 +256,21 @@ def _cross_entropy(logits: Tensor, targets: Tensor, ignored: int) -> tuple[Tenso
 
 
 _define(
-    "code_lookup(Tensor table, Tensor code, Tensor logits) -> Tensor",
+    "code_lookup(Tensor table, Tensor code, Tensor logits) -> (Tensor y)",
     lambda table, code, logits: table.new_empty(*code.shape, table.shape[1]),
 )
 _define(
-    "code_lookup_backward(Tensor dy, Tensor table, Tensor code, Tensor logits) -> (Tensor, Tensor)",
+    "code_lookup_backward(Tensor dy, Tensor table, Tensor code, Tensor logits) "
+    "-> (Tensor dtable, Tensor dlogits)",
     lambda dy, table, code, logits: _like(table, logits),
 )
-_define("cross_entropy(Tensor logits, Tensor targets, int ignored) -> (Tensor, Tensor)", _cross_entropy)
 _define(
-    "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor targets, Tensor totals, int ignored) -> Tensor",
+    "cross_entropy(Tensor logits, Tensor targets, int ignored) -> (Tensor loss, Tensor totals)",
+    _cross_entropy,
+)
+_define(
+    "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor targets, Tensor totals, int ignored) "
+    "-> (Tensor dlogits)",
     lambda dloss, logits, *_: _like(logits)[0],
 )
 CHUNK = 64
@@ -293,13 +307,13 @@ def _linear_attention_backward(
 
 _define(
     "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor state, bool strict, bool normalize) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor out, Tensor last, Tensor starts, Tensor mass)",
     _linear_attention,
 )
 _define(
     "linear_attention_backward(Tensor dout, Tensor? dlast, Tensor q, Tensor k, Tensor v, Tensor? log_decay, "
     "Tensor state, Tensor out, Tensor starts, Tensor mass, bool strict, bool normalize) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dlog_decay, Tensor dstate)",
     _linear_attention_backward,
 )
 
@@ -317,12 +331,13 @@ def _softmax_read(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, *_: obje
 
 _define(
     "softmax_read(Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor? key_mask, Tensor? cu_seqlens, bool causal, "
-    "float cap) -> (Tensor, Tensor)",
+    "float cap) -> (Tensor mixed, Tensor lse)",
     _softmax_read,
 )
 _define(
     "softmax_read_backward(Tensor dmixed, Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor? key_mask, "
-    "Tensor? cu_seqlens, Tensor mixed, Tensor lse, bool causal, float cap) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? cu_seqlens, Tensor mixed, Tensor lse, bool causal, float cap) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbeta)",
     lambda dmixed, q, k, v, beta, *_: (
         *(_of_heads(x, x.shape[3], x.dtype) for x in (q, k, v)),
         dmixed.new_empty(0) if beta is None else beta.new_empty(beta.shape),

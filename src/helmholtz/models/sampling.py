@@ -51,7 +51,7 @@ def next_tokens(
 
     Cost: the kernel ranks as many tokens as are kept, the plain form sorts all.
     """
-    if kernels.usable(logits, uniform):
+    if kernels.usable("sample", logits, uniform):
         top = settings.top_k or 0, settings.top_p or 0.0
         tokens: Tensor = torch.ops.helmholtz.sample(logits, uniform, settings.temperature, *top)
         return tokens

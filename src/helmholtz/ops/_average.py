@@ -26,7 +26,7 @@ def check_queries(q: Tensor, k: Tensor, causal: bool) -> None:
 def kernel_reads(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether ``helmholtz::softmax_read`` takes this call."""
     known = q.dtype in kernels.STORED and q.dtype == k.dtype == v.dtype
-    return known and kernels.usable(q, k, v)
+    return known and kernels.usable("softmax_read", q, k, v)
 
 
 @functools.cache

@@ -37,7 +37,7 @@ def chunked_sums(
     compute = compute_dtype(q, k, v, log_decay, state)
     by_channel = log_decay is not None and log_decay.shape[-1] > 1
     (batch, heads, steps, width), keys = v.shape, k.shape[3]
-    if kernels.usable(q, k, v, log_decay, state) and not by_channel:
+    if kernels.usable("linear_attention", q, k, v, log_decay, state) and not by_channel:
         q, k = (x.expand(-1, heads, -1, -1) for x in (q, k))
         decays = None if log_decay is None else log_decay.squeeze(-1).expand(v.shape[:3])
         start = v.new_zeros(batch, heads, keys, width, dtype=compute) if state is None else state

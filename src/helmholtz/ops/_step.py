@@ -19,7 +19,7 @@ def takes_steps(x: Float[Tensor, "B T C"], state: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and x.dtype in kernels.STORED
         and state.dtype == compute_dtype(x)
-        and kernels.usable(x, state)
+        and kernels.usable("linear_step", x, state)
     )
 
 

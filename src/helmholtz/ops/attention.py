@@ -72,7 +72,7 @@ def attention_step(
     if (
         of_one_dtype
         and joint.dtype in kernels.STORED
-        and kernels.usable(joint, keys)
+        and kernels.usable("attention_step", joint, keys)
         and not _in_tiles(joint)
     ):
         read: Tensor = torch.ops.helmholtz.attention_step(

@@ -110,7 +110,7 @@ def code_lookup(
         return F.embedding(code.long(), table)
     check(logits.shape == (*code.shape, n_bits), "logits", tuple(logits.shape), f"{(*code.shape, n_bits)}")
     if (
-        kernels.usable(table, code, logits)
+        kernels.usable("code_lookup", table, code, logits)
         and table.dtype in kernels.STORED
         and logits.dtype in kernels.STORED
     ):

@@ -49,7 +49,7 @@ def causal_conv(
         return x, state.to(compute)
     shift = weight.new_zeros(len(weight)) if bias is None else bias
     taps, shift, state = as_dtype(weight, compute), as_dtype(shift, compute), as_dtype(state, compute)
-    if kernels.usable(x, taps, shift, state, mask, reset):
+    if kernels.usable("causal_conv", x, taps, shift, state, mask, reset):
         rows = x if x.dtype == torch.bfloat16 and compute == torch.float32 else as_dtype(x, compute)
         y, last = torch.ops.helmholtz.causal_conv(rows, taps, shift, state, mask, reset, activation == "silu")
     else:

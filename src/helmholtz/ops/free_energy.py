@@ -29,7 +29,7 @@ def tilt_values(
     """
     wide = compute_dtype(v)
     rates = beta.to(wide)
-    if kernels.usable(v):
+    if kernels.usable("tilt", v):
         signals: Tensor = torch.ops.helmholtz.tilt(v, rates, cap, signals_first)
         return signals
     v = v.to(wide)
@@ -121,7 +121,7 @@ def softmax_step(
     assert not torch.is_grad_enabled()
     wide = compute_dtype(q, k, v)
     known = q.dtype in kernels.STORED and q.dtype == k.dtype == v.dtype == keys.dtype == values.dtype
-    if known and backend in ("auto", "torch") and kernels.usable(q, keys):
+    if known and backend in ("auto", "torch") and kernels.usable("softmax_step", q, keys):
         rates = as_dtype(beta, wide)
         read: Tensor = torch.ops.helmholtz.softmax_step(
             q, k, v, rates, *rotation, keys, values, key_mask, before, cap

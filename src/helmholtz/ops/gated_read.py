@@ -42,7 +42,7 @@ def gated_read(
     dtypes = {x.dtype for x in gates if x is not None}
     stored = torch.bfloat16 if dtypes == {torch.bfloat16} and wide == torch.float32 else wide
     signals, rates = as_dtype(mixed, wide), as_dtype(beta, wide)
-    if kernels.usable(signals):
+    if kernels.usable("gated_read", signals):
         inner, outer, own = as_dtype(inner, stored), as_dtype(outer, stored), as_dtype(own, stored)
         read: Tensor = torch.ops.helmholtz.gated_read(signals, rates, inner, outer, own, eps)
     else:
@@ -72,7 +72,7 @@ def _plain(
 
 def gated(x: Float[Tensor, "B T V"], own: Float[Tensor, "B T V"]) -> Float[Tensor, "B T V"]:
     """``x`` times the gate that ``own`` is in ``gated_read``, with eps = 0; in the dtype of the gate."""
-    if kernels.usable(x):
+    if kernels.usable("gated_read", x):
         return gated_read(x.unflatten(-1, (1, 1, -1)), None, own=own, eps=0.0).squeeze(2)
     wide = compute_dtype(x)
     return (x.to(wide) * own_gate(own.to(wide))).to(own.dtype)

@@ -53,7 +53,9 @@ def _torch(
     *,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    if v.shape[2] == 1 and not kernels.usable(q, k, v, log_decay, state):  # a step of a stream
+    if v.shape[2] == 1 and not kernels.usable(
+        "linear_attention", q, k, v, log_decay, state
+    ):  # a step of a stream
         return recurrent_linear_attention(q, k, v, log_decay, state=state, reset=reset)
     compute, dtype = compute_dtype(q, k, v, log_decay, state), v.dtype
     if v.shape[2] == 0:
@@ -155,7 +157,12 @@ def linear_average(
     """
     compute = compute_dtype(q, k, v, log_decay, state)
     by_head = log_decay is None or log_decay.ndim == 3
-    if by_head and backend != "fla" and v.shape[2] and kernels.usable(q, k, v, log_decay, state, reset):
+    if (
+        by_head
+        and backend != "fla"
+        and v.shape[2]
+        and kernels.usable("linear_attention", q, k, v, log_decay, state, reset)
+    ):
         if state is None:
             state = v.new_zeros((*k.shape[:2], k.shape[3], v.shape[3] + 1), dtype=compute)
         decays = None if log_decay is None else log_decay.to(compute)

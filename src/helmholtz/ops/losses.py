@@ -21,7 +21,7 @@ def cross_entropy(
     Raises: IndexError if a target is neither ``ignore_index`` nor in ``[0, vocab)``.
     """
     rows, flat = logits.flatten(0, 1), targets.flatten().long()
-    if kernels.usable(rows, flat) and rows.dtype in kernels.STORED:
+    if kernels.usable("cross_entropy", rows, flat) and rows.dtype in kernels.STORED:
         return torch.ops.helmholtz.cross_entropy(rows, flat, ignore_index)[0]
     total = F.cross_entropy(rows.to(compute_dtype(rows)), flat, ignore_index=ignore_index, reduction="sum")
     return total / (flat != ignore_index).sum().clamp(min=1)

@@ -25,7 +25,7 @@ def modulated_split(
     if joint.dtype != scale.dtype:
         dtype = torch.promote_types(joint.dtype, scale.dtype)
         joint, scale = joint.to(dtype), scale.to(dtype)
-    if kernels.usable(joint, scale):
+    if kernels.usable("modulate", joint, scale):
         parts: Sequence[Tensor] = torch.ops.helmholtz.modulate(joint, scale, widths)
         return parts
     return (joint * (1 + scale)).split(list(widths), dim=-1)

@@ -23,7 +23,7 @@ def rms_norm(
     """
     if weight.shape != (x.shape[-1],):
         raise ValueError(f"weight: wanted {x.shape[-1]} numbers, got shape {tuple(weight.shape)}")
-    if kernels.usable(x, weight) and x.dtype in kernels.STORED:
+    if kernels.usable("rms_norm", x, weight) and x.dtype in kernels.STORED:
         wide = compute_dtype(x)
         return torch.ops.helmholtz.rms_norm(x, weight if weight.dtype == wide else weight.to(wide), eps)[0]
     return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)

@@ -106,7 +106,7 @@ def rnn_softmax(
     """
     compute = compute_dtype(k, signals)
     batch, num_steps, num_signals, width = signals.shape
-    wide, by_kernel = signals.to(compute), kernels.usable(k, signals)
+    wide, by_kernel = signals.to(compute), kernels.usable("rnn_softmax", k, signals)
     if state is None and (by_kernel or num_steps == 0):
         state = RNNSoftmaxState(
             max=k.new_full((batch, width), -torch.inf, dtype=compute),

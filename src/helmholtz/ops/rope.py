@@ -23,7 +23,7 @@ def rope_table(
         raise ValueError(f"width: a rotary head width must be even and at least 2, got {width}")
     if not theta > 0:
         raise ValueError(f"theta: wanted a positive base, got {theta}")
-    if kernels.usable(positions):
+    if kernels.usable("rope_table", positions):
         table: tuple[Tensor, Tensor] = torch.ops.helmholtz.rope_table(positions, width, theta)
         return table
     rates = theta ** (torch.arange(0, -width, -2, device=positions.device, dtype=torch.float32) / width)
@@ -72,7 +72,7 @@ def _check_table(cos: Tensor, x: Tensor) -> None:
 
 
 def _has_kernel(x: Tensor, table: Tensor) -> bool:
-    return kernels.usable(x, table) and x.dtype in kernels.STORED
+    return kernels.usable("rope", x, table) and x.dtype in kernels.STORED
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

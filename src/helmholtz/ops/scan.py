@@ -82,7 +82,7 @@ def first_order_scan(
     if x.shape[1] == 1:  # a step of a stream
         h = torch.addcmul(x_wide, decay, _start(x, state, compute).unsqueeze(1))
         return h.to(x.dtype), h[:, 0]
-    if kernels.usable(decay, x_wide, state):
+    if kernels.usable("scan", decay, x_wide, state):
         h, last = torch.ops.helmholtz.scan(decay, x_wide, _start(x, state, compute), False)
         return h.to(x.dtype), last
     signal = None if state is None else state.unsqueeze(1)
@@ -116,7 +116,7 @@ def leaky_scan(
         rate, x = rate.masked_fill(~mask.unsqueeze(-1), -torch.inf), x.masked_fill(~mask.unsqueeze(-1), 0)
     compute = compute_dtype(rate, x, state)
     state = as_dtype(state, compute)
-    if x.shape[1] and kernels.usable(rate, x, state):
+    if x.shape[1] and kernels.usable("scan", rate, x, state):
         halves = rate.dtype == x.dtype == torch.bfloat16 and compute == torch.float32
         stored = x.dtype if halves else compute
         inputs = as_dtype(rate, stored), as_dtype(x, stored)

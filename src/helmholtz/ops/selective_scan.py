@@ -119,7 +119,7 @@ def selective_scan(
     if u.shape[1] == 0:
         return u, _start(u, rates, state)
     skip = None if D is None else D.to(compute)
-    if kernels.usable(u, steps, rates, b, c, skip, state, reset):
+    if kernels.usable("selective_scan", u, steps, rates, b, c, skip, state, reset):
         x = (u if u.dtype == torch.bfloat16 and compute == torch.float32 else u.to(compute)).unsqueeze(3)
         scan = torch.ops.helmholtz.selective_scan
         y, last, _, _ = scan(x, steps, rates, b, c, skip, _start(u, rates, state), reset, False)
@@ -154,7 +154,7 @@ def selective_average(
     """
     compute = compute_dtype(u, delta, A, B, C, D, state)
     x = u if u.dtype == torch.bfloat16 and compute == torch.float32 else u.to(compute)
-    if kernels.usable(x, delta, A, B, C, D, state, reset) and u.shape[1]:
+    if kernels.usable("selective_scan", x, delta, A, B, C, D, state, reset) and u.shape[1]:
         if state is None:
             state = u.new_zeros((len(u), u.shape[2] + 1, *A.shape), dtype=compute)
         rest = (z.to(compute) for z in (delta, A, B, C, D, state))

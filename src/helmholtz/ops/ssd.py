@@ -107,4 +107,4 @@ def _gated(y: Tensor, gate: Tensor | None, x: Tensor) -> Tensor:
 def _has_kernel(x: Tensor, compute: torch.dtype, state: Tensor) -> bool:
     """It has no derivative: it is of streams."""
     known = x.dtype in kernels.STORED and compute == compute_dtype(x)
-    return known and not torch.is_grad_enabled() and kernels.usable(x, state)
+    return known and not torch.is_grad_enabled() and kernels.usable("ssd_step", x, state)

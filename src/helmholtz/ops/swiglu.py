@@ -17,7 +17,7 @@ def swiglu(gate_up: Float[Tensor, "*batch two_F"]) -> Float[Tensor, "*batch F"]:
     """
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up: wanted two halves side by side, got shape {tuple(gate_up.shape)}")
-    if kernels.usable(gate_up) and gate_up.dtype in kernels.STORED:
+    if kernels.usable("swiglu", gate_up) and gate_up.dtype in kernels.STORED:
         return torch.ops.helmholtz.swiglu(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up

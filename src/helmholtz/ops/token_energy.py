@@ -103,7 +103,7 @@ def _by_kernel(p: _Products) -> tuple[Tensor, Tensor, Tensor] | None:
         x is not None and x.requires_grad for x in (*given, p.weight, p.patterns)
     ):
         return None
-    if not kernels.usable(*given):
+    if not kernels.usable("token_energy", *given):
         return None
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.helmholtz.token_energy(*given, p.beta)
     return found

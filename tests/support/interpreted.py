@@ -1,0 +1,58 @@
+"""With ``TRITON_INTERPRET=1`` operations with a Triton kernel take it for CPU tensors, in triton's interpreter.
+
+The interpreter computes with numpy, which has no bf16: it multiplies the bits of such matrices, cuts a float32 short to
+make one, where a GPU rounds to nearest even, and takes bits for numbers in casts to other types. All are mended here.
+float64 takes the plain form.
+"""
+
+import os
+from typing import Any
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def install() -> None:
+    """Before triton and helmholtz are imported."""
+    os.environ["HELMHOLTZ_CACHE"] = (
+        "/nowhere"  # no compiled library: gradients come from Python, as on a bare GPU
+    )
+    import numpy as np
+
+    np.seterr(all="ignore")  # a GPU warns of nothing
+    _mend()
+    from helmholtz import kernels
+    from helmholtz.kernels import gpu
+    from helmholtz.ops.triton import _shared
+
+    assert not kernels.LOADED
+    _shared.assumed = _shared.Target("cuda", 90)
+    gpu.register("CPU", with_gradients=True)
+    kernels.usable = lambda operator, *x: kernels.usable_by_triton(operator, x, "cpu")
+
+
+def _mend() -> None:
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    cast, dot = builder.cast_impl, builder.create_dot
+
+    def cast_impl(self: Any, x: Any, to: Any) -> Any:
+        of, wanted = x.dtype.scalar, to.scalar
+        if of == tl.bfloat16 and wanted != tl.bfloat16:
+            x = interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        if wanted != tl.bfloat16 or of == tl.bfloat16:
+            return cast(self, x, to)
+        wide = np.ascontiguousarray(cast(self, x, tl.float32).data)
+        bits = wide.view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return interpreter.TensorHandle(
+            np.where(np.isnan(wide), 0x7FC0, rounded).astype(np.uint16).reshape(x.data.shape), tl.bfloat16
+        )
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        a, b = (cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, d, *options)
+
+    builder.cast_impl, builder.create_dot = cast_impl, create_dot
