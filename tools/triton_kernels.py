@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map_only
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime import jit
@@ -76,8 +77,9 @@ def compiled(launch: Launch, name: str) -> dict[str, Any]:
     target, room = TARGETS[name]
     backend = make_backend(target)
     bind = jit.create_function_from_signature(kernel.signature, kernel.params, backend)
-    plain = [jit.MockTensor(x.dtype) if isinstance(x, FakeTensor) else x for x in arguments]
-    bound, specialised, rest = bind(*plain, **options)
+    bound, specialised, rest = bind(
+        *tree_map_only(FakeTensor, lambda x: jit.MockTensor(x.dtype), arguments), **options
+    )
     given, signature, constants, attributes = kernel._pack_args(backend, rest, bound, specialised, rest)
     source = ASTSource(kernel, signature, constants, attributes)
     code = triton.compile(source, target=target, options=given.__dict__)

@@ -15,7 +15,11 @@ from torch import Tensor
 from helmholtz.kernels import gradients
 from helmholtz.kernels.operators import LIBRARY
 
-MODULES: dict[str, str] = {"gated_read": "gated_read"}
+MODULES = {
+    "gated_read": "gated_read",
+    "modulate": "modulate",
+    "tilt": "tilt",
+}
 """Of ``helmholtz.ops.triton``, by operator: there ``name`` and ``name_backward`` take what the operators do."""
 PRESENT = (torch.version.cuda is not None or torch.version.hip is not None) and find_spec(
     "triton"

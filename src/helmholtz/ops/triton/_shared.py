@@ -72,3 +72,16 @@ def softplus(x):
     rounded = u - 1.0
     small = rounded == 0.0
     return tl.maximum(x, 0.0) + tl.where(small, e, tl.log(u) * (e / tl.where(small, 1.0, rounded)))
+
+
+@triton.jit
+def places(rows, steps, stride_b, stride_t, stride_h, head, columns):
+    """Offsets of the rows (batch and step) of one head: rows x columns."""
+    row = rows.to(tl.int64)
+    return (row // steps * stride_b + row % steps * stride_t + head * stride_h)[:, None] + columns[None, :]
+
+
+@triton.jit
+def clipped(x, cap):
+    """Into [-cap, cap]; NaN stays."""
+    return tl.where(x > cap, cap, tl.where(x < -cap, -cap, x))

@@ -7,19 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from helmholtz.ops.triton._shared import launch, power_of_2, sigmoid, softplus, with_whole_rows
+from helmholtz.ops.triton._shared import launch, places, power_of_2, sigmoid, softplus, with_whole_rows
 
 NUMBERS, NUMBERS_BACKWARD = 2048, 1024
 """Of a block."""
 LITTLE = torch.finfo(torch.float32).eps
 """The floor under the second gate's mean square, as torch's rms_norm has it."""
-
-
-@triton.jit
-def _places(rows, steps, stride_b, stride_t, stride_h, head, columns):
-    """Offsets of the rows (batch and step) of one head: rows x columns."""
-    row = rows.to(tl.int64)
-    return (row // steps * stride_b + row % steps * stride_t + head * stride_h)[:, None] + columns[None, :]
 
 
 @triton.jit
@@ -45,7 +38,7 @@ def _read(
     rows, head = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = (rows < rows_in_all)[:, None] & (columns < width)[None, :]
-    at = _places(rows, steps, mixed_b, mixed_t, mixed_h, head, columns)
+    at = places(rows, steps, mixed_b, mixed_t, mixed_h, head, columns)
     read = tl.load(Mixed + at, mask=inside, other=0.0)
     if Beta is not None:
         partition = tl.load(Mixed + mixed_n + at, mask=inside, other=0.0)
@@ -53,18 +46,18 @@ def _read(
         blind = tl.where(tl.max(partition, axis=1) > 0.0, 0.0, 1.0)[:, None]
         free = tl.log(tl.where(inside, partition + blind, 1.0)) / beta[None, :]
         if Inner is not None:
-            inner_at = _places(rows, steps, inner_b, inner_t, inner_h, head, columns)
+            inner_at = places(rows, steps, inner_b, inner_t, inner_h, head, columns)
             read += sigmoid(tl.load(Inner + inner_at, mask=inside, other=0.0).to(tl.float32)) * (free - read)
         else:
             read = free
     if Outer is not None:
-        outer_at = _places(rows, steps, outer_b, outer_t, outer_h, head, columns)
+        outer_at = places(rows, steps, outer_b, outer_t, outer_h, head, columns)
         gate, _ = _unit(
             tl.load(Outer + outer_at, mask=inside, other=0.0).to(tl.float32), eps, 0.0, inside, width
         )
         read *= gate
     if Own is not None:
-        own_at = _places(rows, steps, own_b, own_t, own_h, head, columns)
+        own_at = places(rows, steps, own_b, own_t, own_h, head, columns)
         gate, _ = _unit(
             tl.load(Own + own_at, mask=inside, other=0.0).to(tl.float32), eps, floor, inside, width
         )
@@ -83,10 +76,10 @@ def _read_backward(
     rows, head = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = (rows < rows_in_all)[:, None] & (columns < width)[None, :]
-    at = _places(rows, steps, mixed_b, mixed_t, mixed_h, head, columns)
+    at = places(rows, steps, mixed_b, mixed_t, mixed_h, head, columns)
     to = (rows.to(tl.int64) * heads + head)[:, None] * width + columns[None, :]
-    dmixed_at = _places(rows, steps, dmixed_b, dmixed_t, dmixed_h, head, columns)
-    dy_at = _places(rows, steps, dy_b, dy_t, dy_h, head, columns)
+    dmixed_at = places(rows, steps, dmixed_b, dmixed_t, dmixed_h, head, columns)
+    dy_at = places(rows, steps, dy_b, dy_t, dy_h, head, columns)
     mean = tl.load(Mixed + at, mask=inside, other=0.0)
     read, lam = mean, 1.0
     if Beta is not None:
@@ -97,18 +90,18 @@ def _read_backward(
         free = tl.log(seen) / beta
         read = free
         if Inner is not None:
-            inner_at = _places(rows, steps, inner_b, inner_t, inner_h, head, columns)
+            inner_at = places(rows, steps, inner_b, inner_t, inner_h, head, columns)
             lam = sigmoid(tl.load(Inner + inner_at, mask=inside, other=0.0).to(tl.float32))
             read = mean + lam * (free - mean)
     g = tl.load(Dy + dy_at, mask=inside, other=0.0).to(tl.float32)
     along, scaled = g * read, g
     if Outer is not None:
-        outer_at = _places(rows, steps, outer_b, outer_t, outer_h, head, columns)
+        outer_at = places(rows, steps, outer_b, outer_t, outer_h, head, columns)
         raw_outer = tl.load(Outer + outer_at, mask=inside, other=0.0).to(tl.float32)
         outer, outer_factor = _unit(raw_outer, eps, 0.0, inside, width)
         scaled *= outer
     if Own is not None:
-        own_at = _places(rows, steps, own_b, own_t, own_h, head, columns)
+        own_at = places(rows, steps, own_b, own_t, own_h, head, columns)
         raw_own = tl.load(Own + own_at, mask=inside, other=0.0).to(tl.float32)
         own, own_factor = _unit(raw_own, eps, floor, inside, width)
         scaled *= own
