@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from helmholtz._checks import check
-from helmholtz._values import has_values
+from helmholtz._values import worth_reading
 from helmholtz.layers.dynamics import Dynamics, TokenDynamics
 from helmholtz.layers.equilibrium_config import EquilibriumConfig
 from helmholtz.layers.hopfield import HopfieldMemory
@@ -256,7 +256,7 @@ class EquilibriumLayer(nn.Module):
     ) -> Equilibrium:
         index, places = dynamics.index, (dynamics.index, dynamics.is_real, c.shape[:2])
         start = _rows(dynamics.start if z_init is None else _given_start(z_init, dynamics.start), index)
-        if has_values(start) and not start.isfinite().all():
+        if worth_reading(start) and not start.isfinite().all():
             name = "z_init" if z_init is not None else "the context"
             raise NonFiniteInputError(f"{name} must be finite at every real token, got NaN or infinity")
         with full_precision(c.device):

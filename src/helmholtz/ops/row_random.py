@@ -12,7 +12,7 @@ _MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
 def row_keys(seed: int, rows: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
     """A key per row number under a seed: 64 mixed bits, so that neighbouring seeds and rows share nothing."""
-    base = torch.tensor([seed], dtype=torch.int64, device=rows.device)
+    base = torch.full((1,), seed, dtype=torch.int64, device=rows.device)
     return _mixed(_mixed(base * _INCREMENT) + rows.long() * _INCREMENT)
 
 
@@ -36,7 +36,7 @@ def row_uniform(
     check(dtype in (torch.float32, torch.float64), "dtype", dtype, "torch.float32 or torch.float64")
     n_bits = 24 if dtype == torch.float32 else 53
     count = torch.Size(shape).numel()
-    stream = _mixed(keys + _mixed(torch.tensor(site, device=keys.device)))
+    stream = _mixed(keys + _mixed(torch.full((), site, dtype=torch.int64, device=keys.device)))
     counter = torch.arange(1, count + 1, device=keys.device) * _INCREMENT
     bits = _mixed(stream.unsqueeze(-1) + counter)
     uniform = _shifted(bits, 64 - n_bits).to(dtype).mul_(2.0**-n_bits)

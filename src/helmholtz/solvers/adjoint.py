@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from helmholtz._checks import check_choice, check_integer, check_positive
 from helmholtz._once import DifferentiableOnce
-from helmholtz._values import has_values
+from helmholtz._values import has_values, worth_reading
 from helmholtz.solvers.base import (
     ON_NONCONVERGENCE,
     AbstractProblem,
@@ -92,7 +92,7 @@ class _Implicit(DifferentiableOnce):
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             rows, wide = Rows.of(ctx.problem, z), v.to(z.dtype)
             solved = conjugate_gradients(rows, z, wide, rtol=adjoint.rtol, max_steps=adjoint.max_steps)
-            if has_values(z):
+            if worth_reading(z) or (has_values(z) and adjoint.on_nonconvergence == "raise"):
                 ctx.solution.backward = BackwardInfo(solved.num_steps, solved.residual)
                 _report(solved, adjoint)
             hopeless = solved.indefinite & (solved.num_steps == 1)

@@ -8,11 +8,13 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from helmholtz._values import has_values
+from helmholtz._values import has_values, waits_for_device, worth_reading
 from helmholtz.solvers.base import AbstractProblem, SolverConfig, Status
 
 TINY = 1e-9
 """Added to ``|f|`` in a relative residual."""
+LOOK_EVERY = 4
+"""Steps on a GPU between two looks at which rows go on: a step for rows that are done costs it less than a wait."""
 
 
 class Counts(NamedTuple):
@@ -70,10 +72,13 @@ class Rows:
         return self.own.jvp(z, v)
 
 
-def those_left(going: Bool[Tensor, "n"]) -> Int[Tensor, "m"] | None:
+def those_left(going: Bool[Tensor, "n"], step: int = LOOK_EVERY) -> Int[Tensor, "m"] | None:
     """Places of the rows that go on; None if all do, and where no values are: there every row is taken along to the
-    last step, and nothing is written any more for those that are done."""
-    if not has_values(going) or bool(going.all()):
+    last step, and nothing is written any more for those that are done. On a GPU, which would have to be waited for,
+    that is so between two of every ``LOOK_EVERY`` steps."""
+    if not has_values(going) or (waits_for_device(going) and (step == 0 or step % LOOK_EVERY)):
+        return None
+    if bool(going.all()):
         return None
     return going.nonzero().squeeze(1)
 
@@ -207,7 +212,7 @@ class Trace:
 
     def begin(self, start: Point) -> None:
         """All rows before a step."""
-        self._now = tuple(x.clone() for x in self._kept(start)) if has_values(start.z) else None
+        self._now = tuple(x.clone() for x in self._kept(start)) if worth_reading(start.z) else None
 
     def _kept(self, point: Point) -> tuple[Tensor, ...]:
         return (point.residual, point.energy, point.z)[: 3 if self.record else 2]
@@ -263,7 +268,7 @@ def iterate(
     rows = rows.only(start.finite() & (limit > 0))
     trace.begin(start)
     for step in range(config.max_steps):
-        left = those_left(rows.going)
+        left = those_left(rows.going, step)
         if left is not None:
             if not len(left):
                 break

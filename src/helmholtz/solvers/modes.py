@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from helmholtz._checks import check
-from helmholtz._values import has_values
+from helmholtz._values import has_values, worth_reading
 from helmholtz.solvers.anderson import Anderson
 from helmholtz.solvers.base import AbstractProblem, Solution, SolverConfig, Status, warn_or_raise
 from helmholtz.solvers.loop import (
@@ -50,7 +50,7 @@ def solve(
         says; a row that stops being finite is never ignored, it warns at least.
     """
     check(z0.is_floating_point(), "z0", z0.dtype, "of a floating-point dtype")
-    if has_values(z0):
+    if worth_reading(z0):
         check(bool(z0.isfinite().all()), "z0", "NaN or infinity", "finite")
     start = z0.to(torch.promote_types(z0.dtype, torch.float32))
     with torch.no_grad(), torch.autocast(z0.device.type, enabled=False):
@@ -75,7 +75,7 @@ def solve(
         iterates=trace.iterates,
         energies=trace.energies,
     )
-    if has_values(z0):
+    if worth_reading(z0) or (has_values(z0) and config.on_nonconvergence == "raise"):
         _report(solution, config)
     return solution
 
@@ -120,7 +120,7 @@ def _nothing(z0: Float[Tensor, "0 D"]) -> Outcome:
 def _saddles(rows: Rows, outcome: Outcome) -> Bool[Tensor, "N"]:
     """Slow converged rows at which a Rayleigh quotient of the Jacobian, a lower bound of its norm, is above 1."""
     unstable = torch.zeros_like(outcome.status, dtype=torch.bool)
-    if not has_values(unstable):
+    if not worth_reading(unstable):
         return unstable
     slow = (outcome.status == int(Status.CONVERGED)) & (outcome.num_steps > SLOW_STEPS)
     index = slow.nonzero().squeeze(1)

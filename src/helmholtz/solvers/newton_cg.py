@@ -44,8 +44,8 @@ def conjugate_gradients(
     index, found, going = torch.arange(len(v), device=v.device), None, rows.going & (now.residual > 0)
     jacobian, direction, square = rows.own.jacobian(z), left, row_dot(left, left)
     full = square
-    for _ in range(max_steps):
-        kept = those_left(going)
+    for step in range(max_steps):
+        kept = those_left(going, step)
         if kept is not None:
             if not len(kept):
                 break

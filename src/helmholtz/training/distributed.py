@@ -4,13 +4,14 @@ import contextlib
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float64
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
@@ -147,13 +148,12 @@ def lost_rank_named(where: str) -> Iterator[None]:
         ) from error
 
 
-def mean_over_ranks(values: Sequence[float]) -> list[float]:
-    """Means over all processes, in float64: the same to the bit on each."""
+def mean_over_ranks(values: Float64[Tensor, " n"]) -> Float64[Tensor, " n"]:
+    """Means over all processes: the same to the bit on each."""
     if world().size == 1:
-        return list(values)
-    tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor)
-    return [float(value) for value in tensor / world().size]
+        return values
+    dist.all_reduce(values)
+    return values / world().size
 
 
 def gather_rows(rows: Tensor) -> Tensor:

@@ -38,12 +38,12 @@ class Evaluator:
 
     def loss(self, step: int) -> float:
         """The objective's bound after ``step`` steps, nats per token, over the first ``eval_tokens`` of the split."""
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.batches.device)
         with self.same_draws():
             for tokens, keys in self.batches.of_validation():
                 with drawn_by_row(keys):
-                    total += len(tokens) * self.loss_module(tokens, step)[1].item()
-        return total / self.batches.n_validation_windows
+                    total += len(tokens) * self.loss_module(tokens, step)[1].double()
+        return total.item() / self.batches.n_validation_windows
 
     def report(self, step: int) -> Report:
         """The report on the validation batches, without warnings while the learning rate warms up."""

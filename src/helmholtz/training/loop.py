@@ -19,7 +19,7 @@ from helmholtz.data.tokens import TokenDataset, bits_per_byte
 from helmholtz.models.decoder import Decoder
 from helmholtz.solvers import NonFiniteInputError
 from helmholtz.training.batches import Batches
-from helmholtz.training.callbacks import Callback, EvalRecord, RunResult
+from helmholtz.training.callbacks import Callback, EvalRecord, RunResult, StepRecord
 from helmholtz.training.checkpoint import save_last, save_run
 from helmholtz.training.config import TrainConfig
 from helmholtz.training.distributed import gather_text, lost_rank_named, on_main, training_device, world
@@ -83,7 +83,7 @@ class Trainer(Stepper):
             loss, what = math.nan, str(error)
         if seen := next(filter(None, gather_text(what)), ""):
             with self.evaluator.same_draws(), torch.enable_grad():
-                self._stop_for(seen, self.batches.of_validation())
+                self._stop_for(seen, self.progress.windows, self.batches.of_validation())
         return loss
 
     def evaluate(self) -> EvalRecord:
@@ -122,12 +122,11 @@ class Trainer(Stepper):
             callback.on_checkpoint(folder, self.progress.step)
 
     def _advance(self, callbacks: Sequence[Callback]) -> None:
-        c, record = self.config, self.step()
-        self._note_memory()
-        if world().is_main:
-            self._check_folder()
-        for callback in callbacks:
-            callback.on_step(record)
+        c = self.config
+        self.make_step()
+        if not self._is_read_now():
+            return
+        record = self._tell(callbacks)
         if record.skipped:
             return
         final = record.step == c.steps
@@ -140,6 +139,21 @@ class Trainer(Stepper):
                 self._save(BEST, callbacks)
         if final or record.step % c.save_every == 0:
             self._save(LAST, callbacks)
+
+    def _tell(self, callbacks: Sequence[Callback]) -> StepRecord:
+        """Read the steps made, for the callbacks. Returns the last one's record."""
+        self._note_memory()
+        if world().is_main:
+            self._check_folder()
+        for record in self.read_steps():
+            for callback in callbacks:
+                callback.on_step(record)
+        return record
+
+    def _is_read_now(self) -> bool:
+        c, step = self.config, self.steps_made
+        due = step >= c.steps or any(step % n == 0 for n in (c.log_every, c.eval_every, c.save_every))
+        return self.reads_each_step or due or self._asked_to_stop()
 
     def fit(
         self,
@@ -163,6 +177,8 @@ class Trainer(Stepper):
             with stop_signals() as self._signals, PeakMemory(self.device) as self._memory:
                 while self.progress.step < self.config.steps and not self._asked_to_stop():
                     self._advance(callbacks)
+                if self._made:  # a signal came after the last step was found to be read later
+                    self._tell(callbacks)
                 finished = self.progress.step == self.config.steps
                 if not finished:
                     self._save(LAST, callbacks)
