@@ -71,9 +71,12 @@ def parse_options(what: str, description: str | None, *, rounds: int = 9) -> Opt
 
 def keep_freed_memory() -> None:
     """Keep freed blocks mapped (glibc): a fresh 14 MB block costs more to map than to fill."""
-    libc = ctypes.CDLL(None)
-    for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-        if not libc.mallopt(parameter, 2**30):
+    _allocator({_M_MMAP_THRESHOLD: 2**30, _M_TRIM_THRESHOLD: 2**30})
+
+
+def _allocator(values: Mapping[int, int]) -> None:
+    for parameter, value in values.items():
+        if not ctypes.CDLL(None).mallopt(parameter, value):
             raise RuntimeError(f"mallopt refused parameter {parameter}")
 
 
@@ -143,15 +146,26 @@ def _status(field: str) -> int:
     raise RuntimeError(f"no {field} in /proc/self/status: peak memory is measured on Linux only")
 
 
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """Resident memory that ``run`` needs on top of what is resident before it, at its peak."""
+def peak_bytes(run: Callable[[], Any], *, keep_memory: bool = False) -> int:
+    """Resident memory that ``run`` needs on top of what is resident before it, at its peak.
+
+    Blocks of 128 KiB and more are mapped one by one meanwhile. Left alone glibc raises that size to the largest block
+    that was ever freed, up to 32 MB, and what it then keeps of freed blocks moves the peak by hundreds of megabytes.
+
+    Args:
+        keep_memory: whether freed blocks are kept before and afterwards.
+    """
+    _allocator({_M_MMAP_THRESHOLD: 2**17, _M_TRIM_THRESHOLD: 2**17})
     run()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # restarts the high-water mark
     before = _status("VmRSS")
     run()
-    return max(_status("VmHWM") - before, 0)
+    peak = max(_status("VmHWM") - before, 0)
+    if keep_memory:
+        keep_freed_memory()
+    return peak
 
 
 def environment(options: Options) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def main() -> None:
                     "mixer": prior,
                     "T": time,
                     "microseconds_per_token": 1e6 * seconds[prior] / time,
-                    "peak_bytes_per_token": peak_bytes(run) / time,
+                    "peak_bytes_per_token": peak_bytes(run, keep_memory=options.keep_memory) / time,
                     "state_bytes": stream_bytes(prior, time),
                 }
             )
