@@ -57,14 +57,14 @@ def conditions(name: str) -> str:
 
 
 def layers_speed() -> str:
-    header = "mixer | dtype | B, T | time | attention | ratio | wanted | `252ba62` | attention there"
+    header = "mixer | dtype | B, T | time | attention | ratio | wanted | of attention at `252ba62` | mixer there"
     plain = {_place(row): row for row in _with_the_default_allocator()}
     lines = [
         (
             MIXERS.get(row["mixer"], row["mixer"]), row["dtype"], f"{row['B']}, {row['T']:,}",
             f"{row['milliseconds']:.0f} ms", f"{row['attention_milliseconds']:.0f} ms", f"{row['ratio']:.2f}",
-            "" if row["goal"] is None else f"{row['goal']:.2f}", f"{row['ratio_other']:.2f}",
-            f"{row['attention_milliseconds_other']:.0f} ms",
+            "" if row["goal"] is None else f"{row['goal']:.2f}",
+            f"{row['milliseconds'] / row['attention_milliseconds_other']:.2f}", f"{row['ratio_other']:.2f}",
             *([f"{plain[_place(row)]['ratio']:.2f}"] if plain else []),
         )
         for row in rows("layers_speed")
