@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from helmholtz._notebook.plan import codes_table
 from helmholtz.data.tokenizer import ByteTokenizer
 from helmholtz.evals.checkpoints import Checkpoint
 from helmholtz.evals.plan_file import read_plan
@@ -14,7 +15,6 @@ from helmholtz.explore.planning import (
     bits_of,
     changed_part,
     changes_note,
-    codes_html,
     draw_codes,
     encoder_html,
     texts_html,
@@ -65,7 +65,7 @@ def test_check_boxes_hold_the_codes(checkpoint):
 
 
 def test_the_table_marks_what_was_flipped():
-    page = codes_html(["a", "<b>"], (1, 2), (1, 3), 2)
+    page = codes_table(["a", "<b>"], (1, 2), (1, 3), 2)
     assert page.count("hz-flipped") == 1
     assert page.count('class="hz-heat') == 4
     assert "<b>" not in page

@@ -1,7 +1,7 @@
 """What a model is made of, and how its Free Energy Mixers read a text."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from helmholtz._checks import check_choice
 from helmholtz.evals.equilibria import read
+from helmholtz.layers.attention import Attention
 from helmholtz.layers.fem import FreeEnergyMixer
 from helmholtz.layers.fem_config import FreeEnergyMixerConfig
 from helmholtz.layers.fem_reading import Reading, inspect_read
@@ -96,13 +97,24 @@ def mixers(model: nn.Module) -> dict[str, FreeEnergyMixer]:
     return {name: mixer for name, mixer in found.items() if mixer.config.read != "mean"}
 
 
-def read_text(model: Decoder, tokens: Int[Tensor, "1 T"], *, layer: str | None = None) -> dict[str, Reading]:
+def readable(model: nn.Module) -> dict[str, FreeEnergyMixer | Attention]:
+    """The layers of a model that ``read_text`` can take apart, by name: mixers and attention, but not the encoder of a
+    plan, which does not run."""
+    found = mixers(model) | {name: m for name, m in model.named_modules() if isinstance(m, Attention)}
+    names = [name for name, _ in model.named_modules() if name in found and not name.startswith("encoder.")]
+    return {name: found[name] for name in names}
+
+
+def read_text(
+    model: Decoder, tokens: Int[Tensor, "1 T"], *, layer: str | None = None, words: Sequence[str] = ()
+) -> dict[str, Reading]:
     """Each mixer's reading of one text, by the mixer's name; empty for a model without mixers.
 
     A model with a plan reads under one of its prior, and its encoder does not run.
 
     Args:
-        layer: name of the one mixer whose reading is wanted; None: of all.
+        layer: name of the one layer whose reading is wanted, a mixer or attention; None: of all mixers.
+        words: what the tokens spell, for the labels of the readings.
     """
     inputs: dict[str, tuple[Tensor, Tensor | None]] = {}
 
@@ -110,16 +122,19 @@ def read_text(model: Decoder, tokens: Int[Tensor, "1 T"], *, layer: str | None =
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> None:
             inputs[name] = arguments[0], options.get("source")
 
-        return found[name].register_forward_pre_hook(hook, with_kwargs=True)
+        return known[name].register_forward_pre_hook(hook, with_kwargs=True)
 
-    found = mixers(model)
+    known = readable(model)
     if layer is not None:
-        check_choice("layer", layer, found)
-    handles = [keep(name) for name in found if layer in (None, name)]
+        check_choice("layer", layer, known)
+    handles = [keep(name) for name in (mixers(model) if layer is None else [layer]) if name in known]
     try:
         with evaluation_mode(model):
             read(model, tokens)
-            return {name: inspect_read(found[name], x, source=source) for name, (x, source) in inputs.items()}
+            return {
+                name: inspect_read(known[name], x, source=source, words=words)
+                for name, (x, source) in inputs.items()
+            }
     finally:
         for handle in handles:
             handle.remove()

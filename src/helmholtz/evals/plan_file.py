@@ -55,6 +55,11 @@ class PlanFile:
             check_integer("tokens", token, minimum=0)
         check_integer("seed", self.seed, minimum=0)
 
+    def _repr_html_(self) -> str:
+        from helmholtz._notebook.plan import codes_html
+
+        return codes_html(self.codes, self.n_latent_bits, self.texts)
+
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write JSON, atomically."""
         write_json(file, asdict(self))
@@ -120,6 +125,11 @@ class ReadPlan:
     """Posterior probability that a bit is 1."""
     kl: Float[Tensor, " T"]
     """Of the posterior from the prior, in nats per token: what the code could hold of the text at most."""
+
+    def _repr_html_(self) -> str:
+        from helmholtz._notebook.plan import encoder_html
+
+        return encoder_html(self.probability.tolist(), self.kl.tolist())
 
 
 def read_plan(model: Decoder, tokens: Sequence[int], *, seed: int = 0) -> ReadPlan:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from helmholtz.explore import html
+from helmholtz._notebook import html
 from helmholtz.explore.runs import Offer
 
 if TYPE_CHECKING:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from helmholtz._notebook.html import NOTHING, card, cells, grid, head_cells, note, table, text_block
 from helmholtz.evals.compare import is_bounded, model_label
 from helmholtz.evals.plots import plot_loss_curves
 from helmholtz.evals.runs import Run, read_run
-from helmholtz.explore.html import NOTHING, card, cells, grid, head_cells, marked, note, table, text_block
+from helmholtz.explore.html import marked
 from helmholtz.explore.runs import OfferedRun
 from helmholtz.models.checkpoint import architecture_of
 from helmholtz.models.generation import generate

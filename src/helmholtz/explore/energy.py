@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from helmholtz._checks import check, check_choice
+from helmholtz._notebook.html import cells, head_cells, note, table
 from helmholtz.evals.checkpoints import Checkpoint
 from helmholtz.evals.equilibria import equilibrium_of
 from helmholtz.evals.landscape import EnergySlice, energy_slice, frame_radius
@@ -24,7 +25,7 @@ from helmholtz.evals.landscape_plots import (
     place_name,
 )
 from helmholtz.evals.plots import own_style
-from helmholtz.explore.html import cells, head_cells, note, spell, table
+from helmholtz.explore.html import spell
 from helmholtz.layers.equilibrium import TokenProblem
 from helmholtz.layers.hopfield import HopfieldMemory
 from helmholtz.layers.unconverged import one_convergence_warning

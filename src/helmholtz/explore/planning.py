@@ -1,27 +1,20 @@
 """Plans as tables of bits, texts written under them side by side, and what the encoder says of a text."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from helmholtz._checks import check, check_integer
+from helmholtz._notebook.html import (
+    card,
+    grid,
+    note,
+    text_block,
+)
+from helmholtz._notebook.plan import encoder_table
 from helmholtz.evals.checkpoints import Checkpoint
 from helmholtz.evals.plan_file import read_plan
 from helmholtz.evals.plans import Codes, Group, draw_plans, sample_under
-from helmholtz.explore.html import (
-    card,
-    cells,
-    grid,
-    head_cells,
-    heat,
-    marked,
-    note,
-    number,
-    spell,
-    table,
-    text_block,
-    token_heads,
-)
+from helmholtz.explore.html import marked, spell
 from helmholtz.models.planning import PlanSettings
 from helmholtz.models.sampling import SamplingSettings
 
@@ -100,20 +93,6 @@ def with_bits(codes: Codes, place: int, bits: Sequence[int], *, everywhere: bool
     return (*codes[:place], code, *codes[place + 1 :])
 
 
-def codes_html(words: Sequence[str], before: Codes, after: Codes, n_bits: int) -> str:
-    """A row per bit and a column per token; what differs from the plan that was drawn is marked."""
-    rows = []
-    for bit in range(n_bits):
-        row = [f"<td>bit {bit}</td>"]
-        for old, new in zip(before, after, strict=True):
-            value = new >> bit & 1
-            mark = " hz-flipped" if (old ^ new) >> bit & 1 else ""
-            row.append(f'<td class="hz-heat{mark}" style="--w:{0.5 * value}">{value}</td>')
-        rows.append(f"<tr>{''.join(row)}</tr>")
-    places = [f"{place}: {word}" for place, word in enumerate(words)]
-    return table([head_cells("token"), *token_heads(places)], rows)
-
-
 def texts_html(checkpoint: Checkpoint, request: Request, before: Group, after: Group | None) -> str:
     """Each sample under the drawn plan and, beside it, under the changed one, with the tokens marked that differ."""
     cards, tokenizer = [], checkpoint.tokenizer
@@ -161,18 +140,5 @@ def encoder_html(checkpoint: Checkpoint, text: str) -> str:
     longest = checkpoint.model.config.max_seq_len
     check(len(tokens) <= longest, "text", f"{len(tokens)} tokens", f"at most {longest}")
     read = read_plan(checkpoint.model, tokens)
-    n_bits = read.probability.shape[1]
-    head = [head_cells("token", *(f"bit {bit}" for bit in range(n_bits)), "KL, bits")]
-    rows = [
-        f"<tr>{cells(f'{place}: {spell(checkpoint.tokenizer, token)}')}{''.join(map(heat, chances))}"
-        f"{number(kl / math.log(2))}</tr>"
-        for place, (token, chances, kl) in enumerate(
-            zip(tokens, read.probability.tolist(), read.kl.tolist(), strict=True)
-        )
-    ]
-    mean = read.kl.mean().item() / math.log(2)
-    legend = (
-        f"Cells are the percents with which the encoder sets a bit to 1. A code holds at most {n_bits} "
-        f"bits of its text, here {mean:.2f} a token on average (KL from the prior)."
-    )
-    return table(head, rows) + note(legend)
+    words = [spell(checkpoint.tokenizer, token) for token in tokens]
+    return encoder_table(words, read.probability.tolist(), read.kl.tolist())

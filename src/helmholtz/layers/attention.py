@@ -74,14 +74,25 @@ class Attention(AbstractMixer[KVCache]):
                 joint, cos, sin, *memory[:2], before=state.k.shape[2], heads=self.n_heads, key_mask=after.mask
             )
             return self.o_proj(read), after
-        heads = joint.unflatten(-1, (-1, self.d_head))
-        q, k, v = rotate_split(heads, cos, sin, self.n_heads, self.n_kv_heads)
+        q, k, v = self._heads(joint, cos, sin)
         if state is not None:
             position = layout.advance(state.position)
             state = state.append(k, v, mask, capacity=layout.capacity, position=position)
             k, v, mask = state.k, state.v, state.mask
         read = softmax_attention(q, k, v, causal=self.causal, key_mask=mask, cu_seqlens=layout.cu_seqlens)
         return self.o_proj(read.transpose(1, 2).flatten(2)), state
+
+    def project(
+        self, x: Float[Tensor, "B T D"], layout: SequenceLayout, source: Float[Tensor, "B T D"] | None = None
+    ) -> tuple[Float[Tensor, "B H T K"], Float[Tensor, "B G T K"], Float[Tensor, "B G T K"]]:
+        """Rotated queries of ``x``, rotated keys and values of ``source`` (None: of ``x``)."""
+        return self._heads(self._project(x, source), *layout.rotation(self.d_head, self.rope_theta))
+
+    def _heads(
+        self, joint: Float[Tensor, "B T NK"], cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        heads = joint.unflatten(-1, (-1, self.d_head))
+        return rotate_split(heads, cos, sin, self.n_heads, self.n_kv_heads)
 
     def _project(
         self, x: Float[Tensor, "#B #T D"], source: Float[Tensor, "B T D"] | None

@@ -101,6 +101,11 @@ class Equilibrium:
     is_real: Bool[Tensor, "N"] | None
     """Rows of real tokens, where pads have one too; None: all are."""
 
+    def _repr_html_(self) -> str:
+        from helmholtz._notebook.equilibrium import equilibrium_html
+
+        return equilibrium_html(self)
+
     @property
     def field(self) -> TokenField:
         return self.problem.field

@@ -28,6 +28,14 @@ class Plan:
     logits: Float[Tensor, "B T H"] | None = None
     """None for codes that come from no encoder: the prior's, or given ones."""
 
+    def _repr_html_(self) -> str:
+        """The first row's codes, in as many bits as the logits say or the codes take."""
+        from helmholtz._notebook.plan import codes_html
+
+        codes = self.code[0].tolist()
+        n_bits = max(codes, default=0).bit_length() if self.logits is None else self.logits.shape[-1]
+        return codes_html(codes, max(1, n_bits))
+
     def given(self, code: Int[Tensor, "B T"], where: Bool[Tensor, "B T"]) -> "Plan":
         """This plan with ``code`` instead ``where`` it is given; from there no gradient reaches the encoder."""
         check(code.shape == self.code.shape, "code", tuple(code.shape), f"of shape {tuple(self.code.shape)}")

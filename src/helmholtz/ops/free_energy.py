@@ -238,13 +238,14 @@ def hidden_temperature(
 
 
 def _free_energy(prior: Tensor, v: Tensor, beta: Tensor) -> Tensor:
-    """F(beta), shifted by the largest value.
+    """F(beta), shifted by the largest value; the mean at ``beta = 0``, its limit.
 
-    Two forms of one logarithm: with ``expm1`` it holds down to ``beta = 0`` (the mean), as a plain sum it holds where
-    almost all of the prior lies far below the largest value.
+    Two forms of one logarithm: with ``expm1`` it holds for a small ``beta``, as a plain sum it holds where almost all
+    of the prior lies far below the largest value.
     """
     top = torch.where(prior > 0, v, -torch.inf).amax(-1)
     exponent = torch.where(prior > 0, beta.unsqueeze(-1) * (v - top.unsqueeze(-1)), 0)
     missing = (prior * exponent.expm1()).sum(-1)
     near, far = torch.log1p(missing.clamp(min=-0.5)), (prior * exponent.exp()).sum(-1).log()
-    return top + torch.where(missing > -0.5, near, far) / beta.clamp(min=torch.finfo(torch.float64).tiny)
+    tilted = top + torch.where(missing > -0.5, near, far) / torch.where(beta > 0, beta, 1.0)
+    return torch.where(beta > 0, tilted, (prior * v).sum(-1))

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from helmholtz._notebook.html import note
 from helmholtz.explore import compare
-from helmholtz.explore.html import note
 from helmholtz.explore.runs import HOW, Offer
 from helmholtz.explore.tabs.events import on
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from helmholtz._notebook.html import note
 from helmholtz.evals.landscape_case import BASES
 from helmholtz.explore import energy
 from helmholtz.explore.energy import VIEWS, Scene
-from helmholtz.explore.html import note
 from helmholtz.explore.runs import Offer
 from helmholtz.explore.tabs.events import on
 

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from helmholtz._notebook.html import note
+from helmholtz._notebook.plan import codes_table
 from helmholtz.explore import planning
-from helmholtz.explore.html import note
 from helmholtz.explore.planning import Request
 from helmholtz.explore.runs import Offer
 from helmholtz.explore.tabs.events import on
@@ -66,7 +67,7 @@ def fill(gr: Any, offer: Offer) -> None:
         checkpoint = offer.runs[run].checkpoint
         other = None if after == before else planning.write(checkpoint, request, after)
         words = planning.words_of(checkpoint, request, len(before), written)
-        codes = planning.codes_html(words, before, after, n_bits[run])
+        codes = codes_table(words, before, after, n_bits[run])
         bits = planning.bits_of(after[min(int(place), len(after) - 1)])
         texts = planning.texts_html(checkpoint, request, written, other)
         return codes, bits, texts, planning.changes_note(before, after), kept

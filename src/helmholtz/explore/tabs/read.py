@@ -3,17 +3,9 @@
 import functools
 from typing import Any
 
-from helmholtz.explore.html import BETA, LAMBDA, note
-from helmholtz.explore.reading import (
-    KNOBS,
-    LARGEST_BETA,
-    MOST_TOKENS,
-    Knob,
-    default_query,
-    layer_names,
-    read_layer,
-    reading_html,
-)
+from helmholtz._notebook.html import BETA, LAMBDA, note
+from helmholtz._notebook.reading import KNOBS, LARGEST_BETA, MOST_TOKENS, Knob
+from helmholtz.explore.reading import layer_names, read_layer, reading_html
 from helmholtz.explore.runs import Offer
 from helmholtz.explore.tabs.events import on
 
@@ -57,7 +49,7 @@ def fill(gr: Any, offer: Offer) -> None:
         run: str, layer: str, text: str, head: int, knob: Knob, gate: float, beta: float, shown: int
     ) -> tuple[Any, ...]:
         found = reading(run, text, layer)
-        last, n_heads = default_query(found.words), found.n_heads
+        last, n_heads = len(found.words) - 1, found.n_heads
         head = min(int(head), n_heads - 1)
         picture = reading_html(found, head, last, knob, set_to(knob, gate, beta), int(shown))
         heads = gr.Slider(0, max(1, n_heads - 1), head, interactive=n_heads > 1)
@@ -75,7 +67,7 @@ def fill(gr: Any, offer: Offer) -> None:
         shown: int,
     ) -> str:
         found = reading(run, text, layer)
-        query = min(int(query), default_query(found.words))
+        query = min(int(query), len(found.words) - 1)
         return reading_html(found, int(head), query, knob, set_to(knob, gate, beta), int(shown))
 
     def other_run(run: str) -> Any:
