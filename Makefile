@@ -80,8 +80,8 @@ test-oldest:  ## test-subset with the oldest torch, in an environment of its own
 
 ON_GPU_OPS = free_energy modulate
 # of the operators' own tests what a Triton kernel takes: float64 and transforms go by the plain forms
-ON_GPU = tests/triton tests/test_kernels.py $(addprefix tests/ops/test_,$(addsuffix .py,$(ON_GPU_OPS)))
-ON_GPU_CHOICE = not float64 and (not test_kernels or an_operator_is or second_derivative or not_a_number or strides)
+ON_GPU = tests/triton tests/test_kernels.py $(addprefix tests/ops/test_,$(addsuffix .py,$(ON_GPU_OPS))) tests/ops/test_scan.py
+ON_GPU_CHOICE = not float64 and (not test_kernels or an_operator_is or second_derivative or not_a_number or strides) and not any_length
 test-triton: $(STAMP)  ## the GPU kernels without a GPU: in triton's interpreter, then compiled for three kinds (1 GB, ten minutes)
 	@$(PIP) -e '.[triton]'
 	TRITON_INTERPRET=1 SHAPE_CHECKS=0 $(ONE_THREAD) $(BIN)/pytest -n 2 $(ON_GPU) -k "$(ON_GPU_CHOICE)" --durations=15

@@ -66,7 +66,7 @@ def launches(operator: str, make: Callable[..., Any], module: Any, name: str) ->
     with FakeTensorMode():
 
         def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device="cuda")
+            return torch.empty(shape, dtype=dtype)
 
         return recorded(lambda: getattr(module, operator)(*make(new)))
 

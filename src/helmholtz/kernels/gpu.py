@@ -18,6 +18,7 @@ from helmholtz.kernels.operators import LIBRARY
 MODULES = {
     "gated_read": "gated_read",
     "modulate": "modulate",
+    "scan": "scan",
     "tilt": "tilt",
 }
 """Of ``helmholtz.ops.triton``, by operator: there ``name`` and ``name_backward`` take what the operators do."""
