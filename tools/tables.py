@@ -57,7 +57,9 @@ def conditions(name: str) -> str:
 
 
 def layers_speed() -> str:
-    header = "mixer | dtype | B, T | time | attention | ratio | wanted | of attention at `252ba62` | mixer there"
+    header = (
+        "mixer | dtype | B, T | time | attention | ratio | wanted | of attention at `252ba62` | mixer there"
+    )
     plain = {_place(row): row for row in _with_the_default_allocator()}
     lines = [
         (
