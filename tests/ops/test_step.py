@@ -64,7 +64,9 @@ def test_steps_are_the_calls_of_a_sequence(prior, options, dtype):
     torch.testing.assert_close(y, expected, rtol=bound, atol=bound)
     torch.testing.assert_close(y, layer(x)[:, 5:], rtol=bound, atol=bound)
     for a, e in zip(tensors(state), tensors(plain_state), strict=True):
-        torch.testing.assert_close(a, e, rtol=bound, atol=bound)
+        # a sum of exponentials may be off by |beta v| times the rounding of v, little beside the largest
+        scale = e.abs().max().clamp(min=1).item()
+        torch.testing.assert_close(a, e, rtol=bound, atol=bound * scale)
 
 
 def tensors(state):
