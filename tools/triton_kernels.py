@@ -108,8 +108,7 @@ def _of_amd(asm: dict[str, Any]) -> dict[str, int]:
     def number(key: str) -> int:
         return sum(int(x) for x in re.findall(rf"\.{key}:\s*(\d+)", asm["amdgcn"]))
 
-    spilled = number("vgpr_spill_count") + number("sgpr_spill_count") + number("private_segment_fixed_size")
-    return {"registers": number("vgpr_count"), "spilled": spilled}
+    return {"registers": number("vgpr_count"), "spilled": number("vgpr_spill_count")}
 
 
 def examine(job: tuple[str, str, str]) -> list[dict[str, Any]]:
@@ -122,6 +121,13 @@ def examine(job: tuple[str, str, str]) -> list[dict[str, Any]]:
         | compiled(launch, name)
         for launch in launches(operator, make, module, name)
     ]
+
+
+def _examined(job: tuple[str, str, str]) -> list[dict[str, Any]]:
+    try:
+        return examine(job)
+    except Exception as error:
+        raise RuntimeError(f"{job}: {error}") from error
 
 
 def faults(rows: Iterable[dict[str, Any]]) -> list[str]:
@@ -181,7 +187,7 @@ def main() -> None:
         for name in TARGETS
     ]
     with ProcessPoolExecutor(given.processes) as pool:
-        rows = [row for found in pool.map(examine, jobs) for row in found]
+        rows = [row for found in pool.map(_examined, jobs) for row in found]
     print(table(rows))
     if not given.modules and not given.no_write:
         TABLE.write_text(table(rows))

@@ -19,6 +19,7 @@ MODULES = {
     "gated_read": "gated_read",
     "modulate": "modulate",
     "scan": "scan",
+    "softmax_read": "softmax_read",
     "tilt": "tilt",
 }
 """Of ``helmholtz.ops.triton``, by operator: there ``name`` and ``name_backward`` take what the operators do."""

@@ -72,7 +72,7 @@ def softmax_read(
         time; elsewhere that of ``softmax_attention`` with the signals for values.
     """
     wide = compute_dtype(q, k, v)
-    if not q.dtype == k.dtype == v.dtype == torch.bfloat16:
+    if not kernel_reads(q, k, v):
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
     if backend in ("auto", "torch") and kernel_reads(q, k, v):
         check_queries(q, k, causal)
