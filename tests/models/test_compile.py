@@ -1,10 +1,12 @@
 """Compiled and exported decoders: one graph from ids to logits, forward and backward, and its plain forms in a file."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.export import Dim, export
 
 from decoder_cases import codes_of, tokens_of
@@ -94,3 +96,16 @@ def test_a_decoder_is_exported_in_plain_forms(name):
     assert names and not [name for name in names if "helmholtz" in name]
     for given in (tokens, more):
         torch.testing.assert_close(program.module()(*given), model(*given), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["transformer", "mamba", "fem-softmax", "fem-gla"])
+def test_all_blocks_of_a_kind_share_a_graph(name):
+    """The compiler makes eight of one function at most, and refuses to go on."""
+    model = DECODERS[name]()
+    model = type(model)(replace(model.config, n_layers=10))
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    counters.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(tokens_of(2, 9)).logits.sum().backward()
+    assert counters["stats"]["unique_graphs"] <= 2  # the first block's input has no gradient

@@ -156,13 +156,14 @@ class MambaMixer(_Recomputed, AbstractMixer[MambaState]):
         source: Float[Tensor, "B T D"] | None,
         layout: SequenceLayout,
         state: MambaState | None,
-    ) -> tuple[Float[Tensor, "B T D"], MambaState]:
+    ) -> tuple[Float[Tensor, "B T D"], MambaState | None]:
         if source is not None:
             x = x.expand_as(source)
         conv, ssm = (None, None) if state is None else (state.conv, state.ssm)
         y, conv, ssm = self._call(self._scan, x, source, conv, ssm, layout)
-        seen = x.new_zeros(x.shape[0], dtype=torch.long) if state is None else state.position
-        return y, MambaState(layout.advance(seen), conv, ssm)
+        # what a layout remembers of a position would be another graph for every block
+        after = None if state is None else MambaState(layout.advance(state.position), conv, ssm)
+        return y, after
 
     def _scan(
         self,

@@ -1,7 +1,5 @@
 """Softmax averages where no kernel of this library runs: by SDPA, or by products and a softmax."""
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,10 +27,12 @@ def kernel_reads(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return known and kernels.usable("softmax_read", q, k, v)
 
 
-@functools.cache
+_TILES = bool(torch.cpu._is_amx_tile_supported())
+
+
 def has_tiles() -> bool:
     """Whether the processor multiplies bf16 in tiles (AMX), as torch's own attention does and the kernel does not."""
-    return bool(torch.cpu._is_amx_tile_supported())
+    return _TILES  # asked for once: the compiler does not trace the question
 
 
 def average(
