@@ -19,6 +19,7 @@ WITHOUT_REFERENCE = {
     "bits_to_nats": "a change of unit",
     "sample_bits": "random; its test counts what it draws",
     "cross_entropy": "torch's own loss with a mask; its test states the formula",
+    "head_cross_entropy": "cross_entropy of a head's logits, to which its test holds it",
     "recurrent_linear_attention": "the twin of linear_attention, held to the reference of that name",
     "plain_scan": "the plain form of first_order_scan, held to the reference of that name",
     "from_zero": "what plain_scan is made of",

@@ -1,12 +1,14 @@
 """The language-model loss against its formula, with targets that do not count."""
 
 import math
+import weakref
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from helmholtz.ops.losses import cross_entropy
+from helmholtz.ops.losses import cross_entropy, head_cross_entropy
 from helpers import DTYPES, assert_matches, grads
 
 
@@ -76,3 +78,99 @@ def test_large_logits_of_any_vocabulary_match_the_formula(dtype, vocabulary) -> 
 def test_a_target_outside_the_vocabulary_is_an_error(target) -> None:
     with pytest.raises(IndexError):
         cross_entropy(torch.zeros(1, 1, 5), torch.tensor([[target]]), ignore_index=-7)
+
+
+def in_pieces(head, x, targets, most):
+    return head_cross_entropy(head, x, targets, most_tokens=most, ignore_index=-7)
+
+
+@pytest.mark.parametrize("most", [1, 4, 5, 100])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_loss_in_pieces_is_the_whole_loss(dtype, most) -> None:
+    """13 tokens, so that no piece but the whole divides them; the head has a bias and hooks."""
+    head, x = nn.Linear(6, 37, dtype=dtype), torch.randn(1, 13, 6, dtype=dtype, requires_grad=True)
+    targets, calls = torch.randint(37, (1, 13)), []
+    targets[0, [2, 3, 12]] = -7
+    head.register_forward_hook(lambda module, args, output: calls.append(len(args[0][0])))
+    leaves = [x, head.weight, head.bias]
+    whole = cross_entropy(head(x), targets, ignore_index=-7)
+    calls.clear()
+    loss = in_pieces(head, x, targets, most)
+    assert sum(calls) == 13 and max(calls) == min(most, 13)
+    assert_matches("loss", loss, whole.double(), budget=4)
+    weight = torch.tensor(-0.7, dtype=loss.dtype)
+    both = [torch.autograd.grad(value, leaves, weight) for value in (loss, whole)]
+    assert sum(calls) == 26 or most == 100
+    for got, want in zip(*both, strict=True):
+        assert_matches("gradient", got, want.double(), budget=16)
+
+
+def test_pieces_under_autocast_add_their_gradients_up_in_the_weights_dtype() -> None:
+    """Summed in bf16, 64 pieces would lose a part in a hundred."""
+    torch.manual_seed(0)
+    head, x = nn.Linear(16, 64), torch.randn(2, 64, 16, requires_grad=True)
+    targets = torch.randint(64, (2, 64))
+    gradients = []
+    for most in (1000, 2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = in_pieces(head, x, targets, most)
+        gradients.append(torch.autograd.grad(loss, [x, head.weight]))
+    want = torch.autograd.grad(cross_entropy(head.double()(x.double()), targets), [x, head.weight])
+    for whole, pieces, exact in zip(*gradients, want, strict=True):
+        assert pieces.dtype == whole.dtype
+        errors = [(g.double() - exact).norm() / exact.norm() for g in (whole, pieces)]
+        assert errors[1] <= 1.2 * errors[0] + 1e-3
+    head.float()
+
+
+def test_a_head_that_draws_draws_the_same_again() -> None:
+    head = nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 11, bias=False))
+    x, targets = torch.randn(1, 12, 8, requires_grad=True), torch.randint(11, (1, 12))
+    torch.manual_seed(3)
+    (got,) = torch.autograd.grad(in_pieces(head, x, targets, 5), x)
+    torch.manual_seed(3)
+    losses = [cross_entropy(head(x[:, i : i + 4]), targets[:, i : i + 4]) for i in (0, 4, 8)]
+    (want,) = torch.autograd.grad(sum(losses) / 3, x)
+    torch.testing.assert_close(got, want)
+
+
+def test_pieces_where_nothing_counts() -> None:
+    head, x = nn.Linear(4, 9), torch.randn(1, 6, 4, requires_grad=True)
+    loss = in_pieces(head, x, torch.full((1, 6), -7), 2)
+    assert loss == 0 and not torch.autograd.grad(loss, x)[0].any()
+
+
+def test_the_logits_of_a_large_vocabulary_are_never_held_whole() -> None:
+    """Live bytes at their highest, of all storages; 256 tokens of 65,536 ids are 67 MB."""
+    head, x = nn.Linear(4, 65_536, bias=False), torch.randn(1, 256, 4, requires_grad=True)
+    targets = torch.randint(65_536, (1, 256))
+    whole, pieces = (
+        peak_bytes(lambda most=most: in_pieces(head, x, targets, most).backward()) for most in (256, 16)
+    )
+    assert whole > 120e6
+    assert pieces < whole / 6
+
+
+class Storages(TorchDispatchMode):
+    """Bytes of the storages that operations made and that are still there, at their highest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.alive:
+                storage = x.untyped_storage()
+                self.alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return result
+
+
+def peak_bytes(function) -> int:
+    with Storages() as storages:
+        function()
+    return storages.peak

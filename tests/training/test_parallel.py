@@ -5,6 +5,7 @@ import json
 import pytest
 
 from distributed_cases import SIZES, distributed_run
+from helmholtz.training import run as run_module
 from helmholtz.training.parallel import ParallelConfig
 from helmholtz.training.run import train
 from tiny_runs import prepare_text
@@ -51,6 +52,7 @@ def test_compiled_blocks_give_the_same_losses(data, tmp_path, monkeypatch):
         ({"replicas": 2}, "parallel.replicas must be 1 without parallel.strategy=fsdp, got 2"),
         ({"gather_dtype": "bf16"}, "parallel.gather_dtype must be fp32 without parallel.strategy=fsdp"),
         ({"timeout_seconds": 0}, "parallel.timeout_seconds must be an integer of at least 1, got 0"),
+        ({"logits_mb": 0}, "parallel.logits_mb must be an integer of at least 1, got 0"),
         ({"recompute_every": -1}, "parallel.recompute_every must be an integer of at least 0, got -1"),
     ],
 )
@@ -65,3 +67,23 @@ def test_shards_need_torchrun(data, tmp_path):
     ):
         run(data, tmp_path / "run", "transformer", strategy="fsdp")
     assert not (tmp_path / "run").exists()
+
+
+def test_tf32_is_refused_where_there_is_none(data, tmp_path):
+    settings = {"steps": 4, "matmul_precision": "high", "device": "cpu"}
+    with pytest.raises(ValueError, match="train.matmul_precision must be highest on the CPU, got 'high'"):
+        train(distributed_run(data, architecture="transformer", output=tmp_path / "run", train=settings))
+
+
+def test_the_setting_for_large_logits_reaches_the_model(data, tmp_path, monkeypatch):
+    sizes = []
+    made = run_module._trainer
+
+    def trainer(*arguments):
+        loop = made(*arguments)
+        sizes.append(loop.model.logits_bytes)
+        return loop
+
+    monkeypatch.setattr(run_module, "_trainer", trainer)
+    run(data, tmp_path / "run", "transformer", logits_mb=3)
+    assert sizes == [3 * 2**20]

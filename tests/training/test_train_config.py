@@ -1,8 +1,10 @@
 import re
 
 import pytest
+import torch
 
 from helmholtz.training.config import TrainConfig
+from helmholtz.training.loop import float32_products
 
 
 @pytest.mark.parametrize(
@@ -31,3 +33,16 @@ def test_settings_that_may_change_on_resumption_are_not_part_of_the_numerics():
     assert (
         one.numerics() != TrainConfig(output_dir="a", eval_every=3).numerics()
     )  # it decides which state is best
+
+
+def test_products_as_they_always_were_are_not_in_the_identity_of_a_run():
+    """Runs that were begun before there was a choice go on."""
+    assert "matmul_precision" not in TrainConfig().numerics()
+    assert TrainConfig(matmul_precision="high").numerics()["matmul_precision"] == "high"
+
+
+def test_the_precision_of_products_is_put_back():
+    before = torch.get_float32_matmul_precision()
+    with float32_products("high"):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before

@@ -15,8 +15,9 @@ from helmholtz.layers.sequence import SequenceLayout, sequence_layout
 from helmholtz.layers.state import both_masks
 from helmholtz.models.base import ModelConfig, PlanConfig
 from helmholtz.models.decoder_config import DecoderConfig
-from helmholtz.models.outputs import LMOutput, LMState, LowerOutput
+from helmholtz.models.outputs import LMLoss, LMOutput, LMState, LowerOutput
 from helmholtz.models.stack import AbstractStack
+from helmholtz.models.token_checks import check_targets
 from helmholtz.solvers import SolverConfig
 
 PlanOf = Callable[[LowerOutput], Plan]
@@ -52,7 +53,8 @@ class Decoder(AbstractStack):
         state: LMState | None = None,
         z: Plan | PlanOf | None = None,
         z_init: Shaped[Tensor, "..."] | None = None,
-    ) -> LMOutput:
+        targets: Shaped[Tensor, "..."] | None = None,
+    ) -> LMOutput | LMLoss:
         """Logits of the token after each position of ``tokens`` (integer ``B T``), and what they were read from.
 
         Args:
@@ -66,6 +68,8 @@ class Decoder(AbstractStack):
                 Changes equilibria within the tolerance only, except in the descent regime, where it selects among
                 several. In a stream ``equilibrium.z[:, -1]`` of the step before is a warm start; ``generate`` starts
                 where a whole pass does, which is nearer (``docs/design/005-mamba-hopfield.md``).
+            targets: the token after each position, -100 where it does not count. Then the output is an ``LMLoss``:
+                their mean cross-entropy, for which logits above ``logits_bytes`` are never held whole.
 
         Raises: ValueError for ids outside the vocabulary, a sequence beyond ``max_seq_len`` (which counts the tokens
             that the state has seen), bad shapes, or a part that the model does not have.
@@ -77,12 +81,26 @@ class Decoder(AbstractStack):
         x, layout = self._embed(tokens, attention_mask, cu_seqlens, state)
         if self.plan is None:
             x, states = self._run_blocks(x, layout, state)
-            return self._read_out(*self._settle(x, layout, state, states, None, z_init))
+            return self._answer(targets, *self._settle(x, layout, state, states, None, z_init))
         half = self._lower(x, layout, state)
         if z is None:
             z = self.sample_prior(*half.x.shape[:2], device=half.x.device)
-            return self._read_out(*self._upper_blocks(half, z, z_init))
-        return self.upper(half, z(half) if callable(z) else z, z_init=z_init)
+        else:
+            z = z(half) if callable(z) else z
+            check_plan(z, tuple(half.x.shape[:2]), self.plan.n_bits)
+        return self._answer(targets, *self._upper_blocks(half, z, z_init))
+
+    def _answer(
+        self,
+        targets: Tensor | None,
+        x: Float[Tensor, "B T D"],
+        state: LMState | None,
+        found: Equilibrium | None,
+    ) -> LMOutput | LMLoss:
+        if targets is None:
+            return self._read_out(x, state, found)
+        check_targets(targets, tuple(x.shape[:2]))
+        return self._loss_of(x, state, found, targets)
 
     def step(
         self,

@@ -63,6 +63,16 @@ class LMOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class LMLoss:
+    """What a decoder gives that was told the tokens to come: their cross-entropy in place of the logits."""
+
+    nats: Float[Tensor, ""]
+    """Mean over the tokens that count."""
+    state: LMState | None = None
+    equilibrium: Equilibrium | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class LowerOutput:
     """Tokens after the blocks below the plan, on their own or as the next ones of a stream."""
 

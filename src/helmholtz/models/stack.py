@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from helmholtz._checks import check, check_integer
@@ -23,13 +23,21 @@ from helmholtz.layers.row_draws import number_dropouts
 from helmholtz.layers.sequence import SequenceLayout, sequence_layout, zero_pads
 from helmholtz.layers.state import map_state
 from helmholtz.models.base import ModelConfig, PlanConfig
-from helmholtz.models.outputs import LMOutput, LMState, PlanState
+from helmholtz.models.outputs import LMLoss, LMOutput, LMState, PlanState
 from helmholtz.models.tied import keep_ties
 from helmholtz.models.token_checks import check_length, check_tokens, check_vocabulary
+from helmholtz.ops.losses import head_cross_entropy
+
+LOGITS_BYTES = 2**30
 
 
 class AbstractStack(nn.Module, abc.ABC):
-    """What a config asks for, built in an order that seeds and checkpoints rely on; ``Decoder`` has the calls."""
+    """What a config asks for, built in an order that seeds and checkpoints rely on; ``Decoder`` has the calls.
+
+    Attributes:
+        logits_bytes: if the logits of a call, in float32, are larger, a loss is made of them piece by piece. Assigning
+            another number changes memory and rounding, and neither the config nor checkpoints.
+    """
 
     config_class: ClassVar[type[ModelConfig]]
     config: ModelConfig
@@ -39,6 +47,7 @@ class AbstractStack(nn.Module, abc.ABC):
     post_sampler: TablePostSampler | BitsPostSampler | None
     context_norm: RMSNorm | None
     equilibrium: EquilibriumLayer | None
+    logits_bytes: int = LOGITS_BYTES
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -105,7 +114,7 @@ class AbstractStack(nn.Module, abc.ABC):
             self.unembed.weight = self.embed.weight
 
     @abc.abstractmethod
-    def forward(self, tokens: Shaped[Tensor, "..."]) -> LMOutput:
+    def forward(self, tokens: Shaped[Tensor, "..."]) -> LMOutput | LMLoss:
         """Logits of the token after each position."""
 
     def init_state(self, batch_size: int, *, length: int | None = None, encode_again: bool = True) -> LMState:
@@ -214,6 +223,16 @@ class AbstractStack(nn.Module, abc.ABC):
         self, x: Float[Tensor, "B T D"], state: LMState | None, found: Equilibrium | None
     ) -> LMOutput:
         return LMOutput(self.unembed(self.norm(x)), state, found)
+
+    def _loss_of(
+        self,
+        x: Float[Tensor, "B T D"],
+        state: LMState | None,
+        found: Equilibrium | None,
+        targets: Int[Tensor, "B T"],
+    ) -> LMLoss:
+        most = max(1, self.logits_bytes // (4 * self.config.vocab_size))
+        return LMLoss(head_cross_entropy(self.unembed, self.norm(x), targets, most_tokens=most), state, found)
 
 
 def _starting_at(position: Tensor, state: Any) -> Any:

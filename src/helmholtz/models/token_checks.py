@@ -15,6 +15,14 @@ def check_tokens(tokens: Tensor) -> None:
         raise ValueError(f"tokens: wanted shape (B, T), got {tuple(tokens.shape)}")
 
 
+def check_targets(targets: Tensor, shape: tuple[int, ...]) -> None:
+    """Integers, one per token."""
+    if targets.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"targets: wanted int32 or int64 ids, got {targets.dtype}")
+    if tuple(targets.shape) != shape:
+        raise ValueError(f"targets: wanted shape {shape} as the tokens', got {tuple(targets.shape)}")
+
+
 def check_length(layout: SequenceLayout, position: Tensor | None, max_seq_len: int) -> None:
     """No sequence is longer, the ``position`` tokens that a stream has seen included."""
     if layout.mask is None and layout.cu_seqlens is None and position is None:

@@ -22,6 +22,7 @@ from helmholtz.training.parallel import ParallelConfig
 from helmholtz.training.parts import ObjectiveConfig, objective_class
 
 Precision = Literal["fp32", "bf16", "fp16"]
+MatmulPrecision = Literal["highest", "high"]
 
 OPERATIONAL = (
     *("output_dir", "resume", "init_from", "continue_from", "threads", "log_every", "save_every", "keep"),
@@ -60,6 +61,8 @@ class TrainConfig:
     """Largest gradient norm (2-norm over all parameters)."""
     precision: Precision = "fp32"
     """All in fp32, or autocast to bf16, or autocast to fp16 with a gradient scaler."""
+    matmul_precision: MatmulPrecision = "highest"
+    """Products of fp32 matrices on a GPU: in fp32, or by TF32 (high), whose factors have 11 bits. Not for the CPU."""
     device: str = "auto"
     """Where to train: cpu, cuda or cuda:N; auto takes CUDA if there is one."""
     threads: int = 0
@@ -111,6 +114,7 @@ class TrainConfig:
         for beta in self.betas:
             check_fraction("train.betas", beta)
         check_choice("train.precision", self.precision, get_args(Precision))
+        check_choice("train.matmul_precision", self.matmul_precision, get_args(MatmulPrecision))
         known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)) is not None
         check(known, "train.device", self.device, "auto, cpu, cuda or cuda:N")
         check_choice("train.tracker", self.tracker, ("none", "wandb", "trackio"))
@@ -133,6 +137,8 @@ class TrainConfig:
         kept = {
             field.name: getattr(self, field.name) for field in fields(self) if field.name not in OPERATIONAL
         }
+        if self.matmul_precision == "highest":  # as it was before there was a choice
+            del kept["matmul_precision"]
         return kept | {"betas": list(self.betas), "device": self.device.partition(":")[0]}
 
 

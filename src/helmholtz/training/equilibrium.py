@@ -113,9 +113,11 @@ class EquilibriumObjective:
 
     def __call__(self, model: nn.Module, tokens: Int[Tensor, "B T1"], step: int) -> Objective:
         with self.solving(model, step):
-            output = model(tokens[:, :-1])
-        n_targets = self.n_targets or tokens.shape[1] - 1
-        nats = cross_entropy(output.logits[:, -n_targets:], tokens[:, -n_targets:])
+            output = model(tokens[:, :-1], targets=tokens[:, 1:] if self.n_targets is None else None)
+        if self.n_targets is None:
+            nats = output.nats
+        else:
+            nats = cross_entropy(output.logits[:, -self.n_targets :], tokens[:, -self.n_targets :])
         plain = Objective(nats, {"cross_entropy": nats.detach()}, nats.detach())
         return self.added(model, output.equilibrium, plain, step)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from helmholtz._checks import check, check_integer, check_non_negative, check_positive
 from helmholtz.layers.latent import Plan
 from helmholtz.models.decoder import Decoder, require_plan
-from helmholtz.models.outputs import LMOutput, LowerOutput
+from helmholtz.models.outputs import LMLoss, LowerOutput
 from helmholtz.ops.binary_latent import bits_to_nats, code_log_probability, free_bits, kl_per_token
 from helmholtz.ops.code_usage import CodeUsage, code_usage
 from helmholtz.ops.losses import cross_entropy
@@ -90,7 +90,7 @@ class FreeBitsObjective:
     def __call__(self, model: nn.Module, tokens: Int[Tensor, "B T1"], step: int) -> Objective:
         return self.read(model, tokens, step)[0]
 
-    def read(self, model: nn.Module, tokens: Int[Tensor, "B T1"], step: int) -> tuple[Objective, LMOutput]:
+    def read(self, model: nn.Module, tokens: Int[Tensor, "B T1"], step: int) -> tuple[Objective, LMLoss]:
         """The objective, and the model's output under the plan that it is of."""
         model = _planned(model)
         found: list[tuple[LowerOutput, Plan]] = []
@@ -99,9 +99,9 @@ class FreeBitsObjective:
             found.append((half, model.sample_posterior(half)))
             return found[0][1]
 
-        output = model(tokens[:, :-1], z=posterior)
+        output = model(tokens[:, :-1], z=posterior, targets=tokens[:, 1:])
         half, z = found[0]
-        reconstruction = cross_entropy(output.logits, tokens[:, 1:])
+        reconstruction = output.nats
         kl = kl_per_token(_logits(z))
         charge = free_bits(kl, self.config.kappa(step))
         terms = {"reconstruction": reconstruction, "free_bits": charge, "kl": kl.mean()}

@@ -6,12 +6,13 @@ One process or many: all make the same steps and see the same records; the main 
 import contextlib
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from helmholtz._checks import check
 from helmholtz._hardware import PeakMemory
 from helmholtz._run_folder import BEST, LAST
 from helmholtz.data.tokenizer import tokenizer_files
@@ -21,7 +22,7 @@ from helmholtz.solvers import NonFiniteInputError
 from helmholtz.training.batches import Batches
 from helmholtz.training.callbacks import Callback, EvalRecord, RunResult, StepRecord
 from helmholtz.training.checkpoint import save_last, save_run
-from helmholtz.training.config import TrainConfig
+from helmholtz.training.config import MatmulPrecision, TrainConfig
 from helmholtz.training.distributed import gather_text, lost_rank_named, on_main, training_device, world
 from helmholtz.training.evaluation import Evaluator
 from helmholtz.training.objectives import ObjectiveFunction, ReportFunction, learned, next_token
@@ -36,6 +37,17 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
+
+
+@contextlib.contextmanager
+def float32_products(precision: MatmulPrecision) -> Iterator[None]:
+    """How matrices of float32 are multiplied within this context, in all of the process."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class Trainer(Stepper):
@@ -66,6 +78,13 @@ class Trainer(Stepper):
         parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (frozen)
     ) -> None:
         device = training_device(config.device)
+        if device.type == "cpu":
+            check(
+                config.matmul_precision == "highest",
+                "train.matmul_precision",
+                config.matmul_precision,
+                "highest on the CPU",
+            )
         batches = Batches(train, validation, config, device)
         self._tokenizer = tokenizer_files(train.tokenizer_folder)  # which may move while training
         loss_module = LossModule(model.to(device), objective, report)
@@ -174,7 +193,9 @@ class Trainer(Stepper):
         self._identity, self._check_folder = identity, check_folder
         self.model.train()
         try:
-            with stop_signals() as self._signals, PeakMemory(self.device) as self._memory:
+            of_gpu = self.device.type != "cpu"
+            products = float32_products(self.config.matmul_precision) if of_gpu else contextlib.nullcontext()
+            with products, stop_signals() as self._signals, PeakMemory(self.device) as self._memory:
                 while self.progress.step < self.config.steps and not self._asked_to_stop():
                     self._advance(callbacks)
                 if self._made:  # a signal came after the last step was found to be read later

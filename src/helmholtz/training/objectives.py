@@ -43,7 +43,7 @@ def next_token(model: nn.Module, tokens: Int[Tensor, "B T1"], step: int) -> Obje
 
     Takes ``T + 1`` tokens per sequence: the model reads the first ``T`` and is asked for the last ``T``.
     """
-    loss = cross_entropy(model(tokens[:, :-1]).logits, tokens[:, 1:])
+    loss = model(tokens[:, :-1], targets=tokens[:, 1:]).nats
     return Objective(loss, {"cross_entropy": loss.detach()}, loss.detach())
 
 

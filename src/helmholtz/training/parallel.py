@@ -26,7 +26,7 @@ Losses = tuple[Float[Tensor, ""], Float[Tensor, ""], dict[str, Float[Tensor, ""]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """How a run is spread over the processes that torchrun starts. With one process only the last two matter.
+    """How a run is spread over the processes that torchrun starts. With one process only the last three matter.
 
     None of it changes what is computed but for rounding, so a run may be resumed with other settings.
     """
@@ -41,6 +41,9 @@ class ParallelConfig:
     """How long a process waits for the others before it gives up."""
     recompute_every: int = 0
     """Recompute the activations of every n-th block in the backward pass (1: all) instead of keeping them; 0: none."""
+    logits_mb: int = 1024
+    """If the logits of a forward pass would take more, counted in fp32, its loss is made of pieces of that size, which
+    the backward pass computes again. With a large vocabulary most of the memory goes to logits."""
     compile: bool = False
     """Compile every block to one graph by torch.compile: a minute or more at the start, then mostly faster."""
 
@@ -49,6 +52,7 @@ class ParallelConfig:
         check_integer("parallel.replicas", self.replicas)
         check_choice("parallel.gather_dtype", self.gather_dtype, ("fp32", "bf16"))
         check_integer("parallel.timeout_seconds", self.timeout_seconds)
+        check_integer("parallel.logits_mb", self.logits_mb)
         check_integer("parallel.recompute_every", self.recompute_every, minimum=0)
         if self.strategy == "ddp":
             for name, default in (("replicas", 1), ("gather_dtype", "fp32")):
@@ -81,6 +85,7 @@ def wrap_parallel(loss_module: LossModule, config: ParallelConfig, device: torch
     a unit of its own: the implicit gradient would be missing), untied embedding and output matrix. The rest is root.
     """
     model = loss_module.model
+    model.logits_bytes = config.logits_mb * 2**20
     if config.recompute_every:
         for block in model.blocks[:: config.recompute_every]:
             _recompute(block)
