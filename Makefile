@@ -10,7 +10,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .PHONY: setup demo demo-full generate-data generate-data-small train-baseline train-free train-baseline-fsdp train-free-fsdp compare test learn quality bench docs clean help
-.PHONY: test-subset test-oldest test-triton
+.PHONY: test-subset test-oldest test-triton gpu
 .PHONY: docker-build docker-build-cpu docker-demo docker-run-cpu docker-interactive
 
 setup: $(STAMP)  ## make .venv and install everything the other targets need (they call it themselves)
@@ -99,6 +99,10 @@ quality: $(STAMP) docs  ## lint, format, types, import contracts, spelling, docu
 
 bench: $(STAMP)  ## correctness gate, then interleaved timings of ops, layers and models
 	$(BIN)/python tools/measure.py --threads $(THREADS)
+
+# no dependency on .venv: a rented machine has a torch of its own; PYTHON=python3 names its interpreter
+gpu:  ## correctness, then speed on a GPU, in eight minutes at most, into results/gpu (tools/gpu.py says what and how)
+	@if [ -x $(BIN)/python ]; then $(BIN)/python tools/gpu.py; else $(PYTHON) tools/gpu.py; fi
 
 docs: $(STAMP)  ## build the report of all results and the site, into site/ (no network)
 	$(ONE_THREAD) $(BIN)/helmholtz report docs/experiments benchmarks/results --output docs/report/index.html > /dev/null
