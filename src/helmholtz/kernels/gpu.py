@@ -16,9 +16,13 @@ from helmholtz.kernels import gradients
 from helmholtz.kernels.operators import LIBRARY
 
 MODULES = {
+    "causal_conv": "causal_conv",
     "gated_read": "gated_read",
+    "linear_attention": "linear_attention",
     "modulate": "modulate",
+    "rnn_softmax": "rnn_softmax",
     "scan": "scan",
+    "selective_scan": "selective_scan",
     "softmax_read": "softmax_read",
     "tilt": "tilt",
 }

@@ -1,9 +1,10 @@
 """The first-order scan ``h_t = a_t h_{t-1} + x_t``, with ``a_t = sigmoid(-r_t)`` of logits.
 
-Steps compose: ``(a, x)`` then ``(a', x')`` is ``(a a', a' x + x')``. A program takes a block of channels and goes through
-time in tiles, each scanned in parallel, what is before the tile being part of its first step. Where rows and channels
-are few, time is cut into spans: a first pass finds what each does to any state, a scan of the spans what stands before
-each, and the last pass all states. Backward is the same recurrence from the end, with the decays one step later,
+Steps compose: ``(a, x)`` then ``(a', x')`` is ``(a a', a' x + x')``. A program takes a block of channels and goes
+through time in tiles, each scanned in parallel, what is before the tile being part of its first step. Where rows and
+channels are few, time is cut into spans: a first pass finds what each does to any state, a scan of the spans what
+stands before each, and the last pass all states. Backward is the same recurrence from the end, with the decays one step
+later,
 
     d_t = dh_t + a_{t+1} d_{t+1},  d_T = dlast,  a_T = 1:  dx = d,  da_t = d_t h_{t-1},  dstate = d_{-1}.
 
