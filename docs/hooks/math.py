@@ -43,7 +43,9 @@ def on_config(config: Any) -> Any:
 
 def on_page_content(content: str, **_: Any) -> str:
     def draw(match: re.Match[str]) -> str:
-        display = "block" if match[1] == "div" else "inline"
-        return convert(html.unescape(match[2]).strip(), display=display)
+        if match[1] != "div":
+            return convert(html.unescape(match[2]).strip(), display="inline")
+        formula = convert(html.unescape(match[2]).strip(), display="block")
+        return f'<div style="overflow-x: auto; overflow-y: hidden">{formula}</div>'  # on a phone it scrolls by itself
 
     return DRAWN.sub(draw, content)

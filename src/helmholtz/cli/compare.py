@@ -60,9 +60,11 @@ def run(arguments: list[str], console: Console) -> int:
     parser = make_parser("compare", DESCRIPTION)
     option = parser.add_argument
     option("--runs", type=str, nargs="+", required=True, help="folders of finished runs")
-    option("--output", type=str, default="results/comparison", help="folder of the result")
-    option("--allow_unequal", action="store_true", help="compare runs of unequal budgets, and say so")
-    option("--data", type=str, help="where the runs' data are now (default: where they were)")
+    option("--output", type=str, default="results/comparison", help="folder for the results")
+    option(
+        "--allow_unequal", action="store_true", help="compare runs of unequal budgets too; the table says so"
+    )
+    option("--data", type=str, help="folder of the prepared text, if it was moved since training")
     option("--batch_size", type=int, help="windows per forward pass (default: as in training)")
     values = parse(parser, arguments)
     output = output_folder("output", values["output"], figures=True)

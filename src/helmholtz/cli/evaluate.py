@@ -74,14 +74,14 @@ def run(arguments: list[str], console: Console) -> int:
     option = parser.add_argument
     add_checkpoint(parser)
     option("--data", type=str, help="folder of prepared text; default: what the run was trained on")
-    option("--split", type=str, default="validation", help="train or validation")
-    option("--seq_len", type=int | None, help="window; default: the model's longest")
-    overlap = "context tokens of a window; default: half, none for a model with a plan"
+    option("--split", type=str, default="validation", help="split to evaluate: train or validation")
+    option("--seq_len", type=int | None, help="tokens of a window; default: max_seq_len of the model")
+    overlap = "tokens at the start of a window that are context only; default: half of it, none for a model with a plan"
     option("--overlap", type=int | None, help=overlap)
-    option("--batch_size", type=int, default=16, help="windows per pass")
+    option("--batch_size", type=int, default=16, help="windows per forward pass")
     plans = "with a plan only: plans per window in the importance-weighted bound; default: 64"
     option("--n_samples", type=int | None, help=plans)
-    windows = "with a plan only: so many windows, evenly spaced; default: all"
+    windows = "with a plan only: number of windows, evenly spaced over the split; default: all"
     option("--n_windows", type=int | None, help=windows)
     option("--json", action="store_true", help="print JSON")
     values = parse(parser, arguments)

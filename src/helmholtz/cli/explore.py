@@ -23,8 +23,13 @@ def run(arguments: list[str], console: Console) -> int:
         "runs (their best weights) or checkpoints; default: the runs below runs/, else those of `make demo`"
     )
     option("--checkpoint", type=str, nargs="+", default=None, help=runs)
-    option("--port", type=int | None, default=None, help="default: the first free one from 7860 on")
-    public = "also serve it at a public address, through Gradio's servers"
+    option(
+        "--port",
+        type=int | None,
+        default=None,
+        help="port of the page; default: the first free one from 7860 on",
+    )
+    public = "also serve the page at a public address, through Gradio's servers"
     option("--share", action="store_true", help=public)
     values = parse(parser, arguments)
     port = values["port"]

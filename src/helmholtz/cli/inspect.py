@@ -31,8 +31,8 @@ from helmholtz.layers.unconverged import one_convergence_warning
 from helmholtz.models.decoder import Decoder, require_equilibrium
 
 DESCRIPTION = (
-    "What a model is made of, what its mixers have learned and how they read a text, or what an equilibrium model has "
-    "learned and the equilibria of a text's tokens."
+    "Layers and parameters of a model, the temperatures its mixers have learned and how they read a text; of a model "
+    "with an equilibrium, its learned strengths and the equilibria of a text's tokens."
 )
 EQUILIBRIUM_NOTES = {
     "kappa": "factor of the state-space term",

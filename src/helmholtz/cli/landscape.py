@@ -28,17 +28,30 @@ def make_landscape_parser() -> Parser:
     parser = make_parser("landscape", DESCRIPTION)
     option = parser.add_argument
     add_checkpoint(parser)
-    option("--text", type=str, default=None, help="the text whose tokens have the energies")
-    option("--ids", type=list[int] | None, default=None, help="or its ids, such as [5,17,3]")
-    option("--token", type=int, default=-1, help="whose energy to draw; negative ones count from the end")
-    option("--basis", type=Basis, default="memory", help="what spans the plane of slice and basins")
+    option("--text", type=str, default=None, help="text whose tokens are solved for")
+    option("--ids", type=list[int] | None, default=None, help="token ids instead of a text, such as [5,17,3]")
     option(
-        "--radius", type=float | None, default=None, help="half the side; default: what is there to be seen"
+        "--token",
+        type=int,
+        default=-1,
+        help="token whose energy is drawn; negative numbers count from the end",
     )
-    option("--resolution", type=int, default=61, help="points along a side, odd")
-    option("--seed", type=int, default=0, help="of random directions")
-    option("--output", type=str, required=True, help="folder of the figures and of landscape.json")
-    option("--threads", type=int, default=1, help="CPU threads")
+    option(
+        "--basis",
+        type=Basis,
+        default="memory",
+        help="directions that span the plane of the slice and the basins",
+    )
+    option(
+        "--radius",
+        type=float | None,
+        default=None,
+        help="half the side of the slice; default: large enough for all marks",
+    )
+    option("--resolution", type=int, default=61, help="grid points per side, an odd number")
+    option("--seed", type=int, default=0, help="seed of random directions")
+    option("--output", type=str, required=True, help="folder for the figures and landscape.json")
+    option("--threads", type=int, default=1, help="number of CPU threads")
     return parser
 
 

@@ -55,10 +55,15 @@ def make_plan_parser() -> Parser:
     drawn = "who draws the prompt's codes; default: posterior"
     option("--prompt_plan", type=Literal["posterior", "prior"] | None, help=drawn)
     option("--plan_seed", type=int | None, default=None, help="seed of the codes; default: sampling.seed")
-    option("--n_samples", type=int, default=5, help="samples of a group")
-    option("--n_plans", type=int, default=8, help="groups of each kind to measure")
+    option("--n_samples", type=int, default=5, help="samples per group")
+    option(
+        "--n_plans",
+        type=int,
+        default=8,
+        help="groups that share a plan, and as many that do not",
+    )
     option("--bit_effects", action="store_true", help="measure what each bit changes")
-    option("--picture", type=str, default=None, help="file for a figure of which samples share what")
+    option("--picture", type=str, default=None, help="file for a figure of what the samples share")
     option("--json", action="store_true", help="print JSON")
     parser.add_class_arguments(SamplingSettings, "sampling", skip={"stop_tokens"})
     return parser

@@ -19,7 +19,7 @@ def options(arguments: list[str]) -> dict[str, Any]:
     """Values of the command line. Raises: ValueError naming the option that is wrong."""
     parser = make_parser("report", DESCRIPTION)
     parser.add_argument("folders", type=str, nargs="+", help="folders of results, such as docs/experiments")
-    parser.add_argument("--output", type=str, default="results/report.html", help="the page")
+    parser.add_argument("--output", type=str, default="results/report.html", help="file of the page")
     return parse(parser, arguments)
 
 

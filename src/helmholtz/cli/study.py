@@ -72,13 +72,14 @@ def parse_options(study: type[Study], action: str, arguments: list[str]) -> dict
     study.add_options(parser, action)
     parser.add_argument("--output", type=str, default=study.output(action), help="folder of the results")
     if study.starts:
-        help = (
-            f"how weights start, one of {', '.join(study.starts)}; the first is that of the committed results"
-        )
+        help = f"initialisation, one of {', '.join(study.starts)}; the committed results used the first"
         parser.add_argument("--start", type=str, default=study.starts[0], help=help)
     if action in COMPUTING:
         parser.add_argument(
-            "--shard", type=str, default="0/1", help="share of this machine: 0/4 is a quarter"
+            "--shard",
+            type=str,
+            default="0/1",
+            help="part of the grid to compute, i/n: 0/4 is the first of four",
         )
         help = "CPU threads; more help these small models little, and results depend on their number"
         parser.add_argument("--threads", type=int, default=1, help=help)

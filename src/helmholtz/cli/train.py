@@ -35,12 +35,12 @@ def run(arguments: list[str], console: Console) -> int:
         "--dry_run",
         "--dry-run",
         action="store_true",
-        help="say how the run would begin, count what it costs, show its first text, and end",
+        help="print how the run would start, its cost and its first text, without training",
     )
     parser.add_argument(
         "--profile",
         action="store_true",
-        help="record where the time of some early steps goes, into <output_dir>/profile",
+        help="profile some early steps into <output_dir>/profile",
     )
     config, options = run_config(parser, read)
     if options["dry_run"]:

@@ -31,14 +31,20 @@ def make_validate_parser() -> Parser:
     parser = make_parser("validate", DESCRIPTION)
     option = parser.add_argument
     add_checkpoint(parser, required=False)
-    option("--fresh", action="store_true", help="a new model instead, of the sizes under model")
+    option(
+        "--fresh",
+        action="store_true",
+        help="test a new model with the sizes under model, instead of a checkpoint",
+    )
     option("--text", type=str, default=None, help="text to test on; default: random tokens")
-    option("--batch", type=int, default=2, help="sequences of random tokens")
-    option("--time", type=int, default=16, help="random tokens of a sequence")
-    option("--seed", type=int, default=0, help="of a new model, of random tokens and of disturbances")
-    option("--output", type=str, default=None, help="file for all that was measured, as JSON")
+    option("--batch", type=int, default=2, help="number of sequences of random tokens")
+    option("--time", type=int, default=16, help="random tokens per sequence")
+    option(
+        "--seed", type=int, default=0, help="seed of the new model, the random tokens and the perturbations"
+    )
+    option("--output", type=str, default=None, help="JSON file for all measurements")
     option("--json", action="store_true", help="print JSON instead of the table")
-    option("--threads", type=int, default=1, help="CPU threads")
+    option("--threads", type=int, default=1, help="number of CPU threads")
     parser.add_class_arguments(MambaHopfieldConfig, "model", skip={"solver"})
     parser.set_defaults({f"model.{name}": value for name, value in FRESH.items()})
     return parser

@@ -1,4 +1,4 @@
-"""Text in, a folder of tokens out: once, completely, or not at all."""
+"""Turns text into a folder of tokens; the folder appears when it is complete."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,26 +42,26 @@ WHOLE_DOCUMENTS = 50
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """What text to prepare, and how."""
+    """The text of a run, its tokenizer and its split."""
 
     folder: str = "data/shakespeare"
-    """Where the tokens go."""
+    """Folder of the tokens."""
     sources: tuple[str, ...] = ()
-    """Text files (.txt .text .md .rst), JSON Lines (.jsonl .ndjson), folders of them; none: Shakespeare."""
+    """Text files (.txt .text .md .rst), JSON Lines (.jsonl .ndjson) or folders of them; none: Shakespeare."""
     validation_sources: tuple[str, ...] = ()
-    """The same for validation; none: a part of the sources."""
+    """Files or folders of validation text; none: a fraction of the sources is kept for it."""
     text_field: str = "text"
     """Field of a JSON line, or column of a dataset, that holds its text."""
     tokenizer: Literal["bytes", "bpe", "ids"] = "bpe"
     """Raw bytes, or a byte-level BPE trained on the training split. "ids": rows that ``write_rows`` wrote."""
     vocab_size: int | None = None
-    """Tokens of the BPE with the end-of-document token, at most; default 2048. Bytes have 257, ids what was written."""
+    """Largest vocabulary of the BPE, end-of-document token included; default 2048. Bytes have 257 tokens."""
     validation_fraction: float = 0.05
-    """Part of the text kept for validation, in (0, 1)."""
+    """Fraction of the text that is kept for validation, in (0, 1)."""
     split_by: Literal["auto", "document", "tail"] = "auto"
-    """Validate on whole documents or on the tail of each; auto: documents if 50 or more can be expected."""
+    """Keep whole documents or the tail of each for validation; auto: documents if 50 or more can be expected."""
     seed: int = 0
-    """Chooses the validation documents when whole documents are split."""
+    """Seed of the choice of validation documents."""
 
     def __post_init__(self) -> None:
         check(bool(self.folder), "folder", self.folder, "the path of a folder")

@@ -21,21 +21,21 @@ FORMATS = ("arrow", "csv", "json", "parquet", "text")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetConfig:
-    """Which dataset is tokenised instead of the sources; its text is in the column ``data.text_field``."""
+    """A dataset of the library ``datasets``, taken instead of the sources; its text is in column data.text_field."""
 
     path: str | None = None
     """Name on the hub, folder of one, format of data_files (json, csv, parquet, text, arrow), or save_to_disk's folder.
     None takes data.sources."""
     name: str | None = None
-    """Which of the dataset's configurations, where it has several."""
+    """Configuration of the dataset, if it has several."""
     revision: str | None = None
-    """Commit, tag or branch on the hub."""
+    """Commit, tag or branch of the dataset on the hub."""
     data_files: tuple[str, ...] = ()
     """Files of the training split; wildcards are allowed."""
     validation_files: tuple[str, ...] = ()
     """Files of the split "validation"."""
     split: str = "train"
-    """Split that trains."""
+    """Name of the training split."""
     validation_split: str | None = None
     """Split that validates. None: "validation", or a part of the training split if there is no split of that name."""
 

@@ -30,7 +30,7 @@ class EquilibriumSettings:
     slot_policy: MemoryPolicy = "fifo"
     """What happens to a pattern when all slots are full, or when it is not novel; see ``HopfieldMemory``."""
     novelty: float = 0.9
-    """Cosine to a written pattern below which another is novel."""
+    """A new pattern is novel if its cosine to every written one is below this."""
     beta: float = 2.0
     """Inverse temperature of retrieval: the logit of a pattern on itself is beta sqrt(d_model)."""
     stability: Stability = "contractive"
@@ -40,10 +40,11 @@ class EquilibriumSettings:
     adjoint: AdjointName = "implicit"
     """Gradient by the implicit function theorem, by a few steps from the equilibrium, or through all steps."""
     adjoint_steps: int | None = None
-    """At most so many steps of conjugate gradients (50), steps from the equilibrium (5), steps from the start (30)."""
+    """Largest number of steps: of conjugate gradients for implicit (default 50), from the equilibrium for phantom (5),
+    from the start for unrolled (30)."""
     adjoint_on_nonconvergence: OnNonconvergence | None = None
     """What an implicit gradient does whose linear system was not solved: raise, or warn in the descent regime, where a
-    token may rest at a saddle."""
+    token may end on a saddle."""
 
     def __post_init__(self) -> None:
         check_integer("n_patterns", self.n_patterns)

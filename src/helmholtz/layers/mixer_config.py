@@ -62,9 +62,9 @@ class MambaSizes:
     d_inner: int | None = None
     """Channels of the state-space model; None means 2 d_model."""
     d_state: int = 64
-    """State per channel."""
+    """State size per channel."""
     d_conv: int = 4
-    """Tokens that the convolution before the recurrence sees."""
+    """Width of the causal convolution before the recurrence, in tokens."""
     d_head: int = 64
     """Channels that share a decay; a divisor of d_inner."""
 

@@ -76,15 +76,16 @@ class ModelConfig(abc.ABC):
     d_model: int = 256
     """Width of the residual stream."""
     max_seq_len: int = 1024
-    """Longest sequence, in real tokens."""
+    """Longest sequence, in tokens without pads."""
     tie_embeddings: bool = True
-    """Whether the output matrix is the embedding. What is saved goes by the tensors: see ``models.tied``."""
+    """Whether the output matrix shares the embedding's weights."""
     norm_eps: float = 1e-6
-    """Added to the mean square in every RMS norm."""
+    """Epsilon of every RMS norm."""
     dropout: float = 0.0
-    """Probability to drop what a block writes into the residual stream."""
+    """Dropout probability of what each block adds to the residual stream."""
     initializer_range: float | None = None
-    """Standard deviation of the weights at the start; None: (3 fan_in)^(-1/2), the same signals at every width."""
+    """Standard deviation of the initial weights; None: (3 fan_in)^(-1/2), which keeps the variance of signals at every
+    width."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "max_seq_len"):
@@ -133,6 +134,7 @@ class FlatConfig(ModelConfig):
     """Sizes of a decoder whose layers follow from a few numbers."""
 
     n_layers: int = 4
+    """Number of blocks."""
 
     def __post_init__(self) -> None:
         ModelConfig.__post_init__(self)
@@ -145,13 +147,13 @@ class AttentionModelConfig(FlatConfig):
     """Sizes of a decoder whose blocks have heads, rotary positions and a feed-forward; attention if nothing else."""
 
     n_heads: int = 4
-    """Query heads; a divisor of d_model."""
+    """Number of query heads, a divisor of d_model."""
     n_kv_heads: int | None = None
-    """Key/value heads, a divisor of n_heads; None means n_heads."""
+    """Number of key/value heads, a divisor of n_heads; None means n_heads."""
     d_ff: int | None = None
     """Width of the feed-forward; None means 8/3 d_model rounded up to a multiple of 8."""
     rope_theta: float = 10000.0
-    """Base of the rotary wavelengths."""
+    """Base of the rotary position embedding."""
 
     def __post_init__(self) -> None:
         FlatConfig.__post_init__(self)

@@ -30,7 +30,7 @@ _USED_BY: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FEMLMConfig(AttentionModelConfig):
-    """Sizes of the FEM decoder. ``d_ff=None`` means the width that matches the baseline's parameters."""
+    """Sizes of the FEM decoder; with ``d_ff`` None its feed-forward is as wide as the baseline's parameters allow."""
 
     prior: Prior | tuple[Prior, ...] | list[Prior] = "softmax"
     """One prior for all layers, or one per layer."""

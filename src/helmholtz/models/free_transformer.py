@@ -26,12 +26,12 @@ from helmholtz.ops.binary_latent import MAX_LATENT_BITS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FreeTransformerConfig(AttentionModelConfig):
-    """Sizes of a Free Transformer: those of the decoder and those of the plan."""
+    """Sizes of a Free Transformer's decoder and of its plan."""
 
     n_latent_bits: int = 8
     """Bits of the plan per token, 1 to 16 (the paper: 16). A table holds 2**n_latent_bits vectors."""
     split_layer: int | None = None
-    """Blocks below the plan, 1 to n_layers - 1; None means half of them, rounded down."""
+    """Number of blocks below the plan, 1 to n_layers - 1; None means half of them, rounded down."""
     post_sampler: Literal["table", "bits"] = "table"
     """A vector per code (the paper), or the sum of a vector per bit."""
 

@@ -110,13 +110,13 @@ class SolverConfig:
     residual at once; "cascade" mixes without looking at energies, then descends; "picard" and "anderson" iterate the
     map as it is, without a guard."""
     max_steps: int = 30
-    """Steps of a row at most."""
+    """Largest number of solver steps per token."""
     rtol: float = 1e-3
     """Residual |f(z) - z| at convergence, relative to |f(z)|."""
     energy_rtol: float = 1e-3
     """Change of the energy by the last step at convergence, relative to 1 + |E|."""
     anderson_window: int = 5
-    """Iterates that are mixed."""
+    """Number of iterates that Anderson acceleration mixes."""
     damping: float = 1.0
     """Length of the descent step in residuals, in (0, 2); at 1 it is the fixed-point step."""
     newton_cg_steps: int = 3

@@ -40,31 +40,31 @@ class TrainConfig:
     output_dir: str = "runs/default"
     """Folder of the run: checkpoints, metrics, summary."""
     steps: int = 1000
-    """Optimizer steps; with ``batch_size``, ``seq_len`` and ``accumulation`` it fixes the tokens seen."""
+    """Number of optimizer steps; each sees batch_size x seq_len x accumulation tokens."""
     batch_size: int = 16
-    """Sequences per forward pass, of all processes together; a multiple of their number."""
+    """Sequences per forward pass, summed over all processes; a multiple of their number."""
     seq_len: int = 256
     """Tokens per sequence."""
     accumulation: int = 1
-    """Forward passes whose mean gradient makes one optimizer step."""
+    """Forward passes per optimizer step; their gradients are averaged."""
     lr: float = 3e-3
-    """Highest learning rate, reached at the end of the warm-up."""
+    """Peak learning rate, reached at the end of the warm-up."""
     min_lr_ratio: float = 0.1
-    """Last learning rate over the highest one."""
+    """Learning rate of the last step, as a fraction of lr."""
     warmup_steps: int = 100
     """Steps of linear warm-up; a half cosine follows."""
     weight_decay: float = 0.1
     """AdamW's decay of matrices; vectors (norms, biases, temperatures) are not decayed."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's averaging constants."""
+    """AdamW's beta1 and beta2."""
     clip_norm: float = 1.0
-    """Largest gradient norm (2-norm over all parameters)."""
+    """Gradients are scaled down to this 2-norm over all parameters."""
     precision: Precision = "fp32"
     """All in fp32, or autocast to bf16, or autocast to fp16 with a gradient scaler."""
     matmul_precision: MatmulPrecision = "highest"
     """Products of fp32 matrices on a GPU: in fp32, or by TF32 (high), whose factors have 11 bits. Not for the CPU."""
     device: str = "auto"
-    """Where to train: cpu, cuda or cuda:N; auto takes CUDA if there is one."""
+    """Device: cpu, cuda or cuda:N; auto takes CUDA if there is one."""
     threads: int = 0
     """CPU threads of torch; 0 keeps torch's own choice."""
     seed: int = 0
@@ -72,11 +72,11 @@ class TrainConfig:
     eval_every: int = 250
     """Steps between evaluations on validation text; the last step is always evaluated."""
     eval_tokens: int = 32768
-    """Validation tokens per evaluation, always the same first ones."""
+    """Validation tokens per evaluation: the first ones of the split, the same each time."""
     save_every: int = 250
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
-    """Newest checkpoints that are kept; beside them the best one is."""
+    """Number of newest checkpoints to keep; the best one is kept as well."""
     max_skipped: int = 20
     """Steps in a row that may be skipped because their loss or gradient is not finite; one more ends the run."""
     log_every: int = 1
@@ -86,12 +86,12 @@ class TrainConfig:
     tracker: Literal["none", "wandb", "trackio"] = "none"
     """Also send the metrics to Weights & Biases or trackio (a package of its own each)."""
     project: str = "helmholtz"
-    """Project of the tracker."""
+    """Name of the project in the tracker."""
     utilization: bool = False
-    """Also log which fraction of the machine's matmul speed, measured at the start, training reaches."""
+    """Also log the fraction of the machine's matmul speed that training reaches; the speed is measured at the start."""
     resume: Literal["never", "auto"] = "never"
-    """A folder that holds a run is refused (never), or the run is continued (auto; started if there is none), past its
-    last step if ``steps`` is raised."""
+    """What to do if output_dir holds a run: refuse it (never), or continue it (auto; a new run is started if there is
+    none). With more steps than the run had, it goes on after its last one."""
     init_from: str | None = None
     """Begin with the weights of this run (its best ones), checkpoint or exported folder: step 0, a new optimizer."""
     continue_from: str | None = None

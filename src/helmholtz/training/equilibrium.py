@@ -36,11 +36,11 @@ class SolverStage:
     """How carefully equilibria are solved for in training from some step on."""
 
     from_step: int
-    """Optimizer steps after which it begins."""
+    """Optimizer steps after which the stage begins."""
     max_steps: int
-    """Of the solver."""
+    """Largest number of solver steps."""
     rtol: float
-    """Both of the solver's tolerances."""
+    """The solver's rtol and energy_rtol."""
 
     def __post_init__(self) -> None:
         check_integer("objective.curriculum.from_step", self.from_step, minimum=0)
@@ -50,22 +50,23 @@ class SolverStage:
 
 @dataclass(frozen=True, kw_only=True)  # without slots: it is the second base of a config that has them
 class EquilibriumObjectiveConfig:
-    """What a model with an equilibrium minimises beside its cross-entropy, and what changes with the step."""
+    """Terms that are added to the cross-entropy of a model with an equilibrium, and schedules of its training."""
 
     energy_weight: float = 0.0
-    """Of the retrieval energy: pulls equilibria and patterns towards each other."""
+    """Weight of the retrieval energy, which pulls equilibria and patterns towards each other."""
     convergence_weight: float = 0.05
-    """Of the distance from start to equilibrium: trains the start alone, so that fewer steps are needed."""
+    """Weight of the distance from start to equilibrium; it trains only the start, to save solver steps."""
     stability_weight: float = 0.0
-    """Of what the map's local Lipschitz constant exceeds contraction_target by, squared."""
+    """Weight of the squared excess of the map's local Lipschitz constant over contraction_target."""
     contraction_target: float = 0.9
-    """Local Lipschitz constant that is free."""
+    """Local Lipschitz constant up to which there is no penalty."""
     curriculum: tuple[SolverStage, ...] = ()
-    """Stages with growing from_step; before the first, and in all evaluations, the model's own solver is used."""
+    """Solver settings by training stage, in order of from_step; before the first stage, and in evaluations, those of
+    model.solver."""
     memory_write_step: int | None = None
     """Optimizer steps after which training writes novel equilibria into the writable patterns; None: never."""
     memory_lr_factor: float = 1.0
-    """Learning rate of the learned patterns over that of the rest."""
+    """Learning rate of the memory's learned patterns, as a multiple of lr."""
 
     def __post_init__(self) -> None:
         for name in ("energy_weight", "convergence_weight", "stability_weight", "contraction_target"):

@@ -25,18 +25,18 @@ REMEDIES = "objective.kappa_start_bits, objective.kl_warmup_steps or objective.e
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FreeBitsConfig:
-    """What a latent plan may cost. All but the first are remedies for a plan that stays unused."""
+    """The KL term of a Free Transformer's loss. All settings but the first help against a plan that stays unused."""
 
     kappa_bits: float = 0.5
-    """Bits per token that the plan may carry at no charge."""
+    """Free bits: KL per token, in bits, up to which the loss has no penalty."""
     kappa_start_bits: float | None = None
-    """The same at the first step; it goes to kappa_bits linearly over kappa_steps. None: kappa_bits throughout."""
+    """Free bits at the first step; they change linearly to kappa_bits over kappa_steps. None: kappa_bits throughout."""
     kappa_steps: int = 0
-    """Optimizer steps from kappa_start_bits to kappa_bits."""
+    """Optimizer steps over which kappa_start_bits changes to kappa_bits."""
     kl_warmup_steps: int = 0
-    """Optimizer steps in which the weight of the charge rises linearly from 0 to 1."""
+    """Optimizer steps over which the weight of the KL term rises linearly from 0 to 1."""
     encoder_lr_factor: float = 1.0
-    """Learning rate of the encoder over that of the rest."""
+    """Learning rate of the encoder, as a multiple of lr."""
 
     def __post_init__(self) -> None:
         check_non_negative("objective.kappa_bits", self.kappa_bits)

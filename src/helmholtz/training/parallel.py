@@ -26,19 +26,19 @@ Losses = tuple[Float[Tensor, ""], Float[Tensor, ""], dict[str, Float[Tensor, ""]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """How a run is spread over the processes that torchrun starts. With one process only the last three matter.
+    """How a run is distributed over the processes that torchrun starts. A single process uses only the last three.
 
-    None of it changes what is computed but for rounding, so a run may be resumed with other settings.
+    These settings change results by rounding alone, so that a run may be resumed with others.
     """
 
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """Every process holds the whole model (ddp), or a share of weights, gradients and optimizer state (fsdp)."""
+    """Every process holds the whole model (ddp), or a shard of weights, gradients and optimizer state (fsdp)."""
     replicas: int = 1
     """With fsdp: groups of processes that hold the model once each (HSDP); a divisor of the number of processes."""
     gather_dtype: Literal["fp32", "bf16"] = "fp32"
-    """With fsdp: what a block's weights are gathered and computed in; gradients are added up in fp32 in any case."""
+    """With fsdp: what a block's weights are gathered and computed in; gradients are always summed in fp32."""
     timeout_seconds: int = 600
-    """How long a process waits for the others before it gives up."""
+    """Seconds that a process waits for the others before it gives up."""
     recompute_every: int = 0
     """Recompute the activations of every n-th block in the backward pass (1: all) instead of keeping them; 0: none."""
     logits_mb: int = 1024
