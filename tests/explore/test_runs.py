@@ -22,7 +22,7 @@ def test_runs_are_named_by_their_folders_and_sorted_by_what_they_have(tmp_path):
     plain, fem = make_run(tmp_path / "a"), make_run(tmp_path / "b", FEMLM(FEMLMConfig(**SIZES)))
     found = offer([plain, fem, plain])
     assert found.names() == ["a", "b"]
-    assert found.names("mixer") == ["b"]
+    assert found.names("reader") == ["b", "a"]
     assert found.names("plan") == []
     assert "None of the runs (a, b) has a latent plan" in found.missing("plan")
     assert found.runs["b"].summary.startswith("b: fem_lm, ")

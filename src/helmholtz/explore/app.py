@@ -54,7 +54,7 @@ def build(offer: Offer) -> "gradio.Blocks":
 
 def _header(offer: Offer) -> str:
     runs = "; ".join(run.summary for run in offer.runs.values())
-    lines = [html.note(f"Runs: {runs}." if runs else offer.missing("mixer"))]
+    lines = [html.note(f"Runs: {runs}." if runs else offer.missing("reader"))]
     lines += [html.note(f"Left out: {reason}.") for reason in offer.left_out]
     return "<h2>helmholtz explore</h2>" + "".join(lines)
 

@@ -8,19 +8,21 @@ from typing import Literal
 
 from helmholtz._run_folder import BEST, RUN
 from helmholtz.evals.checkpoints import Checkpoint, open_checkpoint
-from helmholtz.evals.inspection import mixers
+from helmholtz.evals.inspection import mixers, readable
 from helmholtz.models.checkpoint import architecture_of
 from helmholtz.models.decoder import Decoder
 
-Part = Literal["mixer", "plan", "equilibrium"]
+Part = Literal["reader", "plan", "equilibrium"]
 WANTED: dict[Part, str] = {
-    "mixer": "a Free Energy Mixer",
+    "reader": "a Free Energy Mixer or attention",
     "plan": "a latent plan (a Free Transformer)",
     "equilibrium": "a per-token equilibrium (Mamba-Hopfield)",
 }
 MOST_FOUND = 12
 """Runs that are offered where none is named."""
 HOW = "train some with `make demo` (one of every kind: `make demo-full`) or name them with `--checkpoint RUN ...`"
+TRAINED: dict[Part, str] = {"reader": "fem_lm", "plan": "free_transformer", "equilibrium": "mamba_hopfield"}
+"""The architecture that has the part."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +49,27 @@ class Offer:
     left_out: tuple[str, ...] = ()
 
     def names(self, part: Part | None = None) -> list[str]:
-        """Of the runs whose model has the part."""
-        return [name for name, run in self.runs.items() if part is None or has(run.checkpoint.model, part)]
+        """Of the runs whose model has the part; as readers, those with a Free Energy Mixer come before attention."""
+        found = [name for name, run in self.runs.items() if part is None or has(run.checkpoint.model, part)]
+        if part == "reader":
+            found.sort(key=lambda name: not mixers(self.runs[name].checkpoint.model))
+        return found
 
     def missing(self, part: Part) -> str:
         """One line for a tab that has no model to show."""
         if not self.runs:
             return f"There is no run yet: {HOW}."
-        return f"None of the runs ({', '.join(self.runs)}) has {WANTED[part]}: {HOW}."
+        train = (
+            f"helmholtz train --model.architecture {TRAINED[part]} --train.output_dir runs/{TRAINED[part]}"
+        )
+        return (
+            f"None of the runs ({', '.join(self.runs)}) has {WANTED[part]}. `{train}` trains one, and `make demo-full` "
+            "one of every kind. Then start the explorer again, or name the run with `--checkpoint`."
+        )
 
 
 def has(model: Decoder, part: Part) -> bool:
-    return bool(mixers(model)) if part == "mixer" else getattr(model, part) is not None
+    return bool(readable(model)) if part == "reader" else getattr(model, part) is not None
 
 
 def find_runs(root: Path) -> list[Path]:

@@ -12,15 +12,16 @@ from helmholtz.explore.tabs.events import on
 TEXT = "To be, or not to be, that is the question"
 ABOUT = (
     "Attention reads one average of the tokens for all channels of a head. The Free Energy Mixer lets each channel "
-    f"weight them by their own values, the more the higher its temperature {BETA}. Move a slider: at 0 "
-    "every row is attention's, at the right end each channel picks its largest value."
+    f"weight the tokens by their values in that channel; {BETA}, the inverse temperature, says how strongly. Move a "
+    "slider: at 0 every row is attention's, at the right end each channel picks its largest value. Of a layer of plain "
+    "attention the first row is what it reads, and the sliders show what a free-energy read of its values would weight."
 )
 
 
 def fill(gr: Any, offer: Offer) -> None:
-    names = offer.names("mixer")
+    names = offer.names("reader")
     if not names:
-        gr.HTML(note(offer.missing("mixer")))
+        gr.HTML(note(offer.missing("reader")))
         return
     layers = {name: layer_names(offer.runs[name].checkpoint) for name in names}
 
