@@ -11,6 +11,9 @@ from helmholtz.ops._recompute import recomputed
 LONGEST = 256
 """Queries whose weights the plain form holds at once; of more, they are computed again for the backward pass."""
 
+WIDEST, WIDEST_OF_MORE = 256, 64
+"""Rows that the GPU kernel has registers for, of bf16 and of more digits."""
+
 
 def check_queries(q: Tensor, k: Tensor, causal: bool) -> None:
     """Raise ValueError unless heads divide and causal queries are places of the keys."""
@@ -24,7 +27,9 @@ def check_queries(q: Tensor, k: Tensor, causal: bool) -> None:
 def kernel_reads(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether ``helmholtz::softmax_read`` takes this call."""
     known = q.dtype in kernels.STORED and q.dtype == k.dtype == v.dtype
-    return known and kernels.usable("softmax_read", q, k, v)
+    widest = WIDEST if q.dtype == torch.bfloat16 else WIDEST_OF_MORE
+    fits = q.is_cpu or (k.shape[3] <= widest and v.shape[3] <= widest)
+    return known and fits and kernels.usable("softmax_read", q, k, v)
 
 
 _TILES = bool(torch.cpu._is_amx_tile_supported())

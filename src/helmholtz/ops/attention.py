@@ -96,7 +96,9 @@ def _in_tiles(x: Tensor) -> bool:
 def _torch(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, key_mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
-    if kernel_reads(q, k, v) and not _in_tiles(q):
+    masked = key_mask is not None or cu_seqlens is not None  # for which torch wants queries by keys in memory
+    pays = not _in_tiles(q) if q.is_cpu else masked
+    if pays and kernel_reads(q, k, v):
         read, _ = torch.ops.helmholtz.softmax_read(q, k, v, None, key_mask, cu_seqlens, causal, 0.0)
         return read.squeeze(3).to(q.dtype)
     times, sources = q.shape[2], k.shape[2]
