@@ -1,8 +1,9 @@
 """Break one line at a time and see the tests fail.
 
 Reads ``tools/mutants/*.toml``. Each entry changes one place of a file in a temporary copy of the package (never in the
-work tree) and runs its test file against that copy; one in C++ is built first, about a minute each. A mutant that
-survives means a test that cannot fail; one that is stale changes a line that is no longer there.
+work tree) and runs its test file against that copy; one in C++ is built first, about a minute each; those in Triton
+kernels run in triton's interpreter and need it installed. A mutant that survives means a test that cannot fail; one
+that is stale changes a line that is no longer there.
 
     python tools/mutants.py                 all of them
     python tools/mutants.py scan rope       the lists scan.toml and rope.toml
@@ -75,6 +76,8 @@ def run(test: str, mutant: Mutant | None) -> int:
         found = subprocess.run(where, env=env, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         if not found.startswith(str(source)):
             raise SystemExit(f"tests would import {found.strip()} instead of the copy")
+        if test.startswith("tests/triton/"):
+            env["TRITON_INTERPRET"] = "1"
         if mutant is not None and mutant.file.startswith("csrc/"):
             env["HELMHOLTZ_CACHE"] = folder
             build = [sys.executable, "-c", "import helmholtz.kernels.build as b; b.build()"]

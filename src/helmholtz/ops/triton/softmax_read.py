@@ -300,21 +300,22 @@ def _blocks(rows: int, keys: int, warps: int, stages: int) -> Blocks:
     return {"M": rows, "N": keys, "num_warps": warps, "num_stages": stages}
 
 
+Choice = dict[tuple[int, bool], tuple[tuple[int, int, int, int], ...]]
 # For A100, H100 and MI300, by the widest row, bf16 and then the rest: the largest blocks found that spill no register.
-READ = {
+READ: Choice = {
     (64, True): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 4, 2)),
     (128, True): ((64, 64, 8, 2), (128, 32, 8, 1), (64, 64, 4, 2)),
     (256, True): ((32, 32, 8, 1), (32, 32, 8, 1), (64, 32, 4, 1)),
     (64, False): ((32, 32, 8, 1), (32, 32, 8, 1), (64, 32, 4, 1)),
 }
-QUERIES = {
+QUERIES: Choice = {
     (32, True): ((64, 32, 8, 1), (64, 64, 4, 1), (64, 64, 4, 1)),
     (64, True): ((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
     (128, True): ((32, 32, 8, 1), (64, 32, 8, 1), (64, 32, 4, 1)),
     (256, True): ((16, 16, 8, 1), (64, 16, 8, 1), (32, 32, 4, 1)),
     (64, False): ((16, 16, 4, 1), (16, 16, 4, 1), (32, 16, 4, 1)),
 }
-KEYS = {
+KEYS: Choice = {
     (32, True): ((32, 32, 8, 1), (64, 64, 8, 1), (64, 64, 4, 1)),
     (32, False): ((32, 32, 8, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
     (64, True): ((32, 32, 4, 1), (32, 64, 8, 1), (64, 64, 4, 1)),
@@ -322,7 +323,6 @@ KEYS = {
     (256, True): ((32, 16, 8, 1), (32, 16, 8, 1), (16, 32, 4, 1)),
     (64, False): ((32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 4, 1)),
 }
-Choice = dict[tuple[int, bool], tuple[tuple[int, int, int, int], ...]]
 
 
 def _choose(choice: Choice, width: int, dtype: torch.dtype) -> Blocks:
