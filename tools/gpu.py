@@ -106,6 +106,7 @@ def work(options: argparse.Namespace) -> int:
                 continue
             if time.time() > options.until:
                 return 0
+            place.clean()
             note(case=case, state="begun")
             begin = time.time()
             try:

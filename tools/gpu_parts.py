@@ -1,6 +1,7 @@
 """The parts of ``tools/gpu.py``: each a list of cases, a case a function without arguments that gives a row."""
 
 import contextlib
+import gc
 import importlib.util
 import statistics
 import time
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 
 from helmholtz import kernels
 from helmholtz._values import few_reads
+from helmholtz.layers.row_draws import drawn_by_row
 from helmholtz.models import MODELS
 from helmholtz.models.decoder import Decoder
+from helmholtz.ops.row_random import row_keys
 from helmholtz.training.config import TrainConfig
 from helmholtz.training.objectives import next_token
 from helmholtz.training.optim import make_optimizer
@@ -44,6 +47,12 @@ class Place:
     def wait(self) -> None:
         if self.is_gpu:
             torch.cuda.synchronize(self.device)
+
+    def clean(self) -> None:
+        """Give back what the last case held."""
+        gc.collect()
+        if self.is_gpu:
+            torch.cuda.empty_cache()
 
 
 def median_seconds(
@@ -149,10 +158,11 @@ class TrainingStep:
         self.narrow, vocabulary = narrow, model.config.vocab_size
         generator = torch.Generator().manual_seed(1)
         self.tokens = torch.randint(vocabulary, (batch, length + 1), generator=generator).to(place.device)
+        self.keys = row_keys(0, torch.arange(batch)).to(place.device)
 
     def __call__(self) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        with few_reads():
+        with few_reads(), drawn_by_row(self.keys):
             with torch.autocast(self.place.device.type, dtype=torch.bfloat16, enabled=self.narrow):
                 loss: Tensor = self.objective(self.model, self.tokens, 0).loss
             loss.backward()
@@ -188,7 +198,6 @@ def step_cases(place: Place) -> Cases:
 def small_steps(place: Place, settings: dict[str, Any]) -> Row:
     """Three steps of a small model in float32, on the device and on the CPU; on the device without a wait.
 
-    A plan is drawn from generators of the device: of a Free Transformer the losses are compared to what a draw changes.
     An equilibrium's solver may look at its rows; how often is told.
     """
     batch, length = (2, 33) if place.tiny else (4, 200)
@@ -208,7 +217,7 @@ def small_steps(place: Place, settings: dict[str, Any]) -> Row:
     with kernels.plain_forms():
         expected = [float(reference()) for _ in range(3)]
     found = [float(x) for x in losses]
-    limit = 0.05 if model.plan is not None else 1e-3
+    limit = 1e-2 if model.plan is not None else 1e-3  # a bit of a plan may turn
     error = max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
     return {
         "losses": found,
@@ -314,7 +323,8 @@ def model_cases(place: Place, *, compiled: bool) -> Cases:
 
 
 def model_speed(place: Place, name: str, settings: dict[str, Any], compiled: bool) -> Row:
-    """Tokens per second and memory of training at 8 x 2,048 tokens (of random ids) in bf16, blocks compiled or not."""
+    """Tokens per second and memory of training in bf16, blocks compiled or not, on 8 full rows of 2,048 random ids, as
+    the trainer packs its text, without pads."""
     batch, length = (1, 64) if place.tiny else (8, 2048)
     model = build_model(settings, place.device)
     begin = time.perf_counter()
