@@ -12,7 +12,7 @@ from helmholtz.explore.tabs.events import on
 MEMORY = "a memory of random patterns"
 TEXT = "To be, or not to be, that is"
 ABOUT = (
-    "An equilibrium model descends an energy for each token, and reads the place where it comes to rest. Click into "
+    "An equilibrium model descends an energy for each token, and reads the minimum that it reaches. Click into "
     "the picture: every solver starts from there. Then store that point as a pattern and see a basin grow around it."
 )
 HINT = "Click into the picture to start a path from there."
