@@ -84,6 +84,7 @@ ON_GPU = tests/triton tests/test_kernels.py $(addprefix tests/ops/test_,$(addsuf
 ON_GPU_CHOICE = not float64 and (not test_kernels or an_operator_is or second_derivative or not_a_number or strides) and not any_length
 test-triton: $(STAMP)  ## the GPU kernels without a GPU: in triton's interpreter, then compiled for three kinds (1 GB, ten minutes)
 	@$(PIP) -e '.[triton]'
+	@$(PIP) --no-deps fla-core einops
 	TRITON_INTERPRET=1 SHAPE_CHECKS=0 $(ONE_THREAD) $(BIN)/pytest -n 2 $(ON_GPU) -k "$(ON_GPU_CHOICE)" --durations=15
 	$(BIN)/python tools/triton_kernels.py --no-write
 

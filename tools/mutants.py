@@ -72,6 +72,8 @@ def run(test: str, mutant: Mutant | None) -> int:
         # without the shape checks, a mutant must be noticed by what a test asserts
         quick = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "SHAPE_CHECKS": "0"}
         env = {**os.environ, **quick, "PYTHONPATH": str(source)}
+        if test.startswith("tests/triton"):
+            env["TRITON_INTERPRET"] = "1"
         where = [sys.executable, "-c", "import helmholtz; print(helmholtz.__file__)"]
         found = subprocess.run(where, env=env, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         if not found.startswith(str(source)):

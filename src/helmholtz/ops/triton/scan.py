@@ -84,8 +84,8 @@ def _scan(
             drate = y * before
             if LOGITS:
                 own_at = row * rate_b + time.to(tl.int64)[:, None] * rate_t + channels[None, :]
-                own = sigmoid(-tl.load(Rate + own_at, mask=of_x, other=0.0).to(tl.float32))
-                drate *= own * (own - 1.0)
+                own = tl.load(Rate + own_at, mask=of_x, other=0.0).to(tl.float32)
+                drate *= -sigmoid(-own) * sigmoid(own)  # not 1 - sigmoid(-own), which cancels
             tl.store(Drate + to, drate, mask=of_x)
     tl.store(Last + of_span, h, mask=inside)
     if Through is not None:
