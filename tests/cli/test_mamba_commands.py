@@ -121,15 +121,15 @@ def test_a_mamba_has_no_objective(workspace, capsys):
 def test_interrupted_and_resumed_it_is_the_same_run_to_the_bit(workspace, capsys, tmp_path, monkeypatch):
     from helmholtz.training.loop import Trainer
 
-    step = Trainer.step
+    make_step = Trainer.make_step
 
     def crash(self):
         if self.progress.step == 5:
             raise ZeroDivisionError("the machine is gone")
-        return step(self)
+        make_step(self)
 
     arguments = [f"--config={workspace / 'mamba_hopfield.yaml'}", f"--train.output_dir={tmp_path / 'run'}"]
-    monkeypatch.setattr(Trainer, "step", crash)
+    monkeypatch.setattr(Trainer, "make_step", crash)
     with pytest.raises(ZeroDivisionError):
         main(["train", *arguments])
     monkeypatch.undo()

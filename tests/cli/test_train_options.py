@@ -85,15 +85,15 @@ def test_ctrl_c_before_the_first_step_is_one_line_and_leaves_nothing(
 def test_a_second_ctrl_c_ends_a_run_at_once_in_one_line_and_keeps_its_checkpoint(
     data, tmp_path, capsys, monkeypatch
 ):
-    step = Trainer.step
+    make_step = Trainer.make_step
 
     def interrupted_twice(trainer):
         if trainer.progress.step == 5:
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGINT)
-        return step(trainer)
+        make_step(trainer)
 
-    monkeypatch.setattr(Trainer, "step", interrupted_twice)
+    monkeypatch.setattr(Trainer, "make_step", interrupted_twice)
     assert train(data, tmp_path / "run", "--train.save_every=4") == 130
     assert capsys.readouterr().err == "helmholtz train: interrupted\n"
     assert (tmp_path / "run" / "last").resolve().name == "step-00000004"

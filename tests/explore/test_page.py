@@ -213,7 +213,7 @@ def test_the_tabs_answer_a_program(server):
     assert page.count('class="hz-heat') == 5 * 4
     closed = client.predict(*weights, "inner gate", 0.0, 2.0, 4, api_name="/weights")
     assert closed != page
-    assert "percents" in client.predict("planned", "to be", api_name="/encode")
+    assert "percentages" in client.predict("planned", "to be", api_name="/encode")
     texts = client.predict(["plain", "fem"], "to be", 8, 0.5, 0, api_name="/compare")
     assert texts.count("hz-card") == 2
     with pytest.raises(Exception, match="at least 2 tokens"):
