@@ -19,7 +19,7 @@ from torch import Tensor
 
 from helmholtz.ops.triton._shared import launch, power_of_2, sigmoid, with_whole_rows
 
-STEPS, BLOCK, WARPS = 32, 64, 4
+STEPS, BLOCK, WARPS = 32, 64, 8
 """Of a tile."""
 
 
