@@ -223,9 +223,10 @@ def _back(
 
 def _tables(x: Tensor, mask: Tensor | None, reset: Tensor | None) -> tuple[Tensor | None, ...]:
     """Real tokens in their order, the places of all in it, their number, and the number of each token's sequence."""
-    segment = None if reset is None else reset.cumsum(1, dtype=torch.int32)
+    segment = None if reset is None else reset.contiguous().cumsum(1, dtype=torch.int32)
     if mask is None:
         return None, None, None, segment
+    mask = mask.contiguous()  # tables lie as what they are made of
     order = (~mask).byte().argsort(dim=1, stable=True).int()
     through = mask.cumsum(1, dtype=torch.int32)
     return order, torch.where(mask, through - 1, -1), through[:, -1].contiguous(), segment

@@ -51,7 +51,7 @@ def _tops(K, Reset, time, steps, row, channels, width, before, first):
     if Reset is not None:
         fresh = tl.load(Reset + row * steps + time, mask=real, other=0).to(tl.int32)
     start = (time == tl.min(time))[:, None]
-    older = start & (fresh == 0)[:, None] & (before[None, :] > key)
+    older = start & (fresh == 0)[:, None] & ~(before[None, :] <= key)  # so that NaN stays
     key = tl.where(older, before[None, :], key)
     _, top = tl.associative_scan((fresh[:, None] + tl.zeros_like(key).to(tl.int32), key), 0, _larger)
     return top
