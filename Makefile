@@ -81,8 +81,7 @@ test-oldest:  ## test-subset with the oldest torch, in an environment of its own
 ON_GPU_OPS = free_energy modulate softmax_read scan rnn_softmax selective_scan linear_attention causal_conv
 # of the operators' own tests what a Triton kernel takes: float64 and transforms go by the plain forms
 ON_GPU = tests/triton tests/test_kernels.py $(addprefix tests/ops/test_,$(addsuffix .py,$(ON_GPU_OPS)))
-ON_GPU_CHOICE = not float64 and (not test_kernels or an_operator_is or second_derivative or not_a_number or strides) and not any_length \
-  and not (softmax_read and (257 or 261 or 513))
+ON_GPU_CHOICE = not float64 and (not test_kernels or an_operator_is or second_derivative or not_a_number or strides) and not any_length
 test-triton: $(STAMP)  ## the GPU kernels without a GPU: in triton's interpreter, then compiled for three kinds (1 GB, ten minutes)
 	@$(PIP) -e '.[triton]'
 	@$(PIP) --no-deps fla-core einops
