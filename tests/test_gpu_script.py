@@ -59,6 +59,27 @@ def test_where_the_budget_is_spent_nothing_begins(tmp_path):
     assert not list(tmp_path.glob("*.jsonl"))
 
 
+def test_a_folder_goes_on_with_what_it_holds_alone(tmp_path):
+    arguments = ("--device", "cpu", "--tiny", "--parts", "machine")
+    (tmp_path / "setting.json").write_text('{"device": "cuda", "tiny": false, "commit": "0"}')
+    (tmp_path / "machine.jsonl").write_text('{"case": "ceilings", "state": "begun"}\n')
+    refused = run(tmp_path, *arguments)
+    assert refused.returncode == 2 and "another --output, or --fresh" in refused.stdout
+    assert run(tmp_path, *arguments, "--fresh").returncode == 0
+    assert json.loads((tmp_path / "setting.json").read_text())["device"] == "cpu"
+    assert lines(tmp_path, "machine")[-1]["state"] == "done"
+
+
+def test_what_the_budget_cut_is_told_and_tried_again(tmp_path, tool):
+    gpu = tool("gpu")
+    (tmp_path / "machine.jsonl").write_text('{"case": "ceilings", "state": "begun"}\n')
+    gpu.try_again(tmp_path, "machine")
+    spent = run(tmp_path, "--device", "cpu", "--tiny", "--parts", "machine", "layers", "--budget", "0")
+    assert spent.returncode == 1 and "NOT REACHED: layers, all of it" in spent.stdout
+    done = run(tmp_path, "--device", "cpu", "--tiny", "--parts", "machine")
+    assert done.returncode == 0 and "NOT REACHED" not in done.stdout
+
+
 def test_every_operator_with_a_gpu_kernel_has_a_case(tool):
     cases = tool("gpu_cases").CASES
     assert not set(kernels.gpu.MODULES) - set(cases)

@@ -224,7 +224,7 @@ def small_steps(place: Place, settings: dict[str, Any]) -> Row:
         "on_cpu": expected,
         "error": error,
         "limit": limit,
-        "waits": len(said) / 2,
+        "waits": len(said) / 2 if place.is_gpu else None,
         "ok": error <= limit,
     }
 
@@ -345,7 +345,8 @@ def model_speed(place: Place, name: str, settings: dict[str, Any], compiled: boo
     return {
         "model": name, "compiled": compiled, "parameters": n,
         "tokens_per_s": batch * length / seconds, "ms": 1e3 * seconds,
-        "rounds": rounds, "first_step_s": started, "waits": len(said), "losses": [float(first), float(last)],
+        "rounds": rounds, "first_step_s": started, "waits": len(said) if place.is_gpu else None,
+        "losses": [float(first), float(last)],
         "peak_bytes": torch.cuda.max_memory_allocated(place.device) if place.is_gpu else None,
         "ok": bool(torch.isfinite(last)),
     }  # fmt: skip

@@ -38,16 +38,19 @@ def roofline(row: Row, machine: list[Row]) -> Row:
     return row | {"floor_ms": floor_ms, "bound": floor.bound(card), "roofline": floor_ms / row["ms"]}
 
 
-def table(parts: dict[str, list[Row]], budget: float) -> str:
+def table(parts: dict[str, list[Row]]) -> str:
     """All parts, one after the other."""
     blocks = [f"card: {card_of(parts['machine'])[0]}"]
     for row in parts["machine"]:
         if "copy_bytes_per_s" in row:
             blocks.append(
-                f"torch {row['torch']}, triton {row['triton']}; copies {row['copy_bytes_per_s'] / 1e12:.2f} TB/s, "
+                f"torch {row['torch']}, triton {row['triton'] or 'absent'}; "
+                f"copies {row['copy_bytes_per_s'] / 1e12:.2f} TB/s, "
                 f"products {row['matmul_flop_per_s'] / 1e12:.1f} TFLOP/s; "
                 f"GPU kernels: {', '.join(row['gpu_kernels']) or 'none'}"
             )
+        else:
+            blocks.append(f"  {_failure(row)}")
     for part in ("kernels", "steps"):
         rows = parts[part]
         good = [row for row in rows if row.get("ok")]
@@ -59,7 +62,8 @@ def table(parts: dict[str, list[Row]], budget: float) -> str:
                 f"  nearest to its bound: {worst['case']}, {worst['error']:.1e} of {worst['limit']:.0e}"
             )
         if part == "steps":
-            blocks += [f"  {row['case']}: {row['waits']:.0f} waits a step" for row in good]
+            counted = [row for row in good if row["waits"] is not None]
+            blocks += [f"  {row['case']}: {row['waits']:.0f} waits a step" for row in counted]
     blocks.append(_grid("layers", parts["layers"], LAYER_COLUMNS))
     blocks.append(_grid("models", parts["models"] + parts["compiled"], MODEL_COLUMNS))
     return "\n".join(blocks)

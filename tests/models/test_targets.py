@@ -40,3 +40,11 @@ def test_targets_of_another_shape_are_refused():
         model(tokens_of(2, 9), targets=tokens_of(2, 8))
     with pytest.raises(ValueError, match="targets: wanted int32 or int64"):
         model(tokens_of(2, 9), targets=tokens_of(2, 9).float())
+
+
+@pytest.mark.parametrize("outside", [-1, -101, 10_000])
+def test_targets_outside_the_vocabulary_are_refused(outside):
+    targets = tokens_of(2, 9)
+    targets[1, 3], targets[0, 0] = outside, -100
+    with pytest.raises(ValueError, match=f"targets: id {outside} is not in the vocabulary .* -100"):
+        DECODERS["transformer"]()(tokens_of(2, 9), targets=targets)

@@ -68,8 +68,9 @@ class Decoder(AbstractStack):
                 Changes equilibria within the tolerance only, except in the descent regime, where it selects among
                 several. In a stream ``equilibrium.z[:, -1]`` of the step before is a warm start; ``generate`` starts
                 where a whole pass does, which is nearer (``docs/design/005-mamba-hopfield.md``).
-            targets: the token after each position, -100 where it does not count. Then the output is an ``LMLoss``:
-                their mean cross-entropy, for which logits above ``logits_bytes`` are never held whole.
+            targets: the token after each position, -100 where it does not count: pads are not left out by themselves.
+                Then the output is an ``LMLoss``: their mean cross-entropy, for which logits above ``logits_bytes`` are
+                never held whole.
 
         Raises: ValueError for ids outside the vocabulary, a sequence beyond ``max_seq_len`` (which counts the tokens
             that the state has seen), bad shapes, or a part that the model does not have.
@@ -99,7 +100,7 @@ class Decoder(AbstractStack):
     ) -> LMOutput | LMLoss:
         if targets is None:
             return self._read_out(x, state, found)
-        check_targets(targets, tuple(x.shape[:2]))
+        check_targets(targets, tuple(x.shape[:2]), self.config.vocab_size)
         return self._loss_of(x, state, found, targets)
 
     def step(

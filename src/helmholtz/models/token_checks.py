@@ -15,12 +15,16 @@ def check_tokens(tokens: Tensor) -> None:
         raise ValueError(f"tokens: wanted shape (B, T), got {tuple(tokens.shape)}")
 
 
-def check_targets(targets: Tensor, shape: tuple[int, ...]) -> None:
-    """Integers, one per token."""
+def check_targets(targets: Tensor, shape: tuple[int, ...], vocab_size: int) -> None:
+    """Integers, one per token: ids of the vocabulary, or -100."""
     if targets.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"targets: wanted int32 or int64 ids, got {targets.dtype}")
     if tuple(targets.shape) != shape:
         raise ValueError(f"targets: wanted shape {shape} as the tokens', got {tuple(targets.shape)}")
+    if free_to_read(targets):
+        _check_ids(
+            "targets", targets.masked_fill(targets == -100, 0), vocab_size, ", or -100 where none counts"
+        )
 
 
 def check_length(layout: SequenceLayout, position: Tensor | None, max_seq_len: int) -> None:
@@ -40,11 +44,15 @@ def check_length(layout: SequenceLayout, position: Tensor | None, max_seq_len: i
 
 def check_vocabulary(tokens: Tensor, vocab_size: int) -> None:
     """Every id is in the vocabulary."""
-    if not tokens.numel() or not free_to_read(tokens):
+    if free_to_read(tokens):
+        _check_ids("tokens", tokens, vocab_size)
+
+
+def _check_ids(name: str, ids: Tensor, vocab_size: int, besides: str = "") -> None:
+    if not ids.numel():
         return
-    low, high = (int(x) for x in tokens.aminmax())
+    low, high = (int(x) for x in ids.aminmax())
     if low < 0 or high >= vocab_size:
         outside = low if low < 0 else high
-        raise ValueError(
-            f"tokens: id {outside} is not in the vocabulary of {vocab_size} ids (0 to {vocab_size - 1})"
-        )
+        known = f"the vocabulary of {vocab_size} ids (0 to {vocab_size - 1}){besides}"
+        raise ValueError(f"{name}: id {outside} is not in {known}")
